@@ -1,0 +1,39 @@
+"""Adapters: one file a framework, each turning its detectors into towers and predictions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from crosskd.adapters.protocol import Adapter, Inputs
+from crosskd.adapters.torchvision import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
+
+__all__ = [
+    "Adapter",
+    "Inputs",
+    "TorchvisionFCOSAdapter",
+    "TorchvisionRetinaNetAdapter",
+    "find_adapter",
+]
+
+
+def find_adapter(*detectors: nn.Module) -> Adapter:
+    """The adapter that understands all of the given detectors.
+
+    Raises:
+        TypeError: none does.
+
+    Example:
+        >>> find_adapter(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        TypeError: no adapter understands Linear. There are adapters for torchvision's RetinaNet and ...
+    """
+    known: tuple[Adapter, ...] = (TorchvisionRetinaNetAdapter(), TorchvisionFCOSAdapter())
+    for adapter in known:
+        if all(adapter.supports(detector) for detector in detectors):
+            return adapter
+    types = " with ".join(type(detector).__name__ for detector in detectors)
+    raise TypeError(
+        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet and FCOS, "
+        "teacher and student of the same family. For any other detector write one, an object with the "
+        "functions of crosskd.adapters.Adapter, and pass it as adapter="
+    )

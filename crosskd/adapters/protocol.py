@@ -1,0 +1,119 @@
+"""What an adapter must give. Read this file first when you bring a detector of your own.
+
+An adapter holds no detector and no state: each function is handed the detector that it is about, so one
+object serves teacher and student. One training step calls them in this order::
+
+    prepare     images, targets  → pixels for both detectors
+    features    pixels           → one feature map a level          (teacher, then student)
+    branches    the head's towers, which the library runs and taps
+    predict     tower outputs    → predictions                      (teacher, student, cross-head)
+    locations   anchors or points, once
+    losses      the student's own losses and its label assignment, once
+    decode      predictions      → boxes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from crosskd.head import Branch
+from crosskd.methods.recipes import HeadRecipe
+from crosskd.predictions import Assignment, Predictions
+
+__all__ = ["Adapter", "Inputs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A batch, preprocessed once for both detectors.
+
+    Attributes:
+        student_pixels: shape (batch, channels, height, width), normalised as the student wants it.
+        teacher_pixels: the same pixels, normalised as the teacher wants them.
+        targets: the targets in the resized image's coordinates, in the detector's own form, or ``None``.
+        extra: whatever else the adapter's own functions need.
+    """
+
+    student_pixels: Tensor
+    teacher_pixels: Tensor
+    targets: Any
+    extra: Any = None
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """Turns a detector into towers, predictions, boxes and an assignment.
+
+    Attributes:
+        recipe: the published settings for this type of head.
+    """
+
+    recipe: HeadRecipe
+
+    def supports(self, detector: nn.Module) -> bool:
+        """Whether this adapter understands a detector."""
+        ...
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Raises ``ValueError``, saying what differs and what to do, for a pair that can't be distilled.
+
+        Called once, when the `Distiller` is made: classes, levels, strides, anchors, box coding.
+        """
+        ...
+
+    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
+        """The head's branches, in the same order and under the same names for both detectors."""
+        ...
+
+    def prepare(
+        self, teacher: nn.Module, student: nn.Module, images: Any, targets: Any
+    ) -> Inputs:
+        """The student's own preprocessing, once; the teacher gets the same resized pixels.
+
+        Raises:
+            ValueError: targets that the student's own training would refuse.
+        """
+        ...
+
+    def features(self, detector: nn.Module, pixels: Tensor) -> Sequence[Tensor]:
+        """What the head is fed: a tensor (batch, channels, height, width) a level, finest first."""
+        ...
+
+    def predict(
+        self, detector: nn.Module, towers: Mapping[str, Iterable[Tensor]]
+    ) -> Predictions:
+        """Runs the head's predictors on tower outputs.
+
+        Args:
+            detector: whose predictors to run.
+            towers: by branch name, the tower's output a level. Each is an iterator that runs the
+                tower as it is asked: go through it once, in order, so that outputs can be freed.
+        """
+        ...
+
+    def locations(
+        self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]
+    ) -> Any:
+        """The anchors or points of a batch, in the form that `losses` and `decode` want."""
+        ...
+
+    def decode(self, detector: nn.Module, predictions: Predictions, locations: Any) -> Tensor:
+        """Boxes of shape (batch, anchors, 4), xyxy in resized pixels, not clipped to the image."""
+        ...
+
+    def losses(
+        self, student: nn.Module, predictions: Predictions, locations: Any, inputs: Inputs
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The student's own losses under their own names, and the assignment they were made with."""
+        ...
+
+    def check_locations(self, teacher: Any, student: Any) -> None:
+        """Raises ``ValueError`` where teacher and student predict boxes at different places.
+
+        Called on the first step with what `locations` gives for each, for what can't be seen before.
+        """
+        ...

@@ -1,0 +1,95 @@
+"""Making a student's features acceptable to a teacher's head: statistics and width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from crosskd._checks import compute_dtype, shape_text
+from crosskd._statistics import EPSILON, FeatureStatistics, feature_statistics
+
+__all__ = ["ChannelProjection", "FeatureStatistics", "align_statistics", "feature_statistics"]
+
+
+def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tensor) -> Tensor:
+    r"""Gives the student's features the teacher's mean and standard deviation, channel by channel.
+
+    .. math::
+        \frac{s - \mu_s}{\sigma_s + 10^{-6}} \, \sigma_t + \mu_t
+
+    The gradient flows through the student's own mean and standard deviation too. Arithmetic is
+    float32 (float64 for float64 features) whatever autocast says.
+
+    Args:
+        student_features: shape (batch, channels, \*space).
+        teacher: the teacher's features, of the same number of channels, or what
+            `feature_statistics` measured of them. A constant.
+
+    Returns:
+        Aligned features, of the shape and type of the student's.
+
+    Raises:
+        ValueError: another number of channels (see `ChannelProjection`).
+
+    References:
+        CrossKD, section 3.2; the statistics are those of PKD (Cao et al., NeurIPS 2022).
+
+    Example:
+        >>> student = torch.randn(2, 8, 5, 5, requires_grad=True)
+        >>> aligned = align_statistics(student, 3 * torch.randn(2, 8, 5, 5) + 1)
+        >>> aligned.sum().backward()
+        >>> aligned.shape
+        torch.Size([2, 8, 5, 5])
+    """
+    if isinstance(teacher, Tensor):
+        teacher = feature_statistics(teacher)
+    if teacher.mean.ndim != student_features.ndim or (
+        teacher.mean.shape[1] != student_features.shape[1]
+    ):
+        raise ValueError(
+            f"student features {shape_text(student_features)} cannot take on statistics of "
+            f"{teacher.mean.shape[1]} channels in {teacher.mean.ndim} dimensions: project them to "
+            "the teacher's width first (ChannelProjection)"
+        )
+    student = student_features.to(compute_dtype(student_features, teacher.mean))
+    statistics = feature_statistics(student)
+    scale = teacher.std.detach() / (statistics.std + EPSILON)
+    aligned = torch.addcmul(teacher.mean.detach(), student - statistics.mean, scale)
+    return aligned.to(student_features.dtype)
+
+
+class ChannelProjection(nn.Module):
+    """A 1x1 convolution from the width of a student's tower to that of the teacher's.
+
+    Made by a method where the widths differ; it is trained with the student and thrown away with the
+    `Distiller`.
+
+    Args:
+        student_width: channels of the student's features.
+        teacher_width: channels that the teacher's head takes.
+
+    Example:
+        >>> ChannelProjection(64, 256)(torch.randn(2, 64, 5, 5)).shape
+        torch.Size([2, 256, 5, 5])
+    """
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        if student_width < 1 or teacher_width < 1:
+            raise ValueError(
+                f"widths must be at least 1, got {student_width} (student) and "
+                f"{teacher_width} (teacher)"
+            )
+        self.student_width = student_width
+        self.teacher_width = teacher_width
+        self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Projects features of shape (batch, student_width, height, width)."""
+        if features.ndim != 4 or features.shape[1] != self.student_width:
+            raise ValueError(
+                f"expected features of shape (batch, {self.student_width}, height, width), "
+                f"got {shape_text(features)}"
+            )
+        projected: Tensor = self.convolution(features)
+        return projected

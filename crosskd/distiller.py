@@ -1,0 +1,420 @@
+"""`Distiller`: a student, its frozen teacher, and the methods between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosskd.adapters import Adapter, Inputs, find_adapter
+from crosskd.frozen import frozen_copy
+from crosskd.head import Tapped, TapPoint
+from crosskd.methods.base import Method, Step
+from crosskd.predictions import Assignment, Predictions, assignment_from_teacher
+
+__all__ = ["Distiller"]
+
+Taps = dict[str, list[Any]]
+"""One method's taps: by branch name, one entry a level."""
+
+
+class Distiller(nn.Module):
+    """Wraps a student so that calling it in training also distils the teacher into it.
+
+    In training ``distiller(images, targets)`` returns the student's own losses under their own names,
+    exactly as the student alone would, and the methods' losses (``kd_cls``, ``kd_reg``,
+    ``kd_quality``); ``distiller(images)`` returns the methods' losses alone, for images without labels.
+    In eval it answers what the student alone would.
+
+    The student is trained in place and stays the plain detector that it was. The teacher is never
+    touched: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
+    ``parameters()`` and ``state_dict()`` hold the student and the methods' projections, never the
+    teacher; ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module.
+
+    Args:
+        teacher: a trained detector.
+        student: the detector to train, of the same family.
+        methods: one method or several. They are copied, so one object may serve several distillers.
+        adapter: how to take the detectors apart; found from their types unless given.
+        unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
+            (class probability) counts as one object in the losses' normaliser.
+
+    Raises:
+        ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
+        TypeError: no adapter understands the detectors, or something that is not a method.
+
+    References:
+        CrossKD (Wang et al., CVPR 2024, arXiv 2306.11369).
+
+    Example:
+        >>> from torchvision.models.detection import retinanet_resnet50_fpn
+        >>> from crosskd import CrossKD
+        >>> def detector():
+        ...     return retinanet_resnet50_fpn(
+        ...         weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64
+        ...     )
+        >>> distiller = Distiller(detector(), detector(), CrossKD())
+        >>> targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]
+        >>> losses = distiller([torch.rand(3, 64, 64)], targets)
+        >>> sorted(losses)
+        ['bbox_regression', 'classification', 'kd_cls', 'kd_reg']
+        >>> sum(losses.values()).backward()
+    """
+
+    student: nn.Module
+    progress: Tensor | None
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        methods: Method | Sequence[Method],
+        adapter: Adapter | None = None,
+        *,
+        unlabelled_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        teacher, student = _bare("teacher", teacher), _bare("student", student)
+        if not 0 < unlabelled_threshold < 1:
+            raise ValueError(
+                f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
+            )
+        self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
+        self.adapter.check_pair(teacher, student)
+        _warn_if_shared(teacher, student)
+        self.unlabelled_threshold = unlabelled_threshold
+        self.student = student
+        # In a tuple, so that the module machinery (parameters, state_dict, train) doesn't see it.
+        self._teacher = (frozen_copy(teacher),)
+        self.methods = nn.ModuleDict(_named(methods))
+        branches = self.adapter.branches(self.teacher), self.adapter.branches(student)
+        for method in self._methods().values():
+            method.setup(*branches, self.adapter.recipe)
+        self._checked = False
+        scheduled = any(method.schedule is not None for method in self._methods().values())
+        # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
+        self.register_buffer("progress", torch.tensor([0, -1]) if scheduled else None)
+        parameter = next(student.parameters())
+        self.methods.to(device=parameter.device, dtype=parameter.dtype)
+
+    # -- the module's face ----------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen copy of the teacher, in eval mode; it shares the teacher's weights."""
+        return self._teacher[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells schedules with ``unit="epoch"`` which epoch it is, counted from 0."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        if self.progress is not None:
+            self.progress[1] = epoch
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        """Moves and casts the teacher along with the student: under ``to``, ``cuda``, ``half``…"""
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn)
+        return self
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        """Losses in training, the student's detections in eval.
+
+        Args:
+            images: what the student itself takes; for torchvision a list of tensors
+                (3, height, width), values from 0 to 1.
+            targets: what the student itself takes; for torchvision a list of dicts of ``boxes``
+                (objects, 4), xyxy in pixels, and ``labels`` (objects,). ``None`` for unlabelled images.
+
+        Returns:
+            In training a flat dict of scalar tensors to be summed; in eval the student's detections.
+
+        Raises:
+            ValueError: images or targets that the student would refuse, levels or anchors that differ,
+                or a distillation that would have no effect.
+        """
+        if not self.training:
+            return self.student(images)
+        if not self.student.training:
+            raise ValueError(
+                "the distiller is in train mode and its student in eval mode: call distiller.train()"
+            )
+        factors = self._advance()
+        active = {name: m for name, m in self._methods().items() if factors[name] > 0}
+        losses, distillation = self._training_losses(images, targets, active)
+        self._check_first_step(distillation)
+        for name, method in self._methods().items():
+            if name not in active:
+                distillation[name] = _nothing(method, self.student)
+        for name, key, loss in _flat(distillation):
+            losses[key] = loss * factors[name] if factors[name] != 1 else loss
+        return losses
+
+    # -- one training step ----------------------------------------------------------------------
+
+    def _training_losses(
+        self, images: Any, targets: Any, active: Mapping[str, Method]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The student's own losses, and each active method's."""
+        inputs = self._prepare(images, targets)
+        if active:
+            teacher_maps, teacher, teacher_taps = self._observe_teacher(inputs, active)
+        maps, student, taps = self._run_student(inputs, active)
+        if not active:
+            losses, _, _ = self._assign(inputs, maps, student, None)
+            return losses, {}
+        _check_levels(teacher_maps, maps)
+        losses, assignment, locations = self._assign(inputs, maps, student, (teacher_maps, teacher))
+        distillation = {
+            name: method(
+                Step(
+                    student=student,
+                    teacher=teacher,
+                    assignment=assignment,
+                    teacher_branches=self.adapter.branches(self.teacher),
+                    student_taps=taps[name],
+                    teacher_taps=teacher_taps[name],
+                    predict_as_teacher=lambda towers: self.adapter.predict(self.teacher, towers),
+                    boxes=lambda predictions: self._decode(predictions, locations),
+                )
+            )
+            for name, method in active.items()
+        }
+        return losses, distillation
+
+    @torch.no_grad()
+    def _observe_teacher(
+        self, inputs: Inputs, active: Mapping[str, Method]
+    ) -> tuple[Sequence[Tensor], Predictions, dict[str, Taps]]:
+        """The teacher's predictions, and what each method keeps of its features: no more."""
+        maps = self.adapter.features(self.teacher, inputs.teacher_pixels)
+
+        def keep(name: str, tapped: Tapped) -> Any:
+            return active[name].observe_teacher(tapped.read())
+
+        predictions, taps = self._run_head(self.teacher, maps, active, side=1, keep=keep)
+        return [_shape_only(feature_map) for feature_map in maps], predictions.detach(), taps
+
+    def _run_student(
+        self, inputs: Inputs, active: Mapping[str, Method]
+    ) -> tuple[Sequence[Tensor], Predictions, dict[str, Taps]]:
+        maps = self.adapter.features(self.student, inputs.student_pixels)
+        predictions, taps = self._run_head(
+            self.student, maps, active, side=0, keep=lambda _, tapped: tapped
+        )
+        return maps, predictions, taps
+
+    def _run_head(
+        self,
+        detector: nn.Module,
+        maps: Sequence[Tensor],
+        active: Mapping[str, Method],
+        side: int,
+        keep: Callable[[str, Tapped], Any],
+    ) -> tuple[Predictions, dict[str, Taps]]:
+        """Runs a head, tapping its towers for each method on the way.
+
+        Args:
+            detector: whose head.
+            maps: a feature map (batch, channels, height, width) a level.
+            active: the methods that want taps, by name.
+            side: which of a method's two points to tap: 0 the student's, 1 the teacher's.
+            keep: what to make of a method's tapped features.
+        """
+        taps: dict[str, Taps] = {name: {} for name in active}
+
+        def tower_outputs(branch: Any, points: dict[str, TapPoint]) -> Iterator[Tensor]:
+            wanted = set(points.values())
+            for level, feature_map in enumerate(maps):
+                output, noted = branch.tower(level).run(feature_map, wanted)
+                for name, point in points.items():
+                    taps[name].setdefault(branch.name, []).append(keep(name, noted[point]))
+                yield output
+
+        towers: dict[str, Iterable[Tensor]] = {}
+        for branch in self.adapter.branches(detector):
+            both = {name: method.points(branch.name) for name, method in active.items()}
+            points = {name: pair[side] for name, pair in both.items() if pair is not None}
+            towers[branch.name] = tower_outputs(branch, points)
+        return self.adapter.predict(detector, towers), taps
+
+    def _methods(self) -> dict[str, Method]:
+        return dict(self.methods.items())  # type: ignore[arg-type]
+
+    # -- what runs outside a compiled graph: it depends on the data, or happens once ---------------
+
+    @torch.compiler.disable
+    def _prepare(self, images: Any, targets: Any) -> Inputs:
+        if not self._checked:
+            _check_devices(self.teacher, self.student)
+        return self.adapter.prepare(self.teacher, self.student, images, targets)
+
+    @torch.compiler.disable
+    def _assign(
+        self,
+        inputs: Inputs,
+        maps: Sequence[Tensor],
+        student: Predictions,
+        teacher: tuple[Sequence[Tensor], Predictions] | None,
+    ) -> tuple[dict[str, Tensor], Assignment | None, Any]:
+        """The student's own losses, the assignment that they share with the methods, the locations."""
+        locations = self.adapter.locations(self.student, inputs, maps)
+        if teacher is not None and not self._checked:
+            theirs = self.adapter.locations(self.teacher, inputs, teacher[0])
+            self.adapter.check_locations(theirs, locations)
+        if inputs.targets is not None:
+            losses, assignment = self.adapter.losses(self.student, student, locations, inputs)
+            return losses, assignment, locations
+        if teacher is None:
+            return {}, None, locations
+        by_quality = self.adapter.recipe.quality_normalizer
+        threshold = self.unlabelled_threshold
+        return {}, assignment_from_teacher(teacher[1], threshold, quality=by_quality), locations
+
+    def _decode(self, predictions: Predictions, locations: Any) -> Tensor:
+        return self.adapter.decode(self.student, predictions, locations)
+
+    @torch.compiler.disable
+    def _advance(self) -> dict[str, float]:
+        """Each method's factor at this step; moves the step count on."""
+        if self.progress is None:
+            return dict.fromkeys(self.methods, 1.0)
+        step, epoch = self.progress.tolist()
+        factors = {}
+        for name, method in self._methods().items():
+            if method.schedule is None:
+                factors[name] = 1.0
+                continue
+            if method.schedule.unit == "epoch" and epoch < 0:
+                raise ValueError(
+                    f"{name} has a schedule in epochs, but the distiller was never told the epoch: call "
+                    "distiller.set_epoch(epoch) at the start of each"
+                )
+            factors[name] = method.schedule.factor(epoch if method.schedule.unit == "epoch" else step)
+        self.progress[0] += 1
+        return factors
+
+    @torch.compiler.disable
+    def _check_first_step(self, distillation: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuses, once, a distillation that would silently do nothing."""
+        if self._checked or not distillation:
+            return
+        for name, losses in distillation.items():
+            _check_effect(name, losses)
+        self._checked = True
+
+
+def _bare(side: str, detector: nn.Module) -> nn.Module:
+    """A detector without the wrapper that ``torch.compile`` puts around it."""
+    if not isinstance(detector, nn.Module):
+        raise TypeError(f"{side} must be an nn.Module, got {type(detector).__name__}")
+    if isinstance(detector, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"{side} is wrapped in {type(detector).__name__}: hand in the detector itself, and wrap the "
+            "distiller instead"
+        )
+    compiled = getattr(detector, "_orig_mod", None)
+    if isinstance(compiled, nn.Module) or getattr(detector, "_compiled_call_impl", None) is not None:
+        warnings.warn(
+            f"{side} was compiled as a whole, but distillation runs it stage by stage, so in training it "
+            "runs uncompiled: call torch.compile(distiller) instead",
+            stacklevel=3,
+        )
+    return compiled if isinstance(compiled, nn.Module) else detector
+
+
+def _warn_if_shared(teacher: nn.Module, student: nn.Module) -> None:
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
+    if any(parameter.data_ptr() in theirs for parameter in student.parameters()):
+        warnings.warn(
+            "teacher and student share weights, so the teacher will change as the student trains: pass "
+            "copy.deepcopy(student) as the teacher",
+            stacklevel=3,
+        )
+
+
+def _named(methods: Method | Sequence[Method]) -> dict[str, nn.Module]:
+    """Copies of the methods under names that differ."""
+    listed = [methods] if isinstance(methods, nn.Module) else list(methods)
+    if not listed:
+        raise ValueError("methods is empty: there is nothing to distil; pass crosskd.CrossKD()")
+    named: dict[str, nn.Module] = {}
+    for method in listed:
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
+                f"{type(method).__name__}"
+            )
+        name, number = method.name, 2
+        while name in named:
+            name, number = f"{method.name}_{number}", number + 1
+        named[name] = deepcopy(method)
+    return named
+
+
+def _flat(distillation: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
+    """(method, key, loss) of every loss, with the method's name in front of keys that clash."""
+    keys = [key for losses in distillation.values() for key in losses]
+    for name, losses in distillation.items():
+        for key, loss in losses.items():
+            yield name, f"{name}_{key}" if keys.count(key) > 1 else key, loss
+
+
+def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
+    """Zero losses of a method that its schedule has stopped, with a gradient into its projections.
+
+    DistributedDataParallel waits for every parameter's gradient, so the projections get one of zero.
+    """
+    parameters = list(method.parameters()) or [next(student.parameters())]
+    zero = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
+    return {key: zero for key in method.loss_names()}
+
+
+def _shape_only(feature_map: Tensor) -> Tensor:
+    """A stand-in of the same shape and no memory, so that the teacher's features can be freed."""
+    return feature_map.new_empty(()).expand(feature_map.shape)
+
+
+def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
+    theirs, ours = (next(detector.parameters()).device for detector in (teacher, student))
+    if theirs != ours:
+        raise ValueError(
+            f"the teacher is on {theirs} and the student on {ours}: move both with distiller.to(device)"
+        )
+
+
+def _check_levels(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
+    theirs, ours = ([tuple(m.shape[-2:]) for m in maps] for maps in (teacher, student))
+    if theirs != ours:
+        raise ValueError(
+            f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
+            "same strides; build them with the same pyramid levels"
+        )
+
+
+def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for losses that are none, warns for one that is zero."""
+    if not losses:
+        raise ValueError(f"{name} returned no loss at all: give one of its weights a value above 0")
+    for key, loss in losses.items():
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"{name}: {key} depends on no trainable parameter of the student, so distilling it has no "
+                "effect: the student's features are frozen or detached before the split"
+            )
+        value = float(loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(
+                f"{name}: {key} is {value} on the first step: look for numbers that are not finite in the "
+                "images, the teacher's weights or the student's"
+            )
+        if value == 0:
+            warnings.warn(
+                f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
+                "teacher; otherwise nothing is being distilled",
+                stacklevel=5,
+            )

@@ -1,0 +1,360 @@
+"""What a detection head is made of: branches of towers and predictors, split after any block.
+
+A *branch* (classification, regression) is a *tower* of *blocks*, shared by all levels or one a level,
+followed by *predictors*. `Tower.run` passes features through a whole tower and notes them at *tap
+points*; `Tower.tail` takes features up at a tap point and passes them through the rest. Neither changes
+a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Block", "Branch", "Tap", "TapPoint", "Tapped", "Tower", "split_tower"]
+
+Tap = Literal["post", "pre"]
+
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.GLU,
+)
+
+
+class TapPoint(NamedTuple):
+    """A place in a tower: after ``position`` blocks, after or before the last one's activation.
+
+    Attributes:
+        position: how many blocks the features have passed; 0 is the tower's input.
+        tap: ``"post"`` for after the block's activation, ``"pre"`` for before it. At position 0 there
+            is no activation and the two are the same place.
+    """
+
+    position: int
+    tap: Tap
+
+
+@dataclass(frozen=True, eq=False)
+class Tapped:
+    """Features noted at a tap point, refusing to be read once something has written over them.
+
+    Attributes:
+        place: how errors call the tap point.
+        features: shape (batch, channels, *space).
+        version: the tensor's in-place version when it was noted.
+    """
+
+    place: str
+    features: Tensor
+    version: int
+
+    @classmethod
+    def note(cls, place: str, features: Tensor) -> Tapped:
+        """Notes features as they are now."""
+        return cls(place, features, _version(features))
+
+    def read(self) -> Tensor:
+        """The features.
+
+        Raises:
+            ValueError: a later layer has overwritten them in place.
+        """
+        if _version(self.features) != self.version:
+            raise ValueError(
+                f"the features tapped at {self.place} were overwritten in place by a later layer: "
+                "make that layer work out of place (inplace=False)"
+            )
+        return self.features
+
+
+def _version(tensor: Tensor) -> int:
+    # Neither the compiler nor inference mode keeps versions; eager training, which does, finds the fault.
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A convolution (or linear layer) with its normalisation and activation.
+
+    Attributes:
+        layers: what runs before the activation, in order.
+        activation: the activation that ends the block, if it has one.
+        opaque: one module runs as a whole, activation included: a tap before it cannot be taken.
+    """
+
+    layers: tuple[nn.Module, ...]
+    activation: nn.Module | None = None
+    opaque: bool = False
+
+    def body(self, features: Tensor) -> Tensor:
+        """Runs everything but the activation (everything, for an opaque block)."""
+        for layer in self.layers:
+            features = layer(features)
+        return features
+
+    def activate(self, features: Tensor) -> Tensor:
+        """Runs the activation, on a copy if it works in place: what it is given stays as it is."""
+        if self.activation is None:
+            return features
+        if getattr(self.activation, "inplace", False):
+            features = features.clone()
+        activated: Tensor = self.activation(features)
+        return activated
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Runs the whole block, as the detector itself would."""
+        features = self.body(features)
+        if self.activation is None or self.opaque:
+            return features
+        activated: Tensor = self.activation(features)
+        return activated
+
+    @property
+    def starts_in_place(self) -> bool:
+        """Whether the first layer would overwrite the block's input."""
+        first = next((m for m in self.layers[0].modules() if not list(m.children())), None)
+        return bool(getattr(first, "inplace", False))
+
+    @property
+    def widths(self) -> tuple[int, int] | None:
+        """Channels in and out, where a layer tells."""
+        leaves = [leaf for layer in self.layers for leaf in layer.modules()]
+        ins = [_first_integer(leaf, "in_channels", "in_features") for leaf in leaves]
+        outs = [_first_integer(leaf, "out_channels", "out_features") for leaf in leaves]
+        known_ins, known_outs = (
+            [width for width in side if width is not None] for side in (ins, outs)
+        )
+        return (known_ins[0], known_outs[-1]) if known_ins and known_outs else None
+
+
+def _first_integer(module: nn.Module, *names: str) -> int | None:
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _is_weighted_leaf(module: nn.Module) -> bool:
+    """A layer that mixes channels: normalisations and activations have at most 1-d parameters."""
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _composite_block(module: nn.Module) -> Block:
+    """A block that stands in the tower as one module with children."""
+    children = list(module.children())
+    last = children[-1]
+    if not isinstance(last, _ACTIVATIONS):
+        return Block((module,), opaque=True)
+    if type(module).forward is nn.Sequential.forward:
+        return Block(tuple(children[:-1]), activation=last)
+    return Block((module,), activation=last, opaque=True)
+
+
+def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> tuple[Block, ...]:
+    """Groups a tower's layers into blocks.
+
+    A child with children of its own (torchvision's ``Conv2dNormActivation``, mmdet's ``ConvModule``, a
+    user's class) is one block. Among flat layers each convolution or linear layer starts a block, and
+    the normalisations and activations behind it belong to it.
+
+    Args:
+        tower: an ``nn.Sequential``, an ``nn.ModuleList`` or any sequence of modules, run in order.
+        name: what to call the tower in an error.
+
+    Raises:
+        ValueError: nothing to split at, or layers before the first convolution.
+
+    Example:
+        >>> blocks = split_tower(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
+        >>> [len(block.layers) for block in blocks], blocks[0].activation
+        ([1, 1], ReLU())
+    """
+    if isinstance(tower, nn.Module) and not isinstance(tower, nn.Sequential | nn.ModuleList):
+        raise ValueError(
+            f"{name} is a {type(tower).__name__}, which cannot be split: expected an nn.Sequential, "
+            "an nn.ModuleList or a sequence of modules that run one after the other"
+        )
+    blocks: list[Block] = []
+    flat: list[nn.Module] = []
+
+    def close() -> None:
+        if not flat:
+            return
+        *layers, last = flat
+        ends_active = isinstance(last, _ACTIVATIONS) and layers
+        blocks.append(Block(tuple(layers), last) if ends_active else Block(tuple(flat)))
+        flat.clear()
+
+    for layer in tower:  # type: ignore[union-attr]  # ModuleList and Sequential both iterate
+        if any(True for _ in layer.children()):
+            close()
+            blocks.append(_composite_block(layer))
+        elif _is_weighted_leaf(layer):
+            close()
+            flat.append(layer)
+        elif flat or not blocks:
+            flat.append(layer)
+        else:
+            # A loose normalisation or activation behind a composite block: part of that block.
+            previous = blocks.pop()
+            joined = (*previous.layers, *([previous.activation] if previous.activation else []))
+            blocks.append(_rejoin(previous, joined, layer))
+    close()
+    if blocks and not any(_is_weighted_leaf(m) for m in blocks[0].layers[0].modules()):
+        raise ValueError(
+            f"{name} starts with {type(blocks[0].layers[0]).__name__}, before any convolution or "
+            "linear layer: move it out of the tower, or hand in the blocks yourself"
+        )
+    return tuple(blocks)
+
+
+def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) -> Block:
+    layers = previous.layers if previous.opaque else joined
+    if isinstance(layer, _ACTIVATIONS):
+        return Block(layers, activation=layer)
+    return Block((*layers, layer))
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """Blocks that run one after the other.
+
+    Attributes:
+        name: how errors call it, for example ``"classification tower"``.
+        blocks: the blocks in order; none for a head that is a single convolution.
+        width_in: channels of the tower's input.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    width_in: int
+
+    @classmethod
+    def of(cls, modules: nn.Module | Iterable[nn.Module], name: str, width_in: int | None = None) -> Tower:
+        """Splits modules into a tower; the width is read off the first block unless it is given."""
+        blocks = split_tower(modules, name)
+        if width_in is None:
+            widths = blocks[0].widths if blocks else None
+            if widths is None:
+                raise ValueError(f"{name}: no layer tells its input width; hand in width_in")
+            width_in = widths[0]
+        return cls(name, blocks, width_in)
+
+    def width(self, position: int) -> int:
+        """Channels of the features after ``position`` blocks."""
+        for block in reversed(self.blocks[:position]):
+            if block.widths is not None:
+                return block.widths[1]
+        return self.width_in
+
+    def check(self, point: TapPoint) -> None:
+        """Raises ``ValueError``, naming the tower and what would fit, unless it can be split there."""
+        if point.tap not in ("post", "pre"):
+            raise ValueError(f'tap must be "post" or "pre", got {point.tap!r}')
+        if not 0 <= point.position <= len(self.blocks):
+            raise ValueError(
+                f"position {point.position} does not fit the {self.name} of {len(self.blocks)} "
+                f"blocks: choose from 0 (its input) to {len(self.blocks)} (its output)"
+            )
+        if point.tap == "pre" and point.position and self.blocks[point.position - 1].opaque:
+            fitting = [0, *(n for n, b in enumerate(self.blocks, 1) if not b.opaque)]
+            raise ValueError(
+                f'tap="pre" at position {point.position}: block {point.position} of the {self.name} '
+                f"({type(self.blocks[point.position - 1].layers[0]).__name__}) runs its activation "
+                f'inside its own forward; choose tap="post", or a position of {fitting}'
+            )
+
+    def run(
+        self, features: Tensor, points: Collection[TapPoint]
+    ) -> tuple[Tensor, dict[TapPoint, Tapped]]:
+        """Passes features through the whole tower, noting them at some points on the way.
+
+        A tapped tensor is never overwritten: what would work on it in place works on a copy.
+
+        Args:
+            features: shape (batch, channels, *space).
+            points: where to note the features.
+
+        Returns:
+            The tower's output, and the features at each of the points.
+        """
+        place = f"the {self.name}, position"
+        taps = {p: Tapped.note(f"{place} 0", features) for p in points if p.position == 0}
+        tapped = bool(taps)
+        for number, block in enumerate(self.blocks, 1):
+            if tapped and block.starts_in_place:
+                features = features.clone()
+            before, after = TapPoint(number, "pre"), TapPoint(number, "post")
+            if before in points:
+                features = block.body(features)
+                taps[before] = Tapped.note(f"{place} {number}", features)
+                features = block.activate(features)
+            else:
+                features = block(features)
+            if after in points:
+                taps[after] = Tapped.note(f"{place} {number}", features)
+            tapped = after in points or (before in points and block.activation is None)
+        return features, taps
+
+    def tail(self, features: Tensor, point: TapPoint) -> Tensor:
+        """Takes features up at a tap point, as the CrossKD head does, and passes them through the rest.
+
+        The activation of the block before the split is run in either case: for ``"pre"`` it is the one
+        that the features have not had yet; for ``"post"`` they have been aligned since, so that they
+        pass it once more. At position 0 there is none.
+
+        Args:
+            features: shape (batch, channels, *space), aligned to this tower.
+            point: where they were tapped.
+        """
+        if point.position:
+            features = self.blocks[point.position - 1].activate(features)
+        for block in self.blocks[point.position :]:
+            features = block(features)
+        return features
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One tower over all levels, or one a level, and the predictors that follow it.
+
+    Attributes:
+        name: ``"classification"``, ``"regression"``…
+        towers: one that all levels share, or one a level.
+        predictors: the modules behind the towers, for their names and widths.
+    """
+
+    name: str
+    towers: tuple[Tower, ...]
+    predictors: Mapping[str, nn.Module]
+
+    def tower(self, level: int) -> Tower:
+        """The tower that a level's features pass."""
+        return self.towers[0] if len(self.towers) == 1 else self.towers[level]
+
+    def check(self, point: TapPoint) -> None:
+        """Raises ``ValueError`` unless each tower can be split at a point."""
+        for tower in self.towers:
+            tower.check(point)

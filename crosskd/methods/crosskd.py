@@ -1,0 +1,169 @@
+"""CrossKD: the student's intermediate features, read by the rest of the teacher's head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from crosskd._statistics import FeatureStatistics, feature_statistics
+from crosskd.align import ChannelProjection, align_statistics
+from crosskd.head import Branch, Tap, TapPoint, Tapped
+from crosskd.methods.base import Method, Step
+from crosskd.methods.comparison import Comparison
+from crosskd.methods.recipes import HeadRecipe, RegressionLoss
+from crosskd.predictions import Predictions
+from crosskd.schedule import Schedule
+
+__all__ = ["CrossKD"]
+
+
+class CrossKD(Method):
+    """Cross-head distillation: the student's tower features are read by the frozen teacher's head.
+
+    After ``position`` blocks the features of each of the student's towers are aligned to the teacher's
+    statistics at the same place and passed through the rest of the teacher's tower and its predictors.
+    What comes out, the cross-head predictions, is held against the teacher's own. The student's own
+    predictors hear the ground truth alone, so the two targets never contradict each other.
+
+    Everything left at ``None`` takes the published value of the head type that is distilled:
+
+    ========= ======== ========== =================================== ==============
+    head      position cls_weight reg_weight                          quality_weight
+    ========= ======== ========== =================================== ==============
+    GFL       3        1          4 (KL of distributions)             0
+    RetinaNet 3        1          1 (GIoU)                            0
+    ATSS      3        1          1 (GIoU)                            1
+    FCOS      2        0.4        0.75 (log IoU)                      0
+    ========= ======== ========== =================================== ==============
+
+    Args:
+        position: after how many blocks of each tower the teacher's head takes over: from 0, the
+            tower's input, to the number of blocks. `crosskd.describe` prints what a detector offers.
+        tap: ``"post"`` hands over the features after the block's activation, with which all published
+            results were trained; ``"pre"`` those before it.
+        cls_weight: weight of ``kd_cls``.
+        reg_weight: weight of ``kd_reg``.
+        quality_weight: weight of ``kd_quality``, on a head's centerness or IoU prediction.
+        regression: which loss ``kd_reg`` is: ``"giou"``, ``"log_iou"`` or ``"distribution_kl"``.
+        beta: exponent of the quality focal loss in ``kd_cls``.
+        temperature: of the distributions, for ``"distribution_kl"``.
+        schedule: how strongly the method counts as training goes on.
+        name: what stands in front of the losses' names where two methods' would clash.
+
+    Raises:
+        ValueError: a weight, exponent, temperature or tap that is out of range.
+
+    References:
+        CrossKD: Cross-Head Knowledge Distillation for Object Detection (Wang et al., CVPR 2024,
+        arXiv 2306.11369), section 3.2 (cross-head predictions) and 3.3 (losses).
+
+    Example:
+        >>> CrossKD(position=2, reg_weight=0.5).extra_repr()
+        "position=2, tap='post', cls_weight=None, reg_weight=0.5, quality_weight=None"
+    """
+
+    def __init__(
+        self,
+        position: int | None = None,
+        tap: Tap = "post",
+        cls_weight: float | None = None,
+        reg_weight: float | None = None,
+        *,
+        quality_weight: float | None = None,
+        regression: RegressionLoss | None = None,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        schedule: Schedule | None = None,
+        name: str = "crosskd",
+    ) -> None:
+        super().__init__(schedule=schedule, name=name)
+        if tap not in ("post", "pre"):
+            raise ValueError(f'tap must be "post" or "pre", got {tap!r}')
+        if position is not None and (isinstance(position, bool) or not isinstance(position, int)):
+            raise TypeError(f"position must be a whole number of blocks, got {position!r}")
+        self.position = position
+        self.tap: Tap = tap
+        self.comparison = Comparison(
+            cls_weight=cls_weight,
+            reg_weight=reg_weight,
+            quality_weight=quality_weight,
+            regression=regression,
+            beta=beta,
+            temperature=temperature,
+        )
+        self.projections = nn.ModuleDict()
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        c = self.comparison
+        return (
+            f"position={self.position}, tap={self.tap!r}, cls_weight={c.cls_weight}, "
+            f"reg_weight={c.reg_weight}, quality_weight={c.quality_weight}"
+        )
+
+    @property
+    def point(self) -> TapPoint:
+        """Where both heads are split."""
+        if self.position is None:
+            raise ValueError("the position is not settled yet: hand the method to a Distiller first")
+        return TapPoint(self.position, self.tap)
+
+    def setup(
+        self,
+        teacher_branches: tuple[Branch, ...],
+        student_branches: tuple[Branch, ...],
+        recipe: HeadRecipe,
+    ) -> None:
+        """Settles position and weights, checks them, and makes a projection where widths differ."""
+        self.position = recipe.position if self.position is None else self.position
+        self.comparison = self.comparison.settled(recipe)
+        for teacher, student in zip(teacher_branches, student_branches, strict=True):
+            for side, branch in (("teacher", teacher), ("student", student)):
+                try:
+                    branch.check(self.point)
+                except ValueError as error:
+                    raise ValueError(f"{side}: {error}") from None
+            self._add_projections(teacher, student)
+
+    def _add_projections(self, teacher: Branch, student: Branch) -> None:
+        for level in range(max(len(teacher.towers), len(student.towers))):
+            width = student.tower(level).width(self.point.position)
+            teacher_width = teacher.tower(level).width(self.point.position)
+            if width != teacher_width:
+                per_level = len(teacher.towers) > 1 or len(student.towers) > 1
+                key = f"{student.name}_level{level}" if per_level else student.name
+                self.projections[key] = ChannelProjection(width, teacher_width)
+
+    def points(self, branch: str) -> tuple[TapPoint, TapPoint]:
+        """The split, on either side."""
+        return self.point, self.point
+
+    def observe_teacher(self, features: Tensor) -> FeatureStatistics:
+        """Alignment needs the teacher's statistics only, so its features need not be kept."""
+        return feature_statistics(features)
+
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses whose weight is not 0."""
+        return self.comparison.names
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Holds the cross-head predictions against the teacher's own."""
+        return self.comparison.losses(self.cross_head(step), step)
+
+    def cross_head(self, step: Step) -> Predictions:
+        """What the teacher's head makes of the student's features."""
+        return step.predict_as_teacher(
+            {branch.name: self._tower_outputs(branch, step) for branch in step.teacher_branches}
+        )
+
+    def _tower_outputs(self, branch: Branch, step: Step) -> Iterator[Tensor]:
+        """The rest of a teacher's towers on the student's features, level by level."""
+        taps: Sequence[Tapped] = step.student_taps[branch.name]
+        statistics: Sequence[FeatureStatistics] = step.teacher_taps[branch.name]
+        for level, (tap, teacher) in enumerate(zip(taps, statistics, strict=True)):
+            features = tap.read()
+            for key in (branch.name, f"{branch.name}_level{level}"):
+                if key in self.projections:
+                    features = self.projections[key](features)
+            yield branch.tower(level).tail(align_statistics(features, teacher), self.point)

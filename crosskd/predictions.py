@@ -1,0 +1,104 @@
+"""What every dense head predicts, in one form, and which of its locations count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosskd._checks import shape_text
+
+__all__ = ["Assignment", "Predictions", "assignment_from_teacher", "mean_over_ranks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A head's predictions for a batch, all levels one behind the other.
+
+    Attributes:
+        logits: shape (batch, anchors, classes), before the sigmoid.
+        regression: shape (batch, anchors, 4) as the head encodes boxes, or
+            (batch, anchors, 4, bins) for a distribution over each side.
+        quality: shape (batch, anchors), the logits of a centerness or IoU prediction, or ``None``.
+
+    Raises:
+        ValueError: batch and anchors that differ between the three.
+    """
+
+    logits: Tensor
+    regression: Tensor
+    quality: Tensor | None
+
+    def __post_init__(self) -> None:
+        expected = tuple(self.logits.shape[:2])
+        for name in ("regression", "quality"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape[:2]) != expected:
+                raise ValueError(
+                    f"{name} must have shape (batch, anchors, …) with (batch, anchors) = {expected} "
+                    f"as the logits have, got {shape_text(tensor)}"
+                )
+
+    def confidence(self) -> Tensor:
+        """The largest class probability at each anchor, shape (batch, anchors), in float32."""
+        return self.logits.amax(dim=-1).float().sigmoid()
+
+    def detach(self) -> Predictions:
+        """The same numbers without their history."""
+        quality = None if self.quality is None else self.quality.detach()
+        return Predictions(self.logits.detach(), self.regression.detach(), quality)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Which anchors count, which hold an object, and what losses over them are divided by.
+
+    Attributes:
+        counted: shape (batch, anchors), 1 where an anchor counts at all, else 0; ``None`` for all.
+        positive: shape (batch, anchors), true where an anchor is responsible for an object.
+        normalizer: shape (), the number of positives (RetinaNet, GFL, ATSS) or the sum of their
+            centerness targets (FCOS); at least 1, averaged over processes.
+    """
+
+    counted: Tensor | None
+    positive: Tensor
+    normalizer: Tensor
+
+
+def assignment_from_teacher(teacher: Predictions, threshold: float, *, quality: bool) -> Assignment:
+    """An assignment for images without targets: the teacher's confident anchors are the positives.
+
+    With targets the normaliser is the number of anchors that the label assignment holds responsible for
+    an object. Without them the best estimate of it is the number that the teacher itself would answer
+    with, so an unlabelled image weighs about what a labelled one does, and the two may be mixed in one
+    run without another weight. All anchors count. An image of which the teacher is confident nowhere
+    counts as one positive, as an image without boxes does.
+
+    Args:
+        teacher: the teacher's predictions.
+        threshold: an anchor is positive from this class probability on.
+        quality: sum the positives' predicted quality, as heads normalised by centerness do, where the
+            head predicts it, instead of counting them.
+    """
+    positive = teacher.confidence() >= threshold
+    amount = positive.float()
+    if quality and teacher.quality is not None:
+        amount = amount * teacher.quality.float().sigmoid()
+    normalizer = mean_over_ranks(amount.sum(dim=1).clamp(min=1).sum())
+    return Assignment(counted=None, positive=positive, normalizer=normalizer)
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """A number averaged over the processes of a distributed run; itself where there is one process.
+
+    Every process must call it as often as the others.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        return value
+    value = value.detach().clone()
+    torch.distributed.all_reduce(value)
+    return value / ranks
