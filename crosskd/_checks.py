@@ -34,9 +34,7 @@ def require_last_dimension(size: int, meaning: str, **tensors: Tensor) -> None:
     """Raises ``ValueError`` unless the last dimension of each argument is ``size``."""
     for name, tensor in tensors.items():
         if tensor.ndim == 0 or tensor.shape[-1] != size:
-            raise ValueError(
-                f"{name} must have shape (..., {size}), {meaning}, got {shape_text(tensor)}"
-            )
+            raise ValueError(f"{name} must have shape (..., {size}), {meaning}, got {shape_text(tensor)}")
 
 
 def require_rows(name: str, tensor: Tensor) -> None:

@@ -43,9 +43,7 @@ def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tens
     """
     if isinstance(teacher, Tensor):
         teacher = feature_statistics(teacher)
-    if teacher.mean.ndim != student_features.ndim or (
-        teacher.mean.shape[1] != student_features.shape[1]
-    ):
+    if teacher.mean.ndim != student_features.ndim or (teacher.mean.shape[1] != student_features.shape[1]):
         raise ValueError(
             f"student features {shape_text(student_features)} cannot take on statistics of "
             f"{teacher.mean.shape[1]} channels in {teacher.mean.ndim} dimensions: project them to "
@@ -77,8 +75,7 @@ class ChannelProjection(nn.Module):
         super().__init__()
         if student_width < 1 or teacher_width < 1:
             raise ValueError(
-                f"widths must be at least 1, got {student_width} (student) and "
-                f"{teacher_width} (teacher)"
+                f"widths must be at least 1, got {student_width} (student) and {teacher_width} (teacher)"
             )
         self.student_width = student_width
         self.teacher_width = teacher_width

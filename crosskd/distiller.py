@@ -203,9 +203,7 @@ class Distiller(nn.Module):
         self, inputs: Inputs, active: Mapping[str, Method]
     ) -> tuple[Sequence[Tensor], Predictions, dict[str, Taps]]:
         maps = self.adapter.features(self.student, inputs.student_pixels)
-        predictions, taps = self._run_head(
-            self.student, maps, active, side=0, keep=lambda _, tapped: tapped
-        )
+        predictions, taps = self._run_head(self.student, maps, active, side=0, keep=lambda _, tapped: tapped)
         return maps, predictions, taps
 
     def _run_head(

@@ -145,9 +145,7 @@ class Block:
         leaves = [leaf for layer in self.layers for leaf in layer.modules()]
         ins = [_first_integer(leaf, "in_channels", "in_features") for leaf in leaves]
         outs = [_first_integer(leaf, "out_channels", "out_features") for leaf in leaves]
-        known_ins, known_outs = (
-            [width for width in side if width is not None] for side in (ins, outs)
-        )
+        known_ins, known_outs = ([width for width in side if width is not None] for side in (ins, outs))
         return (known_ins[0], known_outs[-1]) if known_ins and known_outs else None
 
 
@@ -286,9 +284,7 @@ class Tower:
                 f'inside its own forward; choose tap="post", or a position of {fitting}'
             )
 
-    def run(
-        self, features: Tensor, points: Collection[TapPoint]
-    ) -> tuple[Tensor, dict[TapPoint, Tapped]]:
+    def run(self, features: Tensor, points: Collection[TapPoint]) -> tuple[Tensor, dict[TapPoint, Tapped]]:
         """Passes features through the whole tower, noting them at some points on the way.
 
         A tapped tensor is never overwritten: what would work on it in place works on a copy.

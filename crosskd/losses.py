@@ -476,9 +476,9 @@ def pkd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     require_same_shape(student_features=student_features, teacher_features=teacher_features)
     dtype = compute_dtype(student_features, teacher_features)
     student, teacher = student_features.to(dtype), teacher_features.detach().to(dtype)
-    difference = feature_statistics(student).normalize(student) - feature_statistics(
+    difference = feature_statistics(student).normalize(student) - feature_statistics(teacher).normalize(
         teacher
-    ).normalize(teacher)
+    )
     return _weighted(difference.square() / 2, None, None)
 
 

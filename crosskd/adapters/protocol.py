@@ -69,9 +69,7 @@ class Adapter(Protocol):
         """The head's branches, in the same order and under the same names for both detectors."""
         ...
 
-    def prepare(
-        self, teacher: nn.Module, student: nn.Module, images: Any, targets: Any
-    ) -> Inputs:
+    def prepare(self, teacher: nn.Module, student: nn.Module, images: Any, targets: Any) -> Inputs:
         """The student's own preprocessing, once; the teacher gets the same resized pixels.
 
         Raises:
@@ -83,9 +81,7 @@ class Adapter(Protocol):
         """What the head is fed: a tensor (batch, channels, height, width) a level, finest first."""
         ...
 
-    def predict(
-        self, detector: nn.Module, towers: Mapping[str, Iterable[Tensor]]
-    ) -> Predictions:
+    def predict(self, detector: nn.Module, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
         """Runs the head's predictors on tower outputs.
 
         Args:
@@ -95,9 +91,7 @@ class Adapter(Protocol):
         """
         ...
 
-    def locations(
-        self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]
-    ) -> Any:
+    def locations(self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]) -> Any:
         """The anchors or points of a batch, in the form that `losses` and `decode` want."""
         ...
 

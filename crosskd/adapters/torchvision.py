@@ -318,9 +318,7 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
         """Boxes by the head's own coder, in float32."""
-        boxes: Tensor = detector.head.box_coder.decode(
-            predictions.regression.float(), locations.stacked()
-        )
+        boxes: Tensor = detector.head.box_coder.decode(predictions.regression.float(), locations.stacked())
         return boxes
 
     def _predictors(self) -> dict[str, tuple[str, ...]]:
@@ -358,9 +356,7 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
 def _centerness(sides: Tensor) -> Tensor:
     """FCOS's centerness of a point in its box, from its distances (rows, 4) to left, top, right, bottom."""
     left_right, top_bottom = sides[:, [0, 2]], sides[:, [1, 3]]
-    return torch.sqrt(
-        (left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1))
-    )
+    return torch.sqrt((left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1)))
 
 
 class _PredictorsOnly:

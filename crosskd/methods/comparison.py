@@ -56,9 +56,7 @@ class Comparison:
         return Comparison(
             cls_weight=recipe.cls_weight if self.cls_weight is None else self.cls_weight,
             reg_weight=recipe.reg_weight if self.reg_weight is None else self.reg_weight,
-            quality_weight=(
-                recipe.quality_weight if self.quality_weight is None else self.quality_weight
-            ),
+            quality_weight=(recipe.quality_weight if self.quality_weight is None else self.quality_weight),
             regression=recipe.regression if self.regression is None else self.regression,
             beta=self.beta,
             temperature=self.temperature,
@@ -123,9 +121,7 @@ class Comparison:
 
 def _quality_loss(predictions: Predictions, step: Step) -> Tensor:
     if predictions.quality is None or step.teacher.quality is None:
-        raise ValueError(
-            "quality_weight is set, but this head predicts no centerness or IoU: leave it at 0"
-        )
+        raise ValueError("quality_weight is set, but this head predicts no centerness or IoU: leave it at 0")
     return quality_focal_loss(
         predictions.quality.unsqueeze(-1),
         step.teacher.quality.unsqueeze(-1),

@@ -36,6 +36,4 @@ class HeadRecipe:
 GFL = HeadRecipe("GFL", 3, cls_weight=1.0, reg_weight=4.0, regression="distribution_kl")
 RETINANET = HeadRecipe("RetinaNet", 3, cls_weight=1.0, reg_weight=1.0, regression="giou")
 ATSS = HeadRecipe("ATSS", 3, cls_weight=1.0, reg_weight=1.0, regression="giou", quality_weight=1.0)
-FCOS = HeadRecipe(
-    "FCOS", 2, cls_weight=0.4, reg_weight=0.75, regression="log_iou", quality_normalizer=True
-)
+FCOS = HeadRecipe("FCOS", 2, cls_weight=0.4, reg_weight=0.75, regression="log_iou", quality_normalizer=True)

@@ -1,0 +1,82 @@
+"""Detections of a data set and their COCO metrics, over one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from coco_data import CocoFolder
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module,
+    dataset: CocoFolder,
+    *,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+) -> dict[int, list[dict[str, Any]]]:
+    """Detections by image id, in COCO's result form, of this process's share of the images."""
+    was_training = detector.training
+    detector.eval()
+    found: dict[int, list[dict[str, Any]]] = {}
+    indices = range(rank, len(dataset), ranks)
+    for start in range(0, len(indices), batch_size):
+        chosen = list(indices[start : start + batch_size])
+        images = {index: dataset.read(index) for index in chosen}
+        readable = {i: image.to(device).float() / 255 for i, image in images.items() if image is not None}
+        outputs = detector(list(readable.values())) if readable else []
+        for index in chosen:
+            found[dataset.ids[index]] = []
+        for index, output in zip(readable, outputs, strict=True):
+            found[dataset.ids[index]] = coco_results(dataset, dataset.ids[index], output)
+    detector.train(was_training)
+    return found
+
+
+def coco_results(dataset: CocoFolder, image_id: int, output: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One image's detections in COCO's result form (xywh); labels that are no category are left out."""
+    boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
+    sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    return [
+        {"image_id": image_id, "category_id": dataset.category_of[label], "bbox": box, "score": score}
+        for box, score, label in zip(sizes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+        if label in dataset.category_of
+    ]
+
+
+def evaluate(
+    detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """COCO's box metrics, from 0 to 100, and the number of images, the same on every process."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = detect(detector, dataset, batch_size=batch_size, device=device, rank=rank, ranks=ranks)
+    if ranks > 1:
+        shares: list[Any] = [None] * ranks
+        dist.all_gather_object(shares, found)
+        found = {image_id: results for share in shares for image_id, results in share.items()}
+    results = [result for image_id in sorted(found) for result in found[image_id]]
+    return {**coco_metrics(dataset, results), "images": len(found)}
+
+
+def coco_metrics(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
+    """COCO's box metrics of results, from 0 to 100; all 0 where nothing was detected."""
+    if not results:
+        return dict.fromkeys(METRICS, 0.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), "bbox")
+        evaluation.params.imgIds = dataset.ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # COCO answers -1 where there is no object of a size.
+    return {name: 100 * max(0.0, float(v)) for name, v in zip(METRICS, evaluation.stats, strict=False)}

@@ -1,0 +1,164 @@
+"""RetinaNet and FCOS by name, on the backbones that torchvision has, with the same five levels each."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+from torchvision.models.detection import (
+    FCOS,
+    FCOS_ResNet50_FPN_Weights,
+    RetinaNet,
+    RetinaNet_ResNet50_FPN_Weights,
+)
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+FAMILIES = ("retinanet", "fcos")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
+MODEL_NAMES = tuple(f"{family}_{backbone}" for family in FAMILIES for backbone in BACKBONES)
+PUBLISHED = {
+    "retinanet_resnet50": RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+    "fcos_resnet50": FCOS_ResNet50_FPN_Weights.COCO_V1,
+}
+STRIDES = (8, 16, 32, 64, 128)
+WIDTH = 256
+
+
+def build_backbone(name: str, pretrained: bool) -> nn.Module:
+    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128, 256 channels each.
+
+    Args:
+        name: one of ``BACKBONES``.
+        pretrained: start from ImageNet weights, with frozen batch norm as torchvision does; from random
+            numbers, with batch norm that trains, otherwise.
+    """
+    norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
+    pyramid_top = LastLevelP6P7(WIDTH, WIDTH)
+    if name == "mobilenet_v3_large":
+        weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
+        layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
+        # The last layers at strides 8, 16 and 32.
+        levels = {"6": "0", "12": "1", "16": "2"}
+        widths = [40, 112, 960]
+        return BackboneWithFPN(layers, levels, widths, WIDTH, extra_blocks=pyramid_top)
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
+    return resnet_fpn_backbone(
+        backbone_name=name,
+        weights=weights,
+        norm_layer=norm,
+        trainable_layers=3 if pretrained else 5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=pyramid_top,
+    )
+
+
+def build_detector(
+    name: str,
+    num_classes: int,
+    *,
+    pretrained_backbone: bool = False,
+    head_norm: str = "none",
+    anchor_scale: float = 1.0,
+    short_side: list[int] | None = None,
+    long_side: int = 1333,
+) -> nn.Module:
+    """Builds a detector of torchvision's own classes.
+
+    Args:
+        name: one of ``MODEL_NAMES``.
+        num_classes: how many labels there are, the first of them 0.
+        pretrained_backbone: ImageNet weights in the backbone.
+        head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
+            FCOS always has it.
+        anchor_scale: multiplies RetinaNet's anchor sizes; small images have small objects.
+        short_side: images are resized to this; several for scale jitter, the last for evaluation.
+        long_side: but their longer side is at most this.
+    """
+    if name not in MODEL_NAMES:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
+    family, _, backbone_name = name.partition("_")
+    backbone = build_backbone(backbone_name, pretrained_backbone)
+    sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
+    if family == "fcos":
+        anchors = AnchorGenerator(tuple((s,) for s in STRIDES), ((1.0,),) * len(STRIDES))
+        return FCOS(backbone, num_classes, anchor_generator=anchors, **sizes)
+    bases = [4 * stride * anchor_scale for stride in STRIDES]
+    octaves = tuple(tuple(int(base * 2 ** (third / 3)) for third in range(3)) for base in bases)
+    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(STRIDES))
+    norm = partial(nn.GroupNorm, 32) if head_norm == "group" else None
+    head = RetinaNetHead(WIDTH, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+    return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sizes)
+
+
+def model_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `build_detector` that teacher and student must have in common."""
+    return {
+        "anchor_scale": options.anchor_scale,
+        "short_side": options.short_side,
+        "long_side": options.long_side,
+    }
+
+
+def load_published(name: str, options: argparse.Namespace) -> nn.Module:
+    """A detector with torchvision's published COCO weights, which know 91 labels: COCO's own ids."""
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"torchvision publishes no detection weights for {name!r}, only for {', '.join(PUBLISHED)}: "
+            "train a teacher, or give the path of a checkpoint"
+        )
+    if options.anchor_scale != 1.0:
+        raise ValueError("published weights were trained with --anchor-scale 1")
+    builder = torchvision.models.get_model(
+        f"{name}_fpn",
+        weights=PUBLISHED[name],
+        min_size=options.short_side[-1],
+        max_size=options.long_side,
+    )
+    builder.transform.min_size = tuple(options.short_side)
+    return builder
+
+
+def load_weights(detector: nn.Module, path: Path) -> None:
+    """Loads a plain detector's file, one written by the training script, or a distiller's.
+
+    Raises:
+        ValueError: weights that don't fit, naming the keys or shapes that differ.
+        FileNotFoundError: no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    state = plain_state(torch.load(path, map_location="cpu", weights_only=True))
+    own = detector.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"{path} doesn't fit this model: {len(missing)} keys missing {missing[:3]}, {len(unknown)} "
+            f"unknown {unknown[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}. Choose the "
+            "model, the number of classes and --head-norm that it was trained with"
+        )
+    detector.load_state_dict(state)
+
+
+def plain_state(loaded: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of the plain detector in whatever a file held."""
+    for key in ("model", "state_dict"):
+        if isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    loaded = {key.removeprefix("module."): value for key, value in loaded.items()}
+    student = {k.removeprefix("student."): v for k, v in loaded.items() if k.startswith("student.")}
+    return student or loaded

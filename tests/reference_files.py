@@ -1,0 +1,30 @@
+"""Files that tests compare with but that the project does not carry: published numbers, real images.
+
+``CROSSKD_SHARED`` names the folder that holds ``parity`` and ``data``; without it, a folder ``shared``
+beside the checkout is used. Where it is missing the tests that need it skip and say so.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("CROSSKD_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def load_parity(name: str) -> dict[str, Any]:
+    """Loads a file of published numbers, or skips the test."""
+    path = SHARED / "parity" / name
+    if not path.exists():
+        pytest.skip(f"no file {name} of published numbers under {SHARED} (set CROSSKD_SHARED)")
+    return torch.load(path, weights_only=True)
+
+
+def bccd_folder() -> Path:
+    """The folder of the BCCD images in COCO form, or skips the test."""
+    path = SHARED / "data" / "bccd"
+    if not path.exists():
+        pytest.skip(f"no BCCD images under {SHARED} (set CROSSKD_SHARED)")
+    return path
