@@ -1,0 +1,164 @@
+"""Detectors small enough to train a step in milliseconds: torchvision's own heads on a tiny backbone."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+STRIDES = (8, 16, 32)
+SIDE = 64
+
+Norm = Literal["none", "group"]
+
+
+class TinyBackbone(nn.Module):
+    """Plain convolutions that give levels of strides 8, 16 and 32.
+
+    Args:
+        width: channels of each level, the tower's width.
+        hidden: channels inside, so that teacher and student may differ.
+        batch_norm: puts a BatchNorm behind each strided convolution.
+    """
+
+    def __init__(self, width: int, hidden: int, batch_norm: bool) -> None:
+        super().__init__()
+
+        def stage(channels: int) -> nn.Sequential:
+            layers: list[nn.Module] = [nn.Conv2d(channels, hidden, 3, stride=2, padding=1)]
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(hidden))
+            return nn.Sequential(*layers, nn.ReLU())
+
+        self.out_channels = width
+        self.stem = nn.Sequential(stage(3), stage(hidden))
+        self.stages = nn.ModuleList(stage(hidden) for _ in STRIDES)
+        self.laterals = nn.ModuleList(nn.Conv2d(hidden, width, 1) for _ in STRIDES)
+
+    def forward(self, pixels: Tensor) -> OrderedDict[str, Tensor]:
+        features = self.stem(pixels)
+        levels = OrderedDict()
+        for level, (stage, lateral) in enumerate(zip(self.stages, self.laterals, strict=True)):
+            features = stage(features)
+            levels[str(level)] = lateral(features)
+        return levels
+
+
+def _liven(head: nn.Module) -> None:
+    """Weights that keep features alive: torchvision's own make them vanish over an untrained tower."""
+    for branch in (head.classification_head, head.regression_head):
+        for module in branch.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -0.1, 0.1)
+    nn.init.normal_(head.classification_head.cls_logits.bias, mean=-1.0)
+    nn.init.normal_(head.regression_head.bbox_reg.weight, std=0.02)
+
+
+def tiny_retinanet(
+    num_classes: int = 4,
+    *,
+    width: int = 32,
+    norm: Norm = "none",
+    seed: int = 0,
+    side: int = SIDE,
+    blocks: int = 4,
+    hidden: int = 8,
+    batch_norm: bool = False,
+    **options: Any,
+) -> RetinaNet:
+    """A RetinaNet of 3 anchors a location on three levels.
+
+    Args:
+        num_classes: classes, labelled from 0.
+        width: channels of the feature maps and towers; a multiple of 8.
+        norm: what stands behind each of the towers' convolutions.
+        seed: of the weights.
+        side: images are resized to this many pixels.
+        blocks: convolutions a tower.
+        hidden: channels of the backbone.
+        batch_norm: whether the backbone has BatchNorm layers.
+        options: further arguments of torchvision's ``RetinaNet``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = tuple((4 * stride,) for stride in STRIDES)
+        anchors = options.pop("anchor_generator", AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)))
+        per_location = anchors.num_anchors_per_location()[0]
+        norm_layer = partial(nn.GroupNorm, 8) if norm == "group" else None
+        head = RetinaNetHead(width, per_location, num_classes, norm_layer=norm_layer)
+        _shorten(head, blocks)
+        _liven(head)
+        return RetinaNet(
+            TinyBackbone(width, hidden, batch_norm),
+            num_classes,
+            min_size=side,
+            max_size=side,
+            anchor_generator=anchors,
+            head=head,
+            **options,
+        )
+
+
+def tiny_fcos(
+    num_classes: int = 4,
+    *,
+    width: int = 32,
+    norm: Norm = "group",
+    seed: int = 0,
+    side: int = SIDE,
+    blocks: int = 4,
+    hidden: int = 8,
+    batch_norm: bool = False,
+    **options: Any,
+) -> FCOS:
+    """An FCOS on three levels; arguments as for `tiny_retinanet`, ``width`` a multiple of 32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = tuple((stride,) for stride in STRIDES)
+        anchors = options.pop("anchor_generator", AnchorGenerator(sizes, ((1.0,),) * len(sizes)))
+        per_location = anchors.num_anchors_per_location()[0]
+        head = FCOSHead(width, per_location, num_classes, num_convs=blocks)
+        if norm == "none":
+            for branch in (head.classification_head, head.regression_head):
+                branch.conv = nn.Sequential(*(m for m in branch.conv if not isinstance(m, nn.GroupNorm)))
+        _liven(head)
+        # Distances of about 1.5 strides to each side: the boxes have an area, and a gradient.
+        nn.init.constant_(head.regression_head.bbox_reg.bias, 1.5)
+        return FCOS(
+            TinyBackbone(width, hidden, batch_norm),
+            num_classes,
+            min_size=side,
+            max_size=side,
+            anchor_generator=anchors,
+            head=head,
+            **options,
+        )
+
+
+def _shorten(head: nn.Module, blocks: int) -> None:
+    for branch in (head.classification_head, head.regression_head):
+        branch.conv = branch.conv[:blocks]
+
+
+def tiny_batch(
+    batch: int = 2, *, num_classes: int = 4, side: int = SIDE, seed: int = 0
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images of noise with two objects each, in torchvision's form."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, side, side, generator=generator) for _ in range(batch)]
+    targets = []
+    for _ in range(batch):
+        corner = torch.rand(2, 2, generator=generator) * side / 3
+        extent = side / 4 + torch.rand(2, 2, generator=generator) * side / 3
+        labels = torch.randint(num_classes, (2,), generator=generator)
+        targets.append({"boxes": torch.cat([corner, corner + extent], dim=1), "labels": labels})
+    return images, targets
