@@ -205,7 +205,7 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         blocks.append(Block(tuple(layers), last) if ends_active else Block(tuple(flat)))
         flat.clear()
 
-    for layer in tower:  # type: ignore[union-attr]  # ModuleList and Sequential both iterate
+    for layer in tower:  # ModuleList and Sequential both iterate
         if any(True for _ in layer.children()):
             close()
             blocks.append(_composite_block(layer))

@@ -87,14 +87,21 @@ def _weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | fl
 # Quality focal loss
 
 
+def _power(distance: Tensor, exponent: float) -> Tensor:
+    """A power whose slope at 0 counts as 0, the minimum, where below 1 it would be infinite."""
+    if exponent >= 1:
+        return distance if exponent == 1 else distance.pow(exponent)
+    equal = distance == 0
+    return distance.masked_fill(equal, 1.0).pow(exponent).masked_fill(equal, 0.0)
+
+
 def _quality_focal_value(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """|sigmoid(s) - sigmoid(t)|^beta * BCE(s, sigmoid(t)), elementwise."""
     target = teacher.sigmoid()
     loss = F.binary_cross_entropy_with_logits(student, target, reduction="none")
     if beta == 0:
         return loss
-    distance = (student.sigmoid() - target).abs()
-    return loss * (distance if beta == 1 else distance.pow(beta))
+    return loss * _power((student.sigmoid() - target).abs(), beta)
 
 
 def _quality_focal_derivative(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
@@ -108,11 +115,7 @@ def _quality_focal_derivative(student: Tensor, teacher: Tensor, beta: float) -> 
     slope = difference.sign() * probability * (1 - probability) * cross_entropy
     if beta == 1:
         return distance * difference + slope
-    steepness = beta * distance.pow(beta - 1)
-    if beta < 1:
-        # At equality the power is infinite where the slope is zero: the minimum, so no gradient.
-        steepness = steepness.masked_fill(difference == 0, 0.0)
-    return distance.pow(beta) * difference + steepness * slope
+    return _power(distance, beta) * difference + beta * _power(distance, beta - 1) * slope
 
 
 def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -130,7 +133,7 @@ def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             return
     chunk = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ACCELERATOR
     rows = max(1, chunk // tensors[0].shape[-1])
-    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
 class _QualityFocalRows(torch.autograd.Function):
@@ -163,7 +166,7 @@ class _QualityFocalRows(torch.autograd.Function):
             # create_graph=True: the same formula in one piece, so that autograd can differentiate it.
             derivative = _quality_focal_derivative(student.to(dtype), teacher.to(dtype), ctx.beta)
             return (derivative * row_gradient.unsqueeze(-1)).to(student.dtype), None, None
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        gradient = torch.empty_like(student)
         expanded = row_gradient.unsqueeze(-1).expand(student.shape)
         for s, t, g, out in _row_chunks(student, teacher, expanded, gradient):
             out.copy_(_quality_focal_derivative(s.to(dtype), t.to(dtype), ctx.beta).mul_(g))
@@ -225,7 +228,7 @@ def quality_focal_loss(
         dtype = compute_dtype(student_logits, teacher_logits)
         value = _quality_focal_value(student_logits.to(dtype), teacher_logits.to(dtype), beta)
         return _weighted(value.sum(-1), weight, normalizer)
-    rows = _QualityFocalRows.apply(student_logits, teacher_logits, beta)  # type: ignore[no-untyped-call]
+    rows = _QualityFocalRows.apply(student_logits, teacher_logits, beta)
     return _weighted(rows, weight, normalizer)
 
 
@@ -332,7 +335,8 @@ def giou_loss(
         A scalar, float32 (float64 for float64 inputs), between 0 and 2 a row.
 
     Raises:
-        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row.
+        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row, a
+            normaliser that is not above 0.
         TypeError: boxes that are not floating point.
 
     References:
@@ -374,7 +378,8 @@ def iou_loss(
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row.
+        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row, a
+            normaliser that is not above 0.
         TypeError: boxes that are not floating point.
 
     References:
@@ -412,7 +417,7 @@ def sigmoid_focal_loss(
     Args:
         logits: shape (..., classes), before the sigmoid.
         targets: shape (..., classes), 1 at a row's class, else 0; a constant.
-        alpha: weight of the ones against the zeros, between 0 and 1, or below 0 for none.
+        alpha: weight of the ones against the zeros, between 0 and 1, or -1 for none.
         gamma: how strongly well-classified entries are damped; 0 or more.
         weight: one number a row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
@@ -421,7 +426,8 @@ def sigmoid_focal_loss(
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ, a weight that is not one number a row, ``gamma`` below 0.
+        ValueError: shapes that differ, a weight that is not one number a row, ``alpha`` or ``gamma``
+            out of range, a normaliser that is not above 0.
         TypeError: arguments that are not floating point.
 
     References:
@@ -435,6 +441,8 @@ def sigmoid_focal_loss(
     require_floating(logits=logits, targets=targets)
     require_rows("logits", logits)
     require_same_shape(logits=logits, targets=targets)
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise ValueError(f"alpha must be between 0 and 1, or -1 for none, got {alpha}")
     if not gamma >= 0:
         raise ValueError(f"gamma must be 0 or more, got {gamma}")
     dtype = compute_dtype(logits, targets)
