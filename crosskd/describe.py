@@ -52,7 +52,7 @@ def _branch_lines(branch: Branch) -> list[str]:
             f"  {0:>8}  {tower.width(0):>8}  {'post':<9}  (the tower's input)",
         ]
         for number, block in enumerate(tower.blocks, 1):
-            taps = "post" if block.opaque else "post, pre"
+            taps = "post, pre" if block.has_pre else "post"
             lines.append(f"  {number:>8}  {tower.width(number):>8}  {taps:<9}  {_block_text(block)}")
     predictors = ", ".join(
         f"{name} ({getattr(module, 'out_channels', '?')} channels)"

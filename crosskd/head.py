@@ -58,11 +58,11 @@ class TapPoint(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tapped:
-    """Features noted at a tap point, refusing to be read once something has written over them.
+    r"""Features noted at a tap point, refusing to be read once something has written over them.
 
     Attributes:
         place: how errors call the tap point.
-        features: shape (batch, channels, *space).
+        features: shape (batch, channels, \*space).
         version: the tensor's in-place version when it was noted.
     """
 
@@ -134,6 +134,14 @@ class Block:
         return activated
 
     @property
+    def has_pre(self) -> bool:
+        """Whether a tap before the activation can be taken: none is, or may be, hidden in the layers."""
+        if self.opaque or self.activation is not None:
+            return not self.opaque
+        inside = [module for layer in self.layers for module in layer.modules()]
+        return not any(isinstance(m, _ACTIVATIONS) or _runs_its_own_way(m) for m in inside)
+
+    @property
     def starts_in_place(self) -> bool:
         """Whether the first layer would overwrite the block's input."""
         first = next((m for m in self.layers[0].modules() if not list(m.children())), None)
@@ -159,15 +167,25 @@ def _is_weighted_leaf(module: nn.Module) -> bool:
     return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
+def _runs_its_own_way(module: nn.Module) -> bool:
+    """A module with children and a forward that is more than one child after the other."""
+    return any(True for _ in module.children()) and type(module).forward is not nn.Sequential.forward
+
+
 def _composite_block(module: nn.Module) -> Block:
     """A block that stands in the tower as one module with children."""
     children = list(module.children())
-    last = children[-1]
-    if not isinstance(last, _ACTIVATIONS):
-        return Block((module,), opaque=True)
-    if type(module).forward is nn.Sequential.forward:
-        return Block(tuple(children[:-1]), activation=last)
-    return Block((module,), activation=last, opaque=True)
+    if not _runs_its_own_way(module):
+        return _flat_block(children)
+    activation = children[-1] if isinstance(children[-1], _ACTIVATIONS) else None
+    return Block((module,), activation, opaque=True)
+
+
+def _flat_block(layers: list[nn.Module]) -> Block:
+    """A block of layers that run one after the other."""
+    *body, last = layers
+    ends_active = body and isinstance(last, _ACTIVATIONS)
+    return Block(tuple(body), last) if ends_active else Block(tuple(layers))
 
 
 def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> tuple[Block, ...]:
@@ -182,7 +200,8 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         name: what to call the tower in an error.
 
     Raises:
-        ValueError: nothing to split at, or layers before the first convolution.
+        ValueError: a single module of its own kind, or layers before the first convolution.
+        TypeError: something in the sequence that is not a module.
 
     Example:
         >>> blocks = split_tower(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)))
@@ -198,14 +217,13 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
     flat: list[nn.Module] = []
 
     def close() -> None:
-        if not flat:
-            return
-        *layers, last = flat
-        ends_active = isinstance(last, _ACTIVATIONS) and layers
-        blocks.append(Block(tuple(layers), last) if ends_active else Block(tuple(flat)))
-        flat.clear()
+        if flat:
+            blocks.append(_flat_block(flat))
+            flat.clear()
 
-    for layer in tower:  # ModuleList and Sequential both iterate
+    for number, layer in enumerate(tower):  # ModuleList and Sequential both iterate
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{name}: layer {number} is a {type(layer).__name__}, expected an nn.Module")
         if any(True for _ in layer.children()):
             close()
             blocks.append(_composite_block(layer))
@@ -220,9 +238,10 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
             joined = (*previous.layers, *([previous.activation] if previous.activation else []))
             blocks.append(_rejoin(previous, joined, layer))
     close()
-    if blocks and not any(_is_weighted_leaf(m) for m in blocks[0].layers[0].modules()):
+    first = blocks[0].layers if blocks else ()
+    if blocks and not any(_is_weighted_leaf(m) for layer in first for m in layer.modules()):
         raise ValueError(
-            f"{name} starts with {type(blocks[0].layers[0]).__name__}, before any convolution or "
+            f"{name} starts with {type(first[0]).__name__}, before any convolution or "
             "linear layer: move it out of the tower, or hand in the blocks yourself"
         )
     return tuple(blocks)
@@ -232,7 +251,7 @@ def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) ->
     layers = previous.layers if previous.opaque else joined
     if isinstance(layer, _ACTIVATIONS):
         return Block(layers, activation=layer)
-    return Block((*layers, layer))
+    return Block((*layers, layer), opaque=previous.opaque)
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,21 +295,22 @@ class Tower:
                 f"position {point.position} does not fit the {self.name} of {len(self.blocks)} "
                 f"blocks: choose from 0 (its input) to {len(self.blocks)} (its output)"
             )
-        if point.tap == "pre" and point.position and self.blocks[point.position - 1].opaque:
-            fitting = [0, *(n for n, b in enumerate(self.blocks, 1) if not b.opaque)]
+        if point.tap == "pre" and point.position and not self.blocks[point.position - 1].has_pre:
+            layers = ", ".join(type(layer).__name__ for layer in self.blocks[point.position - 1].layers)
+            fitting = [0, *(n for n, b in enumerate(self.blocks, 1) if b.has_pre)]
             raise ValueError(
                 f'tap="pre" at position {point.position}: block {point.position} of the {self.name} '
-                f"({type(self.blocks[point.position - 1].layers[0]).__name__}) runs its activation "
-                f'inside its own forward; choose tap="post", or a position of {fitting}'
+                f"({layers}) does not end in an activation that can be left out; "
+                f'choose tap="post", or a position of {fitting}'
             )
 
     def run(self, features: Tensor, points: Collection[TapPoint]) -> tuple[Tensor, dict[TapPoint, Tapped]]:
-        """Passes features through the whole tower, noting them at some points on the way.
+        r"""Passes features through the whole tower, noting them at some points on the way.
 
         A tapped tensor is never overwritten: what would work on it in place works on a copy.
 
         Args:
-            features: shape (batch, channels, *space).
+            features: shape (batch, channels, \*space).
             points: where to note the features.
 
         Returns:
@@ -315,14 +335,14 @@ class Tower:
         return features, taps
 
     def tail(self, features: Tensor, point: TapPoint) -> Tensor:
-        """Takes features up at a tap point, as the CrossKD head does, and passes them through the rest.
+        r"""Takes features up at a tap point, as the CrossKD head does, and passes them through the rest.
 
         The activation of the block before the split is run in either case: for ``"pre"`` it is the one
         that the features have not had yet; for ``"post"`` they have been aligned since, so that they
         pass it once more. At position 0 there is none.
 
         Args:
-            features: shape (batch, channels, *space), aligned to this tower.
+            features: shape (batch, channels, \*space), aligned to this tower.
             point: where they were tapped.
         """
         if point.position:
@@ -347,8 +367,19 @@ class Branch:
     predictors: Mapping[str, nn.Module]
 
     def tower(self, level: int) -> Tower:
-        """The tower that a level's features pass."""
-        return self.towers[0] if len(self.towers) == 1 else self.towers[level]
+        """The tower that a level's features pass.
+
+        Raises:
+            ValueError: there are several towers, but none for this level.
+        """
+        if len(self.towers) == 1:
+            return self.towers[0]
+        if level >= len(self.towers):
+            raise ValueError(
+                f"the {self.name} branch has towers for {len(self.towers)} levels, but there is a level "
+                f"{level + 1}: give it one tower a level, or a single one for all"
+            )
+        return self.towers[level]
 
     def check(self, point: TapPoint) -> None:
         """Raises ``ValueError`` unless each tower can be split at a point."""
