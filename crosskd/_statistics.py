@@ -25,19 +25,19 @@ class FeatureStatistics:
     std: Tensor
 
     def normalize(self, features: Tensor) -> Tensor:
-        """Features without their mean, over their standard deviation (1e-6 added).
+        r"""Features without their mean, over their standard deviation (1e-6 added).
 
         Args:
-            features: shape (batch, channels, *space).
+            features: shape (batch, channels, \*space).
         """
         return (features - self.mean) / (self.std + EPSILON)
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Measures each channel's mean and standard deviation over batch and space, in float32 at least.
+    r"""Measures each channel's mean and standard deviation over batch and space, in float32 at least.
 
     Args:
-        features: shape (batch, channels, *space).
+        features: shape (batch, channels, \*space).
 
     Raises:
         ValueError: fewer than two dimensions, or no element to measure.

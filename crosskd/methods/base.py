@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crosskd.head import Branch, TapPoint, Tapped
+from crosskd.head import Branch, Tapped, TapPoint
 from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
 from crosskd.schedule import Schedule
@@ -70,7 +70,7 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: settings that don't fit the two heads.
         """
-        return None
+        return
 
     def points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
         """Where to tap a branch of the (student, teacher), or ``None`` not to."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from crosskd._statistics import FeatureStatistics, feature_statistics
 from crosskd.align import ChannelProjection, align_statistics
-from crosskd.head import Branch, Tap, TapPoint, Tapped
+from crosskd.head import Branch, Tap, Tapped, TapPoint
 from crosskd.methods.base import Method, Step
 from crosskd.methods.comparison import Comparison
 from crosskd.methods.recipes import HeadRecipe, RegressionLoss
