@@ -1,0 +1,63 @@
+"""The Python that README and documentation show runs as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from torchvision.models import detection
+
+from tests.tiny import tiny_batch
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/quickstart.md", "docs/adapters.md")
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """Each Python block of a page with the line that it starts on."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text[: fence.start(1)].count("\n"), fence.group(1)) for fence in fences]
+
+
+def without_downloads(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A torchvision builder that makes the same detector for small images, with random weights."""
+
+    def build_small(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
+        return build(weights=None, weights_backbone=None, min_size=64, max_size=64)
+
+    return build_small
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, monkeypatch, tmp_path):
+    for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
+        monkeypatch.setattr(detection, name, without_downloads(getattr(detection, name)))
+    monkeypatch.chdir(tmp_path)
+    images, targets = tiny_batch()
+    shown: dict[str, Any] = {"loader": [(images, targets)], "__name__": page}
+    blocks = python_blocks(ROOT / page)
+    assert blocks
+    for line, block in blocks:
+        source = "\n" * line + block  # so that a traceback tells the page's own line
+        exec(compile(source, str(ROOT / page), "exec"), shown)
+    assert "losses" in shown
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme, ci = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", ".ci/run"))
+    assert ".venv/bin/python -m pytest" in readme
+    assert re.search(r"^python -m pytest .*--cov-fail-under=95", ci, flags=re.MULTILINE)
+    assert os.access(ROOT / ".ci/run", os.X_OK)
