@@ -50,10 +50,12 @@ __all__ = [
 _SMALLEST_AREA = 1e-6
 _SMALLEST_IOU = 1e-6
 
-# How many numbers the quality focal loss works on at a time. A CPU's share fits its cache, a GPU's
-# keeps the number of kernel launches low; both are small beside a batch's 10^7 to 10^8 logits.
-_CHUNK_CPU = 2**17
+# How many numbers the quality focal loss works on at a time: on a CPU as many a thread as fit its cache,
+# on a GPU enough to keep the number of kernel launches low. A few temporary tensors of this size are
+# alive at once, so it is also kept to a small part of the logits.
+_CHUNK_CPU = 2**16
 _CHUNK_ACCELERATOR = 2**22
+_CHUNKS_AT_LEAST = 32
 
 
 def _weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
@@ -110,12 +112,21 @@ def _quality_focal_derivative(student: Tensor, teacher: Tensor, beta: float) -> 
     difference = probability - target
     if beta == 0:
         return difference
-    cross_entropy = F.binary_cross_entropy_with_logits(student, target, reduction="none")
-    distance = difference.abs()
-    slope = difference.sign() * probability * (1 - probability) * cross_entropy
+    # Cross entropy as softplus(s) - s * target: two passes over the numbers instead of four. For a large
+    # s it cancels, but the sigmoid's slope that multiplies it is smaller still.
+    cross_entropy = torch.addcmul(F.softplus(student, threshold=50), student, target, value=-1)
+    slope = torch.addcmul(probability, probability, probability, value=-1) * cross_entropy
     if beta == 1:
-        return distance * difference + slope
+        return torch.addcmul(slope, difference, difference) * difference.sign()
+    distance = difference.abs()
+    slope = slope * difference.sign()
     return _power(distance, beta) * difference + beta * _power(distance, beta - 1) * slope
+
+
+def _chunk_size(logits: Tensor) -> int:
+    """How many numbers to work on at a time."""
+    largest = _CHUNK_CPU * torch.get_num_threads() if logits.device.type == "cpu" else _CHUNK_ACCELERATOR
+    return min(largest, max(logits.numel() // _CHUNKS_AT_LEAST, _CHUNK_CPU))
 
 
 def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -131,8 +142,7 @@ def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             for pieces in zip(*(tensor.unbind(0) for tensor in tensors), strict=True):
                 yield from _row_chunks(*pieces)
             return
-    chunk = _CHUNK_CPU if first.device.type == "cpu" else _CHUNK_ACCELERATOR
-    rows = max(1, chunk // tensors[0].shape[-1])
+    rows = max(1, _chunk_size(first) // first.shape[-1])
     yield from zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
