@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crosskd._checks import compute_dtype, shape_text
+from crosskd._checks import compute_dtype, require_floating, shape_text
 from crosskd._statistics import EPSILON, FeatureStatistics, feature_statistics
 
 __all__ = ["ChannelProjection", "FeatureStatistics", "align_statistics", "feature_statistics"]
@@ -29,7 +29,8 @@ def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tens
         Aligned features, of the shape and type of the student's.
 
     Raises:
-        ValueError: another number of channels (see `ChannelProjection`).
+        ValueError: another number of channels (see `ChannelProjection`), or no element to measure.
+        TypeError: features that are not floating point.
 
     References:
         CrossKD, section 3.2; the statistics are those of PKD (Cao et al., NeurIPS 2022).
@@ -41,6 +42,7 @@ def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tens
         >>> aligned.shape
         torch.Size([2, 8, 5, 5])
     """
+    require_floating(student_features=student_features)
     if isinstance(teacher, Tensor):
         teacher = feature_statistics(teacher)
     if teacher.mean.ndim != student_features.ndim or (teacher.mean.shape[1] != student_features.shape[1]):
