@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ class AspectBatches(Sampler[list[int]]):
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // (self.batch_size * self.ranks))
+        return math.ceil(len(self.dataset) / (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(hash((self.seed, self.dataset.epoch)) % 2**63)
