@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from crosskd.adapters import Adapter, Inputs, find_adapter
 from crosskd.frozen import frozen_copy
-from crosskd.head import Tapped, TapPoint
+from crosskd.head import Branch, Tapped, TapPoint
 from crosskd.methods.base import Method, Step
 from crosskd.predictions import Assignment, Predictions, assignment_from_teacher
 
@@ -20,6 +21,14 @@ __all__ = ["Distiller"]
 
 Taps = dict[str, list[Any]]
 """One method's taps: by branch name, one entry a level."""
+
+
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
+
+def _outside_graph(function: CallableT) -> CallableT:
+    """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
+    return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class Distiller(nn.Module):
@@ -88,8 +97,9 @@ class Distiller(nn.Module):
         _warn_if_shared(teacher, student)
         self.unlabelled_threshold = unlabelled_threshold
         self.student = student
-        # In a tuple, so that the module machinery (parameters, state_dict, train) doesn't see it.
+        # In tuples, so that the module machinery (parameters, state_dict, train) doesn't see them.
         self._teacher = (frozen_copy(teacher),)
+        self._checked_student = (student,)
         self.methods = nn.ModuleDict(_named(methods))
         branches = self.adapter.branches(self.teacher), self.adapter.branches(student)
         for method in self._methods().values():
@@ -116,9 +126,9 @@ class Distiller(nn.Module):
             self.progress[1] = epoch
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        """Moves and casts the teacher along with the student: under ``to``, ``cuda``, ``half``…"""
-        super()._apply(fn, recurse)
-        self.teacher._apply(fn)
+        """Moves and casts the teacher along with the student, under ``to``, ``cuda``, ``half``."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
+        self.teacher._apply(fn)  # type: ignore[no-untyped-call, unused-ignore]
         return self
 
     def forward(self, images: Any, targets: Any = None) -> Any:
@@ -150,7 +160,7 @@ class Distiller(nn.Module):
         for name, method in self._methods().items():
             if name not in active:
                 distillation[name] = _nothing(method, self.student)
-        for name, key, loss in _flat(distillation):
+        for name, key, loss in _flat(distillation, losses):
             losses[key] = loss * factors[name] if factors[name] != 1 else loss
         return losses
 
@@ -169,6 +179,7 @@ class Distiller(nn.Module):
             return losses, {}
         _check_levels(teacher_maps, maps)
         losses, assignment, locations = self._assign(inputs, maps, student, (teacher_maps, teacher))
+        assert assignment is not None  # without targets the teacher's predictions give one
         distillation = {
             name: method(
                 Step(
@@ -245,13 +256,25 @@ class Distiller(nn.Module):
 
     # -- what runs outside a compiled graph: it depends on the data, or happens once ---------------
 
-    @torch.compiler.disable
+    @_outside_graph
     def _prepare(self, images: Any, targets: Any) -> Inputs:
+        if self.student is not self._checked_student[0]:
+            raise ValueError(
+                f"distiller.student was replaced by another {type(self.student).__name__}, which was never "
+                "checked against the teacher: make a new Distiller for it"
+            )
+        if self.teacher.training:
+            raise ValueError(
+                "distiller.teacher is in train mode, in which its answers change: call "
+                "distiller.teacher.eval(), or leave its mode alone"
+            )
         if not self._checked:
             _check_devices(self.teacher, self.student)
+            for side, detector in (("teacher", self.teacher), ("student", self.student)):
+                _warn_about_hooks(side, detector, self.adapter.branches(detector))
         return self.adapter.prepare(self.teacher, self.student, images, targets)
 
-    @torch.compiler.disable
+    @_outside_graph
     def _assign(
         self,
         inputs: Inputs,
@@ -276,7 +299,7 @@ class Distiller(nn.Module):
     def _decode(self, predictions: Predictions, locations: Any) -> Tensor:
         return self.adapter.decode(self.student, predictions, locations)
 
-    @torch.compiler.disable
+    @_outside_graph
     def _advance(self) -> dict[str, float]:
         """Each method's factor at this step; moves the step count on."""
         if self.progress is None:
@@ -296,14 +319,15 @@ class Distiller(nn.Module):
         self.progress[0] += 1
         return factors
 
-    @torch.compiler.disable
+    @_outside_graph
     def _check_first_step(self, distillation: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuses, once, a distillation that would silently do nothing."""
         if self._checked or not distillation:
             return
         for name, losses in distillation.items():
             _check_effect(name, losses)
-        self._checked = True
+        # Without gradients it can't be seen whether the student would learn: check again when there are.
+        self._checked = torch.is_grad_enabled()
 
 
 def _bare(side: str, detector: nn.Module) -> nn.Module:
@@ -354,9 +378,16 @@ def _named(methods: Method | Sequence[Method]) -> dict[str, nn.Module]:
     return named
 
 
-def _flat(distillation: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
-    """(method, key, loss) of every loss, with the method's name in front of keys that clash."""
-    keys = [key for losses in distillation.values() for key in losses]
+def _flat(
+    distillation: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(method, key, loss) of every loss, with the method's name in front of keys that clash.
+
+    Args:
+        distillation: the losses by method and name.
+        own: the student's own losses, whose names are taken.
+    """
+    keys = [*own, *(key for losses in distillation.values() for key in losses)]
     for name, losses in distillation.items():
         for key, loss in losses.items():
             yield name, f"{name}_{key}" if keys.count(key) > 1 else key, loss
@@ -369,7 +400,7 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     """
     parameters = list(method.parameters()) or [next(student.parameters())]
     zero = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
-    return {key: zero for key in method.loss_names()}
+    return dict.fromkeys(method.loss_names(), zero)
 
 
 def _shape_only(feature_map: Tensor) -> Tensor:
@@ -383,6 +414,23 @@ def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError(
             f"the teacher is on {theirs} and the student on {ours}: move both with distiller.to(device)"
         )
+
+
+def _warn_about_hooks(side: str, detector: nn.Module, branches: Iterable[Branch]) -> None:
+    """Warns of hooks on modules that distillation doesn't call as a whole, but piece by piece."""
+    towers = [tower for branch in branches for tower in branch.towers]
+    called = {id(module) for branch in branches for module in branch.predictors.values()}
+    called |= {id(layer) for tower in towers for block in tower.blocks for layer in block.layers}
+    for path, module in detector.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        inside = (id(child) for child in module.modules() if child is not module)
+        if any(hooks) and id(module) not in called and not called.isdisjoint(inside):
+            warnings.warn(
+                f"{side}: hooks on {path or 'the detector itself'} are not run in training, because "
+                "distillation runs it piece by piece: register them on the backbone, on the layers of a "
+                "tower or on a predictor",
+                stacklevel=4,
+            )
 
 
 def _check_levels(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
@@ -399,13 +447,16 @@ def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
     if not losses:
         raise ValueError(f"{name} returned no loss at all: give one of its weights a value above 0")
     for key, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{name}: {key} must be a scalar tensor, shape (), got {got}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
                 f"{name}: {key} depends on no trainable parameter of the student, so distilling it has no "
                 "effect: the student's features are frozen or detached before the split"
             )
         value = float(loss.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             raise ValueError(
                 f"{name}: {key} is {value} on the first step: look for numbers that are not finite in the "
                 "images, the teacher's weights or the student's"

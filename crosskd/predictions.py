@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crosskd._checks import shape_text
+from crosskd._checks import compute_dtype, shape_text
 
 __all__ = ["Assignment", "Predictions", "assignment_from_teacher", "mean_over_ranks"]
 
@@ -41,8 +41,8 @@ class Predictions:
                 )
 
     def confidence(self) -> Tensor:
-        """The largest class probability at each anchor, shape (batch, anchors), in float32."""
-        return self.logits.amax(dim=-1).float().sigmoid()
+        """The largest class probability at each anchor, shape (batch, anchors), in float32 at least."""
+        return self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
 
     def detach(self) -> Predictions:
         """The same numbers without their history."""

@@ -20,6 +20,7 @@ from torchvision.models.detection.retinanet import (
     RetinaNetRegressionHead,
 )
 
+from crosskd._checks import compute_dtype
 from crosskd.adapters.protocol import Inputs
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch, Tower
@@ -66,6 +67,11 @@ class _TorchvisionAdapter(ABC):
     def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
+            if not self.supports(detector):
+                raise TypeError(
+                    f"{type(self).__name__} is for torchvision's {self._family.__name__}, the {side} is a "
+                    f"{type(detector).__name__}: leave adapter= out, or pass one that understands it"
+                )
             self._check_head(side, detector)
         self._check_classes(teacher, student)
         self._check_anchors(teacher, student)
@@ -84,7 +90,8 @@ class _TorchvisionAdapter(ABC):
     def _check_head(self, side: str, detector: Any) -> None:
         for path, known in self._forwards:
             module = detector.get_submodule(path)
-            if type(module).forward is not known.forward:  # type: ignore[comparison-overlap]
+            forwards = type(module).forward, known.forward
+            if forwards[0] is not forwards[1] or "forward" in vars(module):
                 raise ValueError(
                     f"{side}: {path} is a {type(module).__name__} with a forward of its own, which "
                     f"this adapter, made for {known.__name__}, does not know: write an adapter for it "
@@ -146,8 +153,8 @@ class _TorchvisionAdapter(ABC):
     def _strides(self, detector: Any) -> list[int] | None:
         """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
         backbone = frozen_copy(detector.backbone)
-        parameter = next(backbone.parameters())
-        pixels = parameter.detach().new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
+        parameter = next(backbone.parameters(), torch.empty(0))
+        pixels = parameter.new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
         try:
             with torch.no_grad():
                 maps = _as_list(backbone(pixels))
@@ -172,11 +179,12 @@ class _TorchvisionAdapter(ABC):
 
     def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
         """The student's transform, once; the teacher gets its pixels, renormalised."""
-        _check_images(images, targets)
+        _check_images(images)
+        if targets is not None:
+            _check_targets(targets, len(images), student.head.classification_head.num_classes)
         batch, resized_targets = student.transform(list(images), targets)
         if resized_targets is not None:
             _check_boxes(resized_targets)
-            _check_labels(resized_targets, student.head.classification_head.num_classes)
         teacher_pixels = _renormalized(batch, student.transform, teacher.transform)
         return Inputs(batch.tensors, teacher_pixels, resized_targets, extra=batch)
 
@@ -263,8 +271,8 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
         return Predictions(logits, regression, quality=None)
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
-        """Boxes by the detector's own coder, in float32."""
-        deltas = predictions.regression.float()
+        """Boxes by the detector's own coder, in float32 at least."""
+        deltas = _widened(predictions.regression)
         anchors = locations.stacked().to(deltas.dtype)
         boxes = detector.box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
         return boxes.view_as(deltas)  # type: ignore[no-any-return]
@@ -317,8 +325,9 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
         return Predictions(logits, regression, quality=centerness.squeeze(-1))
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
-        """Boxes by the head's own coder, in float32."""
-        boxes: Tensor = detector.head.box_coder.decode(predictions.regression.float(), locations.stacked())
+        """Boxes by the head's own coder, in float32 at least."""
+        sides = _widened(predictions.regression)
+        boxes: Tensor = detector.head.box_coder.decode(sides, locations.stacked())
         return boxes
 
     def _predictors(self) -> dict[str, tuple[str, ...]]:
@@ -356,7 +365,9 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
 def _centerness(sides: Tensor) -> Tensor:
     """FCOS's centerness of a point in its box, from its distances (rows, 4) to left, top, right, bottom."""
     left_right, top_bottom = sides[:, [0, 2]], sides[:, [1, 3]]
-    return torch.sqrt((left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1)))
+    ratios = (left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1))
+    centerness: Tensor = ratios.sqrt()
+    return centerness
 
 
 class _PredictorsOnly:
@@ -373,10 +384,10 @@ class _PredictorsOnly:
 
 
 def _predict(head: nn.Module, towers: Iterable[Tensor]) -> Any:
-    return type(head).forward(_PredictorsOnly(head), towers)  # type: ignore[arg-type]
+    return type(head).forward(_PredictorsOnly(head), towers)  # type: ignore[arg-type, unused-ignore]
 
 
-def _losses_and_matches(student: Any, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
+def _losses_and_matches(student: Any, targets: Any, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Runs the detector's own ``compute_loss`` and notes the matches that it hands to its head.
 
     It runs on a shallow copy of the detector, whose head notes and passes on, so that neither is
@@ -394,14 +405,18 @@ def _losses_and_matches(student: Any, *arguments: Any) -> tuple[dict[str, Tensor
     head.__dict__["compute_loss"] = note
     view = copy.copy(student)
     view.__dict__["_modules"] = {**student._modules, "head": head}
-    losses: dict[str, Tensor] = view.compute_loss(*arguments)
-    if not noted:
+    losses: dict[str, Tensor] = view.compute_loss(targets, *arguments)
+    if len(noted) != len(targets):
         raise ValueError(
-            f"student: {type(student).__name__}.compute_loss never called head.compute_loss with its "
+            f"student: {type(student).__name__}.compute_loss did not call head.compute_loss once with its "
             "matches, so the label assignment can't be shared: write an adapter for this detector "
             "(crosskd.adapters.Adapter) and pass it as adapter="
         )
     return losses, torch.stack(noted)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(compute_dtype(tensor))
 
 
 def _as_list(features: Any) -> list[Tensor]:
@@ -417,7 +432,7 @@ def _plain(values: Any) -> Any:
 
 def _renormalized(batch: ImageList, student: Any, teacher: Any) -> Tensor:
     """The student's pixels under the teacher's mean and deviation, the padding still zero."""
-    pixels = batch.tensors
+    pixels: Tensor = batch.tensors
     means, stds = (
         [torch.as_tensor(getattr(t, name), dtype=pixels.dtype, device=pixels.device)
          for t in (student, teacher)]
@@ -434,8 +449,8 @@ def _renormalized(batch: ImageList, student: Any, teacher: Any) -> Tensor:
     return renormalized
 
 
-def _check_images(images: Any, targets: Any) -> None:
-    """Raises ``ValueError`` or ``TypeError`` for a batch that isn't in torchvision's form."""
+def _check_images(images: Any) -> None:
+    """Raises ``ValueError`` or ``TypeError`` for images that aren't in torchvision's form."""
     if isinstance(images, Tensor):
         if images.ndim != 4:
             raise ValueError(
@@ -449,35 +464,38 @@ def _check_images(images: Any, targets: Any) -> None:
         )
     if len(images) == 0:
         raise ValueError("images is empty: a batch needs at least one image")
-    if targets is not None and len(targets) != len(images):
-        raise ValueError(f"got {len(images)} images but {len(targets)} targets: one is needed for each")
-    for index, target in enumerate(targets or ()):
+
+
+def _check_targets(targets: Any, images: int, classes: int) -> None:
+    """Raises ``ValueError`` for targets that aren't in torchvision's form, before they are resized."""
+    if len(targets) != images:
+        raise ValueError(f"got {images} images but {len(targets)} targets: one is needed for each")
+    for index, target in enumerate(targets):
         if not isinstance(target, Mapping) or not {"boxes", "labels"} <= target.keys():
             raise ValueError(f'targets[{index}] must be a dict with "boxes" and "labels", got {target!r}')
-
-
-def _check_boxes(targets: list[dict[str, Tensor]]) -> None:
-    for index, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
-        if boxes.ndim != 2 or boxes.shape[-1] != 4 or len(boxes) != len(labels):
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
                 f"targets[{index}] must hold boxes of shape (objects, 4) and labels of shape "
                 f"(objects,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
             )
-        degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-        if degenerate.any():
-            box = [round(value, 2) for value in boxes[degenerate][0].tolist()]
-            raise ValueError(
-                f"targets[{index}] has {int(degenerate.sum())} box(es) without a positive width and "
-                f"height, the first, after resizing, {box}: leave them out (boxes are xyxy, in pixels)"
-            )
-
-
-def _check_labels(targets: list[dict[str, Tensor]], classes: int) -> None:
-    for index, target in enumerate(targets):
-        labels = target["labels"]
+        if labels.dtype != torch.int64:
+            raise ValueError(f"targets[{index}] must hold labels of type torch.int64, got {labels.dtype}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
                 f"targets[{index}] has labels from {int(labels.min())} to {int(labels.max())}, but the "
                 f"student predicts {classes} classes, labelled 0 to {classes - 1}"
+            )
+
+
+def _check_boxes(targets: list[dict[str, Tensor]]) -> None:
+    """Raises ``ValueError`` for boxes, after resizing, that a detector can't learn from."""
+    for index, target in enumerate(targets):
+        boxes = target["boxes"]
+        proper = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+        if not proper.all():
+            box = [round(value, 2) for value in boxes[~proper][0].tolist()]
+            raise ValueError(
+                f"targets[{index}] has {int((~proper).sum())} box(es) without a positive, finite width and "
+                f"height, the first, after resizing, {box}: leave them out (boxes are xyxy, in pixels)"
             )
