@@ -173,6 +173,9 @@ class Distiller(nn.Module):
         inputs = self._prepare(images, targets)
         if active:
             teacher_maps, teacher, teacher_taps = self._observe_teacher(inputs, active)
+            # Where the teacher has pixels of its own, they are as large as the batch.
+            pixels = _shape_only(inputs.teacher_pixels)
+            inputs = Inputs(inputs.student_pixels, pixels, inputs.targets, inputs.extra)
         maps, student, taps = self._run_student(inputs, active)
         if not active:
             losses, _, _ = self._assign(inputs, maps, student, None)
@@ -403,9 +406,9 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     return dict.fromkeys(method.loss_names(), zero)
 
 
-def _shape_only(feature_map: Tensor) -> Tensor:
-    """A stand-in of the same shape and no memory, so that the teacher's features can be freed."""
-    return feature_map.new_empty(()).expand(feature_map.shape)
+def _shape_only(tensor: Tensor) -> Tensor:
+    """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
+    return tensor.new_empty(()).expand(tensor.shape)
 
 
 def _check_devices(teacher: nn.Module, student: nn.Module) -> None:

@@ -33,7 +33,8 @@ class Inputs:
 
     Attributes:
         student_pixels: shape (batch, channels, height, width), normalised as the student wants it.
-        teacher_pixels: the same pixels, normalised as the teacher wants them.
+        teacher_pixels: the same pixels, normalised as the teacher wants them. They are let go after the
+            teacher's forward: from `locations` on they tell no more than their shape.
         targets: the targets in the resized image's coordinates, in the detector's own form, or ``None``.
         extra: whatever else the adapter's own functions need.
     """
