@@ -23,7 +23,7 @@ class Predictions:
         quality: shape (batch, anchors), the logits of a centerness or IoU prediction, or ``None``.
 
     Raises:
-        ValueError: batch and anchors that differ between the three.
+        ValueError: other shapes than these.
     """
 
     logits: Tensor
@@ -31,14 +31,21 @@ class Predictions:
     quality: Tensor | None
 
     def __post_init__(self) -> None:
-        expected = tuple(self.logits.shape[:2])
-        for name in ("regression", "quality"):
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape[:2]) != expected:
-                raise ValueError(
-                    f"{name} must have shape (batch, anchors, …) with (batch, anchors) = {expected} "
-                    f"as the logits have, got {shape_text(tensor)}"
-                )
+        if self.logits.ndim != 3:
+            raise ValueError(
+                f"logits must have shape (batch, anchors, classes), got {shape_text(self.logits)}"
+            )
+        batch, anchors = self.logits.shape[:2]
+        if self.regression.ndim not in (3, 4) or self.regression.shape[:3] != (batch, anchors, 4):
+            raise ValueError(
+                f"regression must have shape ({batch}, {anchors}, 4) or ({batch}, {anchors}, 4, bins), "
+                f"(batch, anchors) as the logits have, got {shape_text(self.regression)}"
+            )
+        if self.quality is not None and self.quality.shape != (batch, anchors):
+            raise ValueError(
+                f"quality must have shape ({batch}, {anchors}), (batch, anchors) as the logits have, "
+                f"got {shape_text(self.quality)}"
+            )
 
     def confidence(self) -> Tensor:
         """The largest class probability at each anchor, shape (batch, anchors), in float32 at least."""

@@ -13,6 +13,10 @@ from crosskd.predictions import Predictions, mean_over_ranks
 
 __all__ = ["Comparison"]
 
+# Distributions are averaged by the teacher's confidence. Where it is sure of nothing at all there is
+# nothing to average, and the loss is 0 instead of 0 / 0.
+_SMALLEST_CONFIDENCE = 1e-6
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -112,7 +116,7 @@ class Comparison:
                 step.teacher.regression,
                 temperature=self.temperature,
                 weight=weight.unsqueeze(-1).expand(predictions.regression.shape[:-1]),
-                normalizer=4 * mean_over_ranks(weight.sum()),
+                normalizer=4 * mean_over_ranks(weight.sum()).clamp(min=_SMALLEST_CONFIDENCE),
             )
         boxes, teacher_boxes = step.boxes(predictions), step.boxes(step.teacher)
         loss = giou_loss if self.regression == "giou" else iou_loss

@@ -1,0 +1,216 @@
+"""The losses that methods share, against the formulas in plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosskd.methods import ATSS, FCOS, GFL, RETINANET, Step
+from crosskd.methods.comparison import Comparison
+from crosskd.predictions import Assignment, Predictions
+from tests.methods.steps import ANCHORS, BATCH, BINS, make_assignment, make_predictions, make_step
+from tests.plain_losses import cross_entropy, giou_row, kl_row, log_iou_row, quality_focal_row, sigmoid
+
+RECIPES = [GFL, RETINANET, ATSS, FCOS]
+
+
+def comparison(**settings: Any) -> Comparison:
+    unset = dict.fromkeys(("cls_weight", "reg_weight", "quality_weight", "regression"))
+    return Comparison(**{**unset, "beta": 1.0, "temperature": 1.0, **settings})
+
+
+def compare(step: Step, **settings: Any) -> dict[str, Tensor]:
+    return comparison(**settings).settled(RETINANET).losses(step.student, step)
+
+
+def weighted_sum(step: Step, weight: Callable[[int, int], float], loss: Callable[[int, int], float]) -> float:
+    counted = step.assignment.counted
+    return math.fsum(
+        weight(image, anchor) * loss(image, anchor)
+        for image in range(BATCH)
+        for anchor in range(ANCHORS)
+        if counted is None or counted[image, anchor]
+    )
+
+
+def confidence(step: Step) -> Callable[[int, int], float]:
+    return lambda image, anchor: sigmoid(max(step.teacher.logits[image, anchor].tolist()))
+
+
+def rows_of(step: Step, name: str, row: Callable[..., float], **options: Any) -> Callable[[int, int], float]:
+    student, teacher = (getattr(side, name) for side in (step.student, step.teacher))
+    return lambda i, a: row(student[i, a].tolist(), teacher[i, a].tolist(), **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_classification(counted, beta):
+    step = make_step(counted=counted)
+    found = compare(step, cls_weight=0.4, reg_weight=0, beta=beta)
+    rows = rows_of(step, "logits", quality_focal_row, beta=beta)
+    expected = 0.4 * weighted_sum(step, lambda i, a: 1.0, rows) / 5
+    assert found.keys() == {"kd_cls"}
+    assert found["kd_cls"].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("regression", "row"), [("giou", giou_row), ("log_iou", log_iou_row)])
+def test_regression_of_boxes(counted, regression, row):
+    step = make_step(counted=counted)
+    found = compare(step, cls_weight=0, reg_weight=0.75, regression=regression)
+    expected = 0.75 * weighted_sum(step, confidence(step), rows_of(step, "regression", row)) / 5
+    assert found.keys() == {"kd_reg"}
+    assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_regression_of_distributions(counted, temperature):
+    step = make_step(counted=counted, bins=BINS)
+    found = compare(step, cls_weight=0, reg_weight=4, regression="distribution_kl", temperature=temperature)
+    student, teacher = step.student.regression, step.teacher.regression
+
+    def sides(image: int, anchor: int) -> float:
+        pairs = zip(student[image, anchor].tolist(), teacher[image, anchor].tolist(), strict=True)
+        return math.fsum(kl_row(s, t, temperature) for s, t in pairs)
+
+    amount = 4 * weighted_sum(step, confidence(step), lambda i, a: 1.0)
+    expected = 4 * weighted_sum(step, confidence(step), sides) / amount
+    assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_quality_is_cross_entropy_on_positive_anchors():
+    step = make_step(quality=True)
+    found = compare(step, cls_weight=0, reg_weight=0, quality_weight=0.5)
+    student, teacher, positive = step.student.quality, step.teacher.quality, step.assignment.positive
+    expected = 0.5 * math.fsum(
+        cross_entropy(student[i, a].item(), sigmoid(teacher[i, a].item()))
+        for i in range(BATCH)
+        for a in range(ANCHORS)
+        if positive[i, a]
+    )
+    assert found.keys() == {"kd_quality"}
+    assert found["kd_quality"].item() == pytest.approx(expected / 5, rel=1e-10)
+    found["kd_quality"].backward()
+    assert torch.equal(step.student.quality.grad != 0, positive)
+
+
+def test_own_teacher_has_nearly_no_loss():
+    student = make_predictions()
+    losses = compare(make_step(student, student))
+    assert losses["kd_cls"].item() == 0
+    assert losses["kd_reg"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_boxes_count_by_the_teachers_confidence():
+    step = make_step()
+    with torch.no_grad():
+        step.teacher.logits[0, 0] = -1e4  # the teacher sees nothing there
+    compare(step)["kd_reg"].backward()
+    gradient = step.student.regression.grad
+    assert torch.equal(gradient[0, 0], torch.zeros(4).double())
+    assert (gradient[0, 1:4].abs().sum(-1) > 0).all()
+
+
+def test_uncounted_anchors_have_no_gradient():
+    step = make_step()
+    sum(compare(step).values()).backward()
+    counted = step.assignment.counted.bool()
+    for gradient in (step.student.logits.grad, step.student.regression.grad):
+        assert torch.equal(gradient.abs().sum(-1) > 0, counted)
+
+
+@pytest.mark.parametrize("regression", ["giou", "log_iou", "distribution_kl"])
+@pytest.mark.parametrize("why", ["none counted", "teacher sees nothing"])
+def test_nothing_to_compare_is_zero_with_a_gradient(regression, why):
+    step = make_step(bins=BINS if regression == "distribution_kl" else None)
+    if why == "none counted":
+        nothing = Assignment(torch.zeros(BATCH, ANCHORS), make_assignment().positive, torch.tensor(1.0))
+        step = Step(**{**vars(step), "assignment": nothing})
+    else:
+        step.teacher.logits.fill_(-1e4)
+    loss = compare(step, cls_weight=0, reg_weight=1, regression=regression)["kd_reg"]
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(step.student.regression.grad, torch.zeros_like(step.student.regression))
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.head)
+def test_open_settings_take_the_recipes(recipe):
+    settled = comparison(beta=2.0, temperature=3.0).settled(recipe)
+    for name in ("cls_weight", "reg_weight", "quality_weight", "regression"):
+        assert getattr(settled, name) == getattr(recipe, name)
+    assert (settled.beta, settled.temperature) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.head)
+def test_given_settings_stay(recipe):
+    given = comparison(cls_weight=0.1, reg_weight=0.2, quality_weight=0.3, regression="log_iou")
+    assert given.settled(recipe) == given
+
+
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ((1, 1, 0), ("kd_cls", "kd_reg")),
+        ((0, 1, 0), ("kd_reg",)),
+        ((1, 0, 1), ("kd_cls", "kd_quality")),
+        ((0, 0, 1), ("kd_quality",)),
+    ],
+)
+def test_losses_of_weight_0_are_left_out(weights, names):
+    cls_weight, reg_weight, quality_weight = weights
+    settings = {"cls_weight": cls_weight, "reg_weight": reg_weight, "quality_weight": quality_weight}
+    step = make_step(quality=True)
+    assert tuple(compare(step, **settings)) == names
+    assert comparison(**settings).names == names
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cls_weight": -1.0}, "cls_weight must be 0 or more, got -1.0"),
+        ({"reg_weight": math.nan}, "reg_weight must be 0 or more, got nan"),
+        ({"quality_weight": -0.5}, "quality_weight must be 0 or more, got -0.5"),
+        ({"beta": -1.0}, "beta must be 0 or more, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"regression": "iou"}, 'regression must be "giou", "log_iou" or "distribution_kl", got \'iou\''),
+        ({"cls_weight": 0, "reg_weight": 0}, "cls_weight and reg_weight are both 0: there is nothing"),
+        ({"cls_weight": 0, "reg_weight": 0, "quality_weight": 0}, "there is nothing to distil"),
+    ],
+)
+def test_error_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        comparison(**settings)
+
+
+def test_error_distributions_of_a_head_without_any():
+    message = r"needs a head that predicts distributions, .* got \(2, 6, 4\): choose"
+    with pytest.raises(ValueError, match=message):
+        compare(make_step(), regression="distribution_kl")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_error_quality_of_a_head_without_any(side):
+    sides = {"student": make_predictions(quality=True), "teacher": make_predictions(quality=True)}
+    plain = sides[side]
+    sides[side] = Predictions(plain.logits, plain.regression, None)
+    with pytest.raises(ValueError, match="quality_weight is set, but this head predicts no centerness"):
+        compare(make_step(**sides), quality_weight=1.0)

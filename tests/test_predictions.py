@@ -1,0 +1,101 @@
+"""Predictions in one form, and what counts where there are no targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import distributed
+
+from crosskd.predictions import Predictions, assignment_from_teacher, mean_over_ranks
+
+
+def predictions(logits: torch.Tensor, quality: torch.Tensor | None = None) -> Predictions:
+    return Predictions(logits, torch.zeros(*logits.shape[:2], 4), quality)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_confidence_is_the_largest_probability(dtype, expected):
+    logits = torch.tensor([[[-1.0, 2.0], [0.0, -3.0]]], dtype=dtype)
+    confidence = predictions(logits).confidence()
+    assert confidence.dtype == expected
+    torch.testing.assert_close(confidence, torch.tensor([[2.0, 0.0]], dtype=expected).sigmoid())
+
+
+def test_detach_cuts_the_history_of_all_three():
+    tensors = (torch.randn(2, 5, 3), torch.randn(2, 5, 4, 7), torch.randn(2, 5))
+    whole = Predictions(*(tensor.requires_grad_() for tensor in tensors))
+    detached = whole.detach()
+    for name in ("logits", "regression", "quality"):
+        assert torch.equal(getattr(detached, name), getattr(whole, name))
+        assert not getattr(detached, name).requires_grad
+    assert predictions(tensors[0]).detach().quality is None
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 5), (2, 5, 4), None), r"logits must have shape \(batch, anchors, classes\), got \(2, 5\)"),
+        (((2, 5, 3), (2, 6, 4), None), r"regression must have shape \(2, 5, 4\) or .*, got \(2, 6, 4\)"),
+        (((2, 5, 3), (2, 5, 68), None), r"regression must .* or \(2, 5, 4, bins\), .* got \(2, 5, 68\)"),
+        (((2, 5, 3), (2, 5, 4, 7, 1), None), r"regression must .*, got \(2, 5, 4, 7, 1\)"),
+        (((2, 5, 3), (2, 5, 4), (2, 4)), r"quality must have shape \(2, 5\), .* got \(2, 4\)"),
+        (((2, 5, 3), (2, 5, 4), (2, 5, 1)), r"quality must have shape \(2, 5\), .* got \(2, 5, 1\)"),
+    ],
+)
+def test_error_shapes(shapes, message):
+    tensors = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        Predictions(*tensors)
+
+
+def logit(probability: float) -> float:
+    return torch.tensor(probability).logit().item()
+
+
+def test_assignment_from_a_confident_teacher():
+    logits = torch.full((2, 4, 3), -5.0)
+    logits[0, 1, 2], logits[0, 3, 0], logits[1, 0, 1] = logit(0.6), logit(0.9), logit(0.4)
+    assignment = assignment_from_teacher(predictions(logits), 0.5, quality=False)
+    assert assignment.counted is None
+    assert assignment.positive.tolist() == [[False, True, False, True], [False] * 4]
+    # Two in the first image; the second, without any, counts as one.
+    assert assignment.normalizer.item() == 3
+    lower = assignment_from_teacher(predictions(logits), 0.3, quality=False)
+    assert lower.positive[1, 0]
+    assert lower.normalizer.item() == 3
+
+
+def test_assignment_sums_quality_where_the_head_is_normalised_by_it():
+    logits, quality = torch.full((1, 4, 2), 3.0), torch.tensor([[0.5, 0.8, 0.9, 0.1]]).logit()
+    summed = assignment_from_teacher(predictions(logits, quality), 0.5, quality=True)
+    assert summed.normalizer.item() == pytest.approx(2.3)
+    counted = assignment_from_teacher(predictions(logits, quality), 0.5, quality=False)
+    assert counted.normalizer.item() == 4
+    without = assignment_from_teacher(predictions(logits), 0.5, quality=True)
+    assert without.normalizer.item() == 4
+
+
+def test_mean_over_ranks_of_one_process():
+    value = torch.tensor(3.0)
+    assert mean_over_ranks(value) is value
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert mean_over_ranks(value) is value
+    finally:
+        distributed.destroy_process_group()
+
+
+def _check_mean_of_two(rank: int, store: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    value = torch.tensor(1.0 + 2 * rank)
+    assert mean_over_ranks(value).item() == 2
+    assert value.item() == 1 + 2 * rank  # the number that was handed in stays as it was
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_mean_over_ranks_of_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_check_mean_of_two, args=(str(tmp_path / "store"),), nprocs=2)
