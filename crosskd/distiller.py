@@ -467,6 +467,6 @@ def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
         if value == 0:
             warnings.warn(
                 f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
-                "teacher; otherwise nothing is being distilled",
+                "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
                 stacklevel=5,
             )
