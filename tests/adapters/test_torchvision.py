@@ -84,7 +84,9 @@ def full_size(head: str, backbone: str) -> nn.Module:
         )
         levels = 5
     else:
-        extractor = mobilenet_backbone(backbone_name=backbone, weights=None, fpn=True)
+        extractor = mobilenet_backbone(
+            backbone_name=backbone, weights=None, fpn=True, norm_layer=nn.BatchNorm2d
+        )
         levels = 3
     sizes = tuple((8 * 2**level,) for level in range(levels))
     if head == "fcos":
