@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,7 +136,7 @@ def test_nothing_to_compare_is_zero_with_a_gradient(regression, why):
     step = make_step(bins=BINS if regression == "distribution_kl" else None)
     if why == "none counted":
         nothing = Assignment(torch.zeros(BATCH, ANCHORS), make_assignment().positive, torch.tensor(1.0))
-        step = Step(**{**vars(step), "assignment": nothing})
+        step = replace(step, assignment=nothing)
     else:
         step.teacher.logits.fill_(-1e4)
     loss = compare(step, cls_weight=0, reg_weight=1, regression=regression)["kd_reg"]
