@@ -1,0 +1,324 @@
+"""Time and peak memory of a distillation step against its parts.
+
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --device cuda --amp bfloat16 --size 800x1333 --batch 8 --channels-last
+
+The parts, each bit of work in one of them only:
+
+* a: the student's plain step: preprocessing, forward, its own losses, backward;
+* b: the teacher's forward: backbone and head, without gradients;
+* c: the tail: the teacher's statistics, alignment, the rest of its towers, predictors, decoding, the
+  distillation losses, and backward to the student's tapped features;
+* d: the whole distillation step: what `Distiller` does, and backward.
+
+An optimizer's step is the same with and without distillation and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from measure import MIB
+from torch import Tensor, nn
+
+from crosskd import CrossKD, Distiller
+from crosskd.head import Tapped
+from crosskd.methods import Step
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from models import FAMILIES, build_detector
+
+TIME_HEADER = ("detector", "a, ms", "b, ms", "c, ms", "d, ms", "d / (a + b + c)", "d / a")
+MEMORY_HEADER = (
+    "detector",
+    "a, MiB",
+    "b, MiB",
+    "c, MiB",
+    "d, MiB",
+    "d / a",
+    "teacher's predictions, MiB",
+    "alive after the teacher, MiB",
+)
+
+
+class RecordingCrossKD(CrossKD):
+    """CrossKD that keeps what it is given, so that the tail can be run again by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: Step | None = None
+        self.teacher_features: list[Tensor] = []
+
+    def observe_teacher(self, features: Tensor) -> Any:
+        """Keeps the teacher's features, and returns their statistics."""
+        self.teacher_features.append(features)
+        return super().observe_teacher(features)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Keeps the step."""
+        self.step = step
+        return super().forward(step)
+
+
+class Tail:
+    """The work of a distillation step that is neither the student's nor the teacher's own."""
+
+    def __init__(self, distiller: Distiller, recording: RecordingCrossKD) -> None:
+        step = recording.step
+        if step is None:
+            raise ValueError("no step was recorded: run the distiller once in training mode")
+        self.method = distiller.methods["crosskd"]
+        self.step = replace(step, student=step.student.detach())
+        self.student_features = {
+            branch: [tap.read().detach() for tap in taps] for branch, taps in step.student_taps.items()
+        }
+        features = iter(recording.teacher_features)
+        self.teacher_features = {
+            branch: [next(features) for _ in taps] for branch, taps in step.student_taps.items()
+        }
+
+    def losses(self) -> dict[str, Tensor]:
+        """The distillation losses, with a gradient into leaves in the place of the tapped features."""
+        leaves = _each(self.student_features, lambda f: Tapped.note("a leaf", f.detach().requires_grad_()))
+        statistics = _each(self.teacher_features, self.method.observe_teacher)
+        losses: dict[str, Tensor] = self.method(
+            replace(self.step, student_taps=leaves, teacher_taps=statistics)
+        )
+        return losses
+
+
+def _each(taps: Mapping[str, list[Tensor]], function: Callable[[Tensor], Any]) -> dict[str, list[Any]]:
+    return {branch: [function(features) for features in levels] for branch, levels in taps.items()}
+
+
+class Pieces:
+    """A student, its teacher, a batch, and the parts of a step as functions without arguments."""
+
+    def __init__(self, family: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.device, self.amp = options.device, options.amp
+        self.images, self.targets = make_batch(options)
+        self.teacher = self._build(f"{family}_{options.teacher}", options)
+        self.student = self._build(f"{family}_{options.student}", options).train()
+        self._settle_statistics()
+        recording = Distiller(self.teacher, self.student, RecordingCrossKD())
+        with self._autocast():
+            recording(self.images, self.targets)
+        self.tail = Tail(recording, recording.methods["crosskd"])  # type: ignore[arg-type]
+        self.distiller = Distiller(self.teacher, self.student, CrossKD())
+        self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
+        self.pixels = self._pixels()
+
+    def _build(self, name: str, options: argparse.Namespace) -> nn.Module:
+        height, width = options.size
+        detector = build_detector(name, options.classes, short_side=[height], long_side=max(height, width))
+        detector.to(self.device)
+        return detector.to(memory_format=torch.channels_last) if options.channels_last else detector
+
+    @torch.no_grad()
+    def _settle_statistics(self) -> None:
+        """Gives the untrained teacher's batch norms statistics that keep its features in range."""
+        norms = [m for m in self.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None  # the average over all batches seen
+        self.teacher.train()
+        for _ in range(2):
+            self.teacher.backbone(self._pixels())
+        self.teacher.eval()
+
+    def _pixels(self) -> Tensor:
+        pixels: Tensor = self.student.transform(self.images)[0].tensors
+        return pixels
+
+    def _autocast(self) -> Any:
+        return measure.autocast(self.device, self.amp)
+
+    def _forward_backward(self, forward: Callable[[], dict[str, Tensor]]) -> None:
+        self.student.zero_grad()
+        with self._autocast():
+            loss = torch.stack(list(forward().values())).sum()
+        loss.backward()
+
+    def student_step(self) -> None:
+        """The student's plain step."""
+        self._forward_backward(lambda: self.student(self.images, self.targets))
+
+    @torch.no_grad()
+    def teacher_forward(self) -> dict[str, Tensor]:
+        """The teacher's predictions."""
+        with self._autocast():
+            features = list(self.teacher.backbone(self.pixels).values())
+            predictions: dict[str, Tensor] = self.teacher.head(features)
+        return predictions
+
+    def tail_step(self) -> None:
+        """The tail's forward and backward."""
+        self._forward_backward(self.tail.losses)
+
+    def distillation_step(self) -> None:
+        """The whole step."""
+        self._forward_backward(lambda: self.distillation(self.images, self.targets))
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """The functions by the letter that stands for them."""
+        return {
+            "a": self.student_step,
+            "b": self.teacher_forward,
+            "c": self.tail_step,
+            "d": self.distillation_step,
+        }
+
+    def alive_after_teacher(self) -> int:
+        """Bytes of tensors that a distillation step has made when the student's forward begins."""
+        self.student.zero_grad()
+        alive = []
+        before = measure.tensor_bytes_alive()
+        with (
+            _before_forward(
+                self.student.backbone, lambda: alive.append(measure.tensor_bytes_alive() - before)
+            ),
+            self._autocast(),
+        ):
+            self.distiller(self.images, self.targets)
+        # The pixels are the student's, not the teacher's.
+        return alive[0] - self.pixels.untyped_storage().nbytes()
+
+
+@contextmanager
+def _before_forward(module: nn.Module, function: Callable[[], object]) -> Iterator[None]:
+    hook = module.register_forward_pre_hook(lambda *_: function() and None)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def make_batch(options: argparse.Namespace) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Random images of the size that the detectors resize to, and a few boxes on each."""
+    generator = torch.Generator().manual_seed(options.seed)
+    height, width = options.size
+    images, targets = [], []
+    for _ in range(options.batch):
+        corners = torch.rand(options.objects, 2, 2, generator=generator).sort(dim=1).values
+        sides = torch.tensor([width, height])
+        corners[:, 1] = corners[:, 1] * 0.9 + 0.1  # no box without a width
+        boxes = (corners * sides).flatten(1)
+        labels = torch.randint(options.classes, (options.objects,), generator=generator)
+        images.append(torch.rand(3, height, width, generator=generator).to(options.device))
+        targets.append({"boxes": boxes.to(options.device), "labels": labels.to(options.device)})
+    return images, targets
+
+
+def time_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
+    """Medians, and the ratios' spread over the rounds."""
+    seconds = measure.timed_rounds(pieces.parts(), options.rounds, options.device)
+    apart = [sum(parts) for parts in zip(seconds["a"], seconds["b"], seconds["c"], strict=True)]
+    medians = [f"{1000 * measure.Spread.of(values).median:.0f}" for values in seconds.values()]
+    ratios = measure.ratios(seconds["d"], apart), measure.ratios(seconds["d"], seconds["a"])
+    return [family, *medians, *(ratio.text() for ratio in ratios)]
+
+
+def memory_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
+    """Peaks, and what the teacher's forward leaves behind."""
+    peaks = {}
+    for letter, function in pieces.parts().items():
+        pieces.student.zero_grad()
+        peaks[letter] = measure.memory(function, options.device).peak
+    predictions = sum(p.untyped_storage().nbytes() for p in pieces.teacher_forward().values())
+    alive = pieces.alive_after_teacher()
+    return [
+        family,
+        *(f"{peak / MIB:.0f}" for peak in peaks.values()),
+        f"{peaks['d'] / peaks['a']:.2f}",
+        f"{predictions / MIB:.2f}",
+        f"{alive / MIB:.2f}",
+    ]
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Reads ``height x width``, for example ``800x1333``."""
+    numbers = [int(part) for part in text.split("x")]
+    if len(numbers) != 2 or min(numbers) < 1 or numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(
+            f"expected height x width, the height the shorter, as 800x1333, got {text!r}"
+        )
+    return numbers[0], numbers[1]
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--families", choices=FAMILIES, nargs="+", default=list(FAMILIES))
+    parser.add_argument("--teacher", default="resnet50", help="the teacher's backbone")
+    parser.add_argument("--student", default="resnet18", help="the student's backbone")
+    parser.add_argument("--size", type=size_of, default=(256, 320), help="height x width of the images")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--objects", type=int, default=8, help="boxes an image")
+    parser.add_argument("--amp", choices=measure.AMP_TYPES, default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="compile the distillation step (d)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="the Markdown file to write")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    torch.set_num_threads(options.threads)
+    load = os.getloadavg()
+    times, memories = [], []
+    for family in options.families:
+        pieces = Pieces(family, options)
+        times.append(time_row(family, pieces, options))
+        memories.append(memory_row(family, pieces, options))
+    height, width = options.size
+    settings = [
+        f"{options.student} from {options.teacher}, untrained, batch {options.batch} of {height}x{width}, "
+        f"{options.classes} classes, {options.objects} boxes an image",
+        f"amp {options.amp}",
+        "channels last" if options.channels_last else "contiguous",
+        f"{options.rounds} rounds",
+    ]
+    text = "\n\n".join(
+        [
+            f"# Cost of a distillation step, {options.device.type}, amp {options.amp}",
+            measure.environment("benchmarks/step_cost.py", options.device, options.seed, load)
+            + f"\n- setting: {', '.join(settings)}",
+            EXPLANATION,
+            measure.table(TIME_HEADER, times),
+            MEMORY_EXPLANATION,
+            measure.table(MEMORY_HEADER, memories),
+        ]
+    )
+    measure.write(text, options.output)
+
+
+EXPLANATION = """\
+a: the student's plain step; b: the teacher's forward; c: the tail (statistics, alignment, the rest of the
+teacher's head, decoding, distillation losses), forward and backward; d: the whole distillation step. No
+optimizer step in any of them. Times are medians over rounds that run all four; ratios are taken round by
+round, with their quartiles in brackets."""
+
+MEMORY_EXPLANATION = """\
+Peak memory is what is allocated above the weights (for c also above the tapped features). The last two
+columns: the teacher's predictions, and all that is alive of the teacher's forward when the student's
+begins. The difference is the statistics of its channels."""
+
+
+if __name__ == "__main__":
+    main()
