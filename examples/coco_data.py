@@ -59,30 +59,32 @@ class CocoFolder(Dataset[Sample]):
         self.category_of = {label: category for category, label in self.label_of.items()}
         self.num_classes = max(self.category_of) + 1
         self.ids = sorted(self.coco.getImgIds())
-        self.boxes, self.labels, self.degenerate = self._read_targets()
+        self.crowds = self.degenerate = 0
+        self.boxes, self.labels = self._read_targets()
         if not keep_empty:
             self.ids = [i for i in self.ids if len(self.boxes[i])]
         self._broken = multiprocessing.Value("i", 0)
 
-    def _read_targets(self) -> tuple[dict[int, Tensor], dict[int, Tensor], int]:
-        boxes, labels, degenerate = {}, {}, 0
+    def _read_targets(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        boxes, labels = {}, {}
         for image_id in self.ids:
             info = self.coco.imgs[image_id]
             kept = []
             for annotation in self.coco.imgToAnns[image_id]:
                 if annotation.get("iscrowd", 0):
+                    self.crowds += 1
                     continue
                 x, y, width, height = annotation["bbox"]
                 left, top = max(0.0, x), max(0.0, y)
                 right, bottom = min(info["width"], x + width), min(info["height"], y + height)
                 if right - left < 1e-3 or bottom - top < 1e-3:
-                    degenerate += 1
+                    self.degenerate += 1
                     continue
                 label = self.label_of[annotation["category_id"]]
                 kept.append(([left, top, right, bottom], label))
             boxes[image_id] = torch.tensor([b for b, _ in kept], dtype=torch.float32).reshape(-1, 4)
             labels[image_id] = torch.tensor([n for _, n in kept], dtype=torch.int64)
-        return boxes, labels, degenerate
+        return boxes, labels
 
     @property
     def broken(self) -> int:
@@ -91,6 +93,15 @@ class CocoFolder(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def summary(self) -> str:
+        """How much there is, and what was left out, in a line."""
+        boxes = [len(self.boxes[i]) for i in self.ids]
+        left_out = f", {self.crowds} crowd and {self.degenerate} empty boxes left out"
+        return (
+            f"{len(boxes)} images, {boxes.count(0)} without objects, {sum(boxes)} boxes of "
+            f"{len(self.names)} categories" + (left_out if self.crowds or self.degenerate else "")
+        )
 
     def is_landscape(self, index: int) -> bool:
         """Whether an image is at least as wide as high."""
@@ -176,7 +187,7 @@ def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]
 
 
 def training_loader(
-    dataset: CocoFolder, batch_size: int, seed: int, workers: int, rank: int = 0, ranks: int = 1
+    dataset: CocoFolder, batch_size: int, *, seed: int, workers: int, rank: int = 0, ranks: int = 1
 ) -> DataLoader[Any]:
     """Batches for training; set ``dataset.epoch`` before going through it."""
     batches = AspectBatches(dataset, batch_size, seed, rank, ranks)

@@ -18,7 +18,7 @@ from torchvision.models.detection import (
     RetinaNet_ResNet50_FPN_Weights,
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -26,40 +26,40 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 FAMILIES = ("retinanet", "fcos")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
 MODEL_NAMES = tuple(f"{family}_{backbone}" for family in FAMILIES for backbone in BACKBONES)
+# Names of torchvision's builders, and their weights, by the names used here.
 PUBLISHED = {
-    "retinanet_resnet50": RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-    "fcos_resnet50": FCOS_ResNet50_FPN_Weights.COCO_V1,
+    "retinanet_resnet50": ("retinanet_resnet50_fpn", RetinaNet_ResNet50_FPN_Weights.COCO_V1),
+    "fcos_resnet50": ("fcos_resnet50_fpn", FCOS_ResNet50_FPN_Weights.COCO_V1),
 }
 STRIDES = (8, 16, 32, 64, 128)
-WIDTH = 256
 
 
-def build_backbone(name: str, pretrained: bool) -> nn.Module:
-    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128, 256 channels each.
+def build_backbone(name: str, pretrained: bool, width: int) -> nn.Module:
+    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128.
 
     Args:
         name: one of ``BACKBONES``.
         pretrained: start from ImageNet weights, with frozen batch norm as torchvision does; from random
             numbers, with batch norm that trains, otherwise.
+        width: channels of each level.
     """
     norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
-    pyramid_top = LastLevelP6P7(WIDTH, WIDTH)
+    pyramid_top = LastLevelP6P7(width, width)
     if name == "mobilenet_v3_large":
         weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
         layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
         # The last layers at strides 8, 16 and 32.
         levels = {"6": "0", "12": "1", "16": "2"}
         widths = [40, 112, 960]
-        return BackboneWithFPN(layers, levels, widths, WIDTH, extra_blocks=pyramid_top)
+        return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-    return resnet_fpn_backbone(
-        backbone_name=name,
-        weights=weights,
-        norm_layer=norm,
-        trainable_layers=3 if pretrained else 5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=pyramid_top,
-    )
+    layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
+    if pretrained:
+        for part in (layers.conv1, layers.bn1, layers.layer1):
+            part.requires_grad_(False)
+    widths = [layers.inplanes // 4, layers.inplanes // 2, layers.inplanes]
+    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
 
 
 def build_detector(
@@ -67,6 +67,7 @@ def build_detector(
     num_classes: int,
     *,
     pretrained_backbone: bool = False,
+    width: int = 256,
     head_norm: str = "none",
     anchor_scale: float = 1.0,
     short_side: list[int] | None = None,
@@ -78,35 +79,27 @@ def build_detector(
         name: one of ``MODEL_NAMES``.
         num_classes: how many labels there are, the first of them 0.
         pretrained_backbone: ImageNet weights in the backbone.
+        width: channels of the pyramid's levels and of the head's towers, a multiple of 32.
         head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
             FCOS always has it.
-        anchor_scale: multiplies RetinaNet's anchor sizes; small images have small objects.
+        anchor_scale: multiplies the anchors' sizes (FCOS: the size ranges); small images have small objects.
         short_side: images are resized to this; several for scale jitter, the last for evaluation.
         long_side: but their longer side is at most this.
     """
     if name not in MODEL_NAMES:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
     family, _, backbone_name = name.partition("_")
-    backbone = build_backbone(backbone_name, pretrained_backbone)
+    backbone = build_backbone(backbone_name, pretrained_backbone, width)
     sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
     if family == "fcos":
-        anchors = AnchorGenerator(tuple((s,) for s in STRIDES), ((1.0,),) * len(STRIDES))
+        anchors = AnchorGenerator(tuple((s * anchor_scale,) for s in STRIDES), ((1.0,),) * len(STRIDES))
         return FCOS(backbone, num_classes, anchor_generator=anchors, **sizes)
     bases = [4 * stride * anchor_scale for stride in STRIDES]
     octaves = tuple(tuple(int(base * 2 ** (third / 3)) for third in range(3)) for base in bases)
     anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(STRIDES))
     norm = partial(nn.GroupNorm, 32) if head_norm == "group" else None
-    head = RetinaNetHead(WIDTH, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+    head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sizes)
-
-
-def model_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `build_detector` that teacher and student must have in common."""
-    return {
-        "anchor_scale": options.anchor_scale,
-        "short_side": options.short_side,
-        "long_side": options.long_side,
-    }
 
 
 def load_published(name: str, options: argparse.Namespace) -> nn.Module:
@@ -118,14 +111,9 @@ def load_published(name: str, options: argparse.Namespace) -> nn.Module:
         )
     if options.anchor_scale != 1.0:
         raise ValueError("published weights were trained with --anchor-scale 1")
-    builder = torchvision.models.get_model(
-        f"{name}_fpn",
-        weights=PUBLISHED[name],
-        min_size=options.short_side[-1],
-        max_size=options.long_side,
-    )
-    builder.transform.min_size = tuple(options.short_side)
-    return builder
+    builder, weights = PUBLISHED[name]
+    sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
+    return torchvision.models.get_model(builder, weights=weights, **sizes)
 
 
 def load_weights(detector: nn.Module, path: Path) -> None:

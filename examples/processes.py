@@ -1,0 +1,62 @@
+"""One process or several: what ``torchrun`` set up."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those of a run.
+
+    Attributes:
+        rank: this process, from 0.
+        ranks: how many there are.
+        device: what this process computes on.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line, once."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Processes:
+    """Joins the process group that ``torchrun`` announces, or stays alone.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(own)
+    if "RANK" not in os.environ:
+        return Processes(0, 1, own)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size(), own)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

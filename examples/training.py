@@ -1,0 +1,262 @@
+"""A training loop that a person would trust: schedules, mixed precision, accumulation, exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import Processes
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from crosskd import Distiller
+
+History = list[dict[str, Any]]
+AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """Writes a file whole or not at all: a killed run leaves the previous one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save(content, unfinished)
+    os.replace(unfinished, path)
+
+
+def make_optimizer(model: nn.Module, options: Namespace) -> torch.optim.Optimizer:
+    """SGD or AdamW; normalisations and biases are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=options.learning_rate)
+
+
+def learning_rate_factor(step: int, total: int, options: Namespace) -> float:
+    """What the learning rate is multiplied by: a linear warm-up, then steps or a cosine."""
+    warmup = min(options.warmup_steps, total // 4)
+    if step < warmup:
+        return 0.001 + 0.999 * step / warmup
+    done = step / max(1, total)
+    if options.schedule == "step":
+        return float(0.1 ** sum(done >= milestone for milestone in options.milestones))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class Trainer:
+    """Trains a detector, alone or in a distiller, and can go on where a killed run stopped.
+
+    A checkpoint is written after every epoch and holds everything that the next one depends on; the
+    random numbers of an epoch depend on the seed, the epoch and the process alone. So an interrupted
+    run ends with the weights of an unbroken one.
+
+    Args:
+        model: a detector, or a `Distiller` around it.
+        loader: batches of (images, targets); its data set's ``epoch`` is set before each epoch.
+        folder: where the checkpoint is kept.
+        options: the script's options.
+        epochs: how long to train.
+        processes: one or several.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: DataLoader[Any],
+        folder: Path,
+        options: Namespace,
+        epochs: int,
+        processes: Processes,
+    ) -> None:
+        self.loader, self.folder, self.options = loader, folder, options
+        self.epochs, self.processes = epochs, processes
+        self.model = model.to(processes.device, memory_format=memory_format(options))
+        self.parallel: nn.Module = self.model
+        if processes.ranks > 1:
+            ids = [processes.device.index] if processes.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids)
+        if options.compile:
+            self.parallel = torch.compile(self.parallel)  # type: ignore[assignment]
+        self.steps_per_epoch = math.ceil(len(loader) / options.accumulate)
+        self.optimizer = make_optimizer(self.model, options)
+        total = self.steps_per_epoch * epochs
+        self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, total, options))
+        self.amp_type = AMP_TYPES[options.amp]
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.amp_type == torch.float16)
+        self.epoch = 0
+        self.history: History = []
+
+    @property
+    def detector(self) -> nn.Module:
+        """The plain detector that is trained."""
+        return self.model.student if isinstance(self.model, Distiller) else self.model
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run can be taken up from."""
+        return self.folder / "checkpoint.pt"
+
+    def run(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> History:
+        """Trains to the end, evaluating on the way.
+
+        Args:
+            evaluate: gives a detector's metrics.
+
+        Returns:
+            One entry an epoch: losses, learning rate, speed, and metrics where it was evaluated.
+        """
+        if self.options.resume and self.checkpoint.exists():
+            self._load()
+        while self.epoch < self.epochs:
+            entry = self._train_epoch()
+            last = self.epoch == self.epochs
+            if last or self.epoch % self.options.evaluate_every == 0:
+                entry["metrics"] = evaluate(self.detector)
+            self.history.append(entry)
+            self._report(entry)
+            if self.processes.is_first:
+                save_atomically(self._state(), self.checkpoint)
+            self.processes.wait()
+        return self.history
+
+    # -- one epoch ------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> dict[str, Any]:
+        self.loader.dataset.epoch = self.epoch  # type: ignore[attr-defined]
+        torch.manual_seed(hash((self.options.seed, self.epoch, self.processes.rank)) % 2**63)
+        if isinstance(self.model, Distiller):
+            self.model.set_epoch(self.epoch)
+        self.model.train()
+        started, images_seen = time.perf_counter(), 0
+        sums: dict[str, float] = {}
+        batches = len(self.loader)
+        with self._bar(batches) as bar:
+            for number, (images, targets) in enumerate(self.loader):
+                first = number - number % self.options.accumulate
+                parts = min(self.options.accumulate, batches - first)
+                is_last_part = number == first + parts - 1
+                losses = self._backward(images, targets, parts, is_last_part)
+                if is_last_part:
+                    self._step()
+                images_seen += len(images) * self.processes.ranks
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                speed = images_seen / (time.perf_counter() - started)
+                parts_text = {name: f"{value:.3f}" for name, value in losses.items()}
+                bar.set_postfix({**parts_text, "images/s": f"{speed:.1f}"})
+                bar.update()
+        self._share_buffers()
+        self.epoch += 1
+        return {
+            "epoch": self.epoch,
+            "losses": {name: value / batches for name, value in sums.items()},
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": images_seen / (time.perf_counter() - started),
+            "unreadable_images": self.loader.dataset.broken,  # type: ignore[attr-defined]
+        }
+
+    def _backward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]], parts: int, last: bool
+    ) -> dict[str, float]:
+        """One forward and backward; returns the losses as numbers."""
+        device = self.processes.device
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [
+            {name: value.to(device, non_blocking=True) for name, value in target.items()}
+            for target in targets
+        ]
+        with self._synchronised(last), torch.autocast(device.type, self.amp_type, self.amp_type is not None):
+            losses: dict[str, Tensor] = self.parallel(images, targets)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+            self.scaler.scale(total / parts).backward()
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise FloatingPointError(
+                f"a loss is not finite in epoch {self.epoch + 1}: {values}. Lower --learning-rate, raise "
+                "--warmup-steps, or use --amp none; --resume goes on from the last epoch"
+            )
+        return values
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over processes once a step, not once a part of it."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            with self.parallel.no_sync():
+                yield
+        else:
+            yield
+
+    def _step(self) -> None:
+        if self.options.clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+
+    def _share_buffers(self) -> None:
+        """Gives all processes the first one's batch statistics, so that all evaluate the same detector."""
+        if self.processes.ranks > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    # -- what a person sees ---------------------------------------------------------------------
+
+    def _bar(self, batches: int) -> Any:
+        title = f"{self.folder.name} {self.epoch + 1}/{self.epochs}"
+        # None: no bar where the output is a file; an epoch's line is enough there.
+        hidden = None if self.processes.is_first else True
+        return tqdm(total=batches, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in entry["losses"].items())
+        metrics = f"  AP {entry['metrics']['AP']:.1f}" if "metrics" in entry else ""
+        self.processes.say(
+            f"{self.folder.name:<8} epoch {self.epoch:>3}/{self.epochs}  {losses}  "
+            f"{entry['images_per_second']:.1f} images/s{metrics}"
+        )
+
+    # -- going on -------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict()["last_epoch"],
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "epochs": self.epochs,
+            "history": self.history,
+        }
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if state["epochs"] != self.epochs:
+            raise ValueError(
+                f"{self.checkpoint} belongs to a run of {state['epochs']} epochs, not {self.epochs}: its "
+                "learning rates would not fit; use the same number, or another --output"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.processes.say(f"{self.folder.name}: going on after epoch {self.epoch}")
+
+
+def memory_format(options: Namespace) -> torch.memory_format:
+    """The layout of weights and pixels that was asked for."""
+    return torch.channels_last if options.channels_last else torch.contiguous_format
