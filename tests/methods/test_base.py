@@ -1,0 +1,79 @@
+"""A method of one's own needs a forward, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosskd import CrossKD, Distiller, Method
+from crosskd.head import TapPoint
+from crosskd.methods import Step
+from tests.tiny import tiny_batch, tiny_retinanet
+
+
+class LogitDistance(Method):
+    def __init__(self) -> None:
+        super().__init__(name="distance")
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        return {"kd_distance": (step.student.logits - step.teacher.logits).square().mean()}
+
+
+def distil(*methods: Method) -> tuple[Distiller, dict[str, Tensor]]:
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), methods)
+    return distiller, distiller(*tiny_batch())
+
+
+def test_a_method_that_looks_at_predictions_only():
+    distiller, losses = distil(LogitDistance())
+    images = distiller.student.transform(tiny_batch()[0])[0].tensors
+    logits = [
+        d.head(list(d.backbone(images).values()))["cls_logits"]
+        for d in (distiller.student, distiller.teacher)
+    ]
+    torch.testing.assert_close(losses["kd_distance"], (logits[0] - logits[1]).square().mean())
+    losses["kd_distance"].backward()
+    assert distiller.student.head.classification_head.cls_logits.weight.grad.abs().sum() > 0
+
+
+def test_its_defaults():
+    method = LogitDistance()
+    assert method.points("classification") is None
+    assert method.loss_names() == ()
+    assert method.schedule is None
+    features = torch.randn(1, 2, 3, 3)
+    assert method.observe_teacher(features) is features
+
+
+class FeatureDistance(LogitDistance):
+    """Compares the towers' features, tapped at other places of student and teacher."""
+
+    def points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
+        return (TapPoint(1, "post"), TapPoint(2, "pre")) if branch == "classification" else None
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        assert set(step.student_taps) == set(step.teacher_taps) == {"classification"}
+        self.seen = step.student_taps["classification"], step.teacher_taps["classification"]
+        pairs = zip(*self.seen, strict=True)
+        return {"kd_features": sum((ours.read() - theirs).abs().mean() for ours, theirs in pairs)}
+
+
+def test_a_method_that_taps_one_branch_at_two_places():
+    distiller, losses = distil(FeatureDistance())
+    assert losses["kd_features"] > 0
+    student, teacher = distiller.methods["distance"].seen
+    assert len(student) == len(teacher) == 3
+    assert all((tapped.read() >= 0).all() for tapped in student)
+    assert all((features < 0).any() for features in teacher)
+    assert not any(features.requires_grad for features in teacher)
+
+
+def test_methods_compose():
+    _, losses = distil(CrossKD(), LogitDistance())
+    assert {"kd_cls", "kd_reg", "kd_distance"} < losses.keys()
+
+
+def test_a_method_without_forward_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Method(name="nothing")
