@@ -504,7 +504,8 @@ def test_sigmoid_focal_agrees_with_torchvision():
     torch.testing.assert_close(sigmoid_focal_loss(logits, targets), expected, rtol=1e-12, atol=0)
 
 
-coordinates = st.floats(-500, 500, width=32)
+# Compiled kernels of older PyTorch versions leave the processor unable to represent subnormal numbers.
+coordinates = st.floats(-500, 500, width=32, allow_subnormal=False)
 extents = st.floats(0.125, 1000, width=32)
 box_pairs = st.tuples(*[st.tuples(coordinates, coordinates, extents, extents)] * 2)
 
