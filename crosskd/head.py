@@ -251,7 +251,7 @@ def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) ->
     layers = previous.layers if previous.opaque else joined
     if isinstance(layer, _ACTIVATIONS):
         return Block(layers, activation=layer)
-    return Block((*layers, layer), opaque=previous.opaque)
+    return Block((*layers, layer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +339,8 @@ class Tower:
 
         The activation of the block before the split is run in either case: for ``"pre"`` it is the one
         that the features have not had yet; for ``"post"`` they have been aligned since, so that they
-        pass it once more. At position 0 there is none.
+        pass it once more. At position 0 there is none, nor can one be run again that is no module but
+        part of the block's own forward.
 
         Args:
             features: shape (batch, channels, \*space), aligned to this tower.
