@@ -41,7 +41,7 @@ def make_optimizer(model: nn.Module, options: Namespace) -> torch.optim.Optimize
     ]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
 def learning_rate_factor(step: int, total: int, options: Namespace) -> float:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+from models import MODEL_NAMES, build_detector, load_published, load_weights
+from torchvision.models.detection import retinanet_resnet50_fpn
+
+from crosskd import CrossKD, Distiller
+from crosskd.adapters import find_adapter
+
+
+def small(name: str, **options) -> torch.nn.Module:
+    return build_detector(name, 3, width=32, short_side=[64], **options)
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_model_has_five_levels_and_fits_its_family(name):
+    detector = small(name).eval()
+    levels = detector.backbone(torch.rand(1, 3, 128, 128))
+    assert [128 // level.shape[-1] for level in levels.values()] == [8, 16, 32, 64, 128]
+    assert {level.shape[1] for level in levels.values()} == {32}
+    anchor = small(f"{name.split('_')[0]}_resnet18")
+    find_adapter(detector, anchor).check_pair(detector, anchor)
+
+
+def test_the_full_size_retinanet_has_torchvisions_own_keys_and_anchors():
+    ours = build_detector("retinanet_resnet50", 91)
+    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+    names, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    fc = {"backbone.body.fc.weight", "backbone.body.fc.bias"}
+    assert names.keys() - fc == others.keys()
+    assert all(names[name].shape == others[name].shape for name in others)
+    assert ours.anchor_generator.sizes == theirs.anchor_generator.sizes
+
+
+def test_group_norm_and_anchor_scale():
+    detector = small("retinanet_resnet18", head_norm="group", anchor_scale=0.5)
+    assert any(isinstance(m, torch.nn.GroupNorm) for m in detector.head.modules())
+    assert detector.anchor_generator.sizes[0] == (16, 20, 25)
+    assert small("fcos_resnet18", anchor_scale=0.5).anchor_generator.sizes[0] == (4.0,)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown model 'yolo': choose from retinanet_resnet18"):
+        small("yolo")
+
+
+def test_published_weights_refuse_what_was_not_published():
+    options = Namespace(anchor_scale=0.5, short_side=[800], long_side=1333)
+    with pytest.raises(ValueError, match="no detection weights for 'retinanet_resnet18'"):
+        load_published("retinanet_resnet18", options)
+    with pytest.raises(ValueError, match="--anchor-scale 1"):
+        load_published("retinanet_resnet50", options)
+
+
+def test_weights_of_a_detector_a_checkpoint_and_a_distiller_load_alike(tmp_path):
+    student = small("retinanet_resnet18")
+    distiller = Distiller(small("retinanet_resnet34"), student, CrossKD())
+    files = {
+        "plain.pt": student.state_dict(),
+        "checkpoint.pt": {"model": distiller.state_dict(), "epoch": 3},
+        "distiller.pt": distiller.state_dict(),
+        "parallel.pt": {f"module.{key}": value for key, value in distiller.state_dict().items()},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        other = small("retinanet_resnet18")
+        load_weights(other, tmp_path / name)
+        state = student.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items()), name
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_weights(small("retinanet_resnet18"), path)
+    torch.save(small("retinanet_resnet18").state_dict(), path)
+    with pytest.raises(ValueError, match=r"keys missing \['head.classification_head.conv.0.1.bias'"):
+        load_weights(small("retinanet_resnet18", head_norm="group"), path)
+    wider = build_detector("retinanet_resnet18", 5, width=32, short_side=[64])
+    with pytest.raises(ValueError, match=r"cls_logits.*\(27,\) in the file, \(45,\) in the model"):
+        load_weights(wider, path)
+
+
+def test_a_file_with_code_in_it_is_refused(tmp_path):
+    path = tmp_path / "whole_model.pt"
+    torch.save(small("retinanet_resnet18"), path)
+    with pytest.raises(Exception, match="weights_only|Weights only|Unsupported"):
+        load_weights(small("retinanet_resnet18"), path)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from coco_data import CocoFolder
+from shapes_data import SHAPES, SIDE, _mask, _outline, draw_image, write_shapes
+
+
+def test_the_same_seed_makes_the_same_image():
+    (first, objects), (second, same) = (draw_image(np.random.default_rng(4)) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert objects == same
+    assert not np.array_equal(first, draw_image(np.random.default_rng(5))[0])
+
+
+def test_boxes_lie_within_the_image_and_labels_are_shapes():
+    random = np.random.default_rng(0)
+    seen = set()
+    for _ in range(20):
+        pixels, objects = draw_image(random)
+        assert pixels.shape == (SIDE, SIDE, 3)
+        for label, (x, y, width, height) in objects:
+            seen.add(label)
+            assert 0 <= x < x + width <= SIDE
+            assert 0 <= y < y + height <= SIDE
+    assert seen == set(range(len(SHAPES)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_covers_an_area_of_its_own(shape):
+    mask = _mask(np.random.default_rng(1), shape)
+    assert 100 < mask.sum() < SIDE**2 / 4
+
+
+def test_a_triangle_has_three_corners_and_a_cross_twelve():
+    assert [len(_outline(shape)) for shape in ("triangle", "cross")] == [3, 12]
+
+
+def test_a_written_set_is_coco_and_is_not_written_twice(tmp_path):
+    write_shapes(tmp_path, train=3, val=2, seed=0)
+    train = CocoFolder(tmp_path / "train", tmp_path / "annotations/train.json")
+    assert (len(train), train.names) == (3, list(SHAPES))
+    assert train[0][0].shape == (3, SIDE, SIDE)
+    image = tmp_path / "train" / "00001.png"
+    image.write_bytes(b"touched")
+    write_shapes(tmp_path, train=3, val=2, seed=0)
+    assert image.read_bytes() == b"touched"
+    write_shapes(tmp_path, train=3, val=2, seed=1)
+    assert image.read_bytes() != b"touched"
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1
+
+
+def test_a_half_written_set_is_written_again(tmp_path):
+    write_shapes(tmp_path, train=2, val=1, seed=0)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "train" / "00001.png").unlink()
+    write_shapes(tmp_path, train=2, val=1, seed=0)
+    assert (tmp_path / "train" / "00001.png").exists()

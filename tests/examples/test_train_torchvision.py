@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import build_detector
+from processes import Processes
+from train_torchvision import main, parse, warn_of_slow_bfloat16
+
+from tests.examples.coco_files import write_coco
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
+SMALL = [
+    *("--shapes-train", "8", "--shapes-val", "3", "--width", "32", "--short-side", "64", "--batch-size", "4"),
+    *("--student", "retinanet_mobilenet_v3_large", "--teacher", "retinanet_resnet18"),
+    *("--epochs", "2", "--teacher-epochs", "1", "--evaluate-every", "1", "--threads", "1"),
+]
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, str(SCRIPT), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
+    shapes = parse([])
+    assert (shapes.student, shapes.method, shapes.output) == (
+        "retinanet_resnet18",
+        ["none", "crosskd"],
+        Path("runs/shapes"),
+    )
+    coco = parse(["--data", "coco", "--root", str(tmp_path), "--epochs", "24"])
+    assert (coco.short_side, coco.optimizer, coco.epochs, coco.learning_rate) == ([800], "sgd", 24, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "coco"], "--data coco needs --root"),
+        (
+            ["--teacher", "retinanet_resnet18", "--teacher-weights", "published"],
+            "publishes detection weights for",
+        ),
+        (["--method", "none", "none"], "names a method twice"),
+        (["--student", "yolo"], "invalid choice: 'yolo'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_slow_emulated_types_are_said(capsys, tmp_path):
+    alone = Processes(0, 1, torch.device("cpu"))
+    warn_of_slow_bfloat16(parse([]), alone)
+    assert capsys.readouterr().out == ""
+    warn_of_slow_bfloat16(parse(["--amp", "bfloat16"]), alone)
+    said = capsys.readouterr().out
+    assert said == "" or "times slower than float32" in said
+
+
+@pytest.mark.slow
+def test_the_main_job_writes_everything(tmp_path, capsys):
+    metrics = main(["--output", str(tmp_path), "--method", "none", "mimic", "crosskd", *SMALL])
+    assert list(metrics["results"]) == ["teacher", "none", "mimic", "crosskd"]
+    assert all(result["images"] == 3 for result in metrics["results"].values())
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"teacher.pt", "none.pt", "crosskd.pt", "metrics.json", "curves.png", "detections.png"} <= written
+    for picture in ("curves.png", "detections.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
+    printed = capsys.readouterr().out
+    for row in ("teacher ", "student alone ", "student, mimicking ", "student, CrossKD "):
+        assert f"\n{row}" in printed
+    plain = build_detector("retinanet_mobilenet_v3_large", 3, width=32, anchor_scale=0.5)
+    plain.load_state_dict(torch.load(tmp_path / "crosskd.pt", weights_only=True))
+    assert {"kd_cls", "kd_reg"} <= metrics["histories"]["crosskd"][0]["losses"].keys()
+
+
+@pytest.mark.slow
+def test_coco_folders_with_everything_in_them_train_from_a_given_teacher(tmp_path):
+    images, annotations = write_coco(tmp_path / "coco")
+    root = images.parent
+    teacher = build_detector("fcos_resnet18", 2, width=64)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    split = [
+        part
+        for s in ("train", "val")
+        for part in (f"--{s}-images", images.name, f"--{s}-annotations", annotations.name)
+    ]
+    metrics = main(
+        [
+            *("--data", "coco", "--root", str(root), *split, "--output", str(tmp_path / "run")),
+            *("--teacher", "fcos_resnet18", "--teacher-weights", str(tmp_path / "teacher.pt")),
+            *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd", "--epochs", "1"),
+            *("--width", "64", "--short-side", "48", "64", "--optimizer", "adamw"),
+            *("--accumulate", "2", "--workers", "0", "--threads", "1"),
+        ]
+    )
+    assert metrics["histories"]["crosskd"][0]["unreadable_images"] > 0
+    assert metrics["results"]["teacher"]["images"] == 5
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    torch.manual_seed(1)
+    torch.save(
+        build_detector("retinanet_resnet18", 3, width=32, anchor_scale=0.5).state_dict(), tmp_path / "t.pt"
+    )
+    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", str(tmp_path / "t.pt"), "--epochs", "4"]
+    whole, broken = (str(tmp_path / name) for name in ("whole", "broken"))
+    subprocess.run(command(*arguments, "--output", whole), env=environment(), check=True)
+
+    killed = subprocess.Popen(command(*arguments, "--output", broken), env=environment())
+    checkpoint = Path(broken) / "crosskd" / "checkpoint.pt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert checkpoint.exists()
+    reached = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert 1 <= reached < 4
+    subprocess.run(command(*arguments, "--output", broken, "--resume"), env=environment(), check=True)
+    first, second = (torch.load(Path(run) / "crosskd.pt", weights_only=True) for run in (whole, broken))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+WRAPPER = """
+import hashlib, json, sys
+sys.path.insert(0, {examples!r})
+import torch
+import train_torchvision
+
+class Noting(train_torchvision.Trainer):
+    def run(self, evaluate):
+        history = super().run(evaluate)
+        digest = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+        last = history[-1]
+        note = {{"hash": digest.hexdigest(), "metrics": last["metrics"], "losses": last["losses"]}}
+        open(f"{folder}/{{self.folder.name}}_{{self.processes.rank}}.json", "w").write(json.dumps(note))
+        return history
+
+train_torchvision.Trainer = Noting
+train_torchvision.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path):
+    script = tmp_path / "noting.py"
+    script.write_text(WRAPPER.format(examples=str(SCRIPT.parent), folder=str(tmp_path)))
+    launch = command("--output", str(tmp_path / "run"), *SMALL, "--method", "crosskd", processes=2)
+    launch[launch.index(str(SCRIPT))] = str(script)
+    subprocess.run(launch, env=environment(), check=True)
+    for model in ("teacher", "crosskd"):
+        notes = [json.loads((tmp_path / f"{model}_{rank}.json").read_text()) for rank in (0, 1)]
+        assert notes[0]["hash"] == notes[1]["hash"]
+        assert notes[0]["metrics"] == notes[1]["metrics"]
+        assert notes[0]["metrics"]["images"] == 3
+        for note in notes:
+            assert all(0 < value < 100 for value in note["losses"].values())
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["versions"]["processes"] == "2"

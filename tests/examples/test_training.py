@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from coco_data import CocoFolder, training_loader
+from processes import Processes
+from torch import nn
+from train_torchvision import parse
+from training import Trainer, learning_rate_factor, make_optimizer, save_atomically
+
+from crosskd import CrossKD, Distiller
+from tests.examples.coco_files import write_coco
+from tests.tiny import tiny_retinanet
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def options(*arguments: str, folder: Path):
+    chosen = ["--workers", "0", "--batch-size", "2", "--flip", "0", "--short-side", "64", *arguments]
+    return parse(["--output", str(folder), *chosen])
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return CocoFolder(*write_coco(tmp_path / "data"), flip=0.5)
+
+
+def make_trainer(dataset, folder, model=None, epochs=3, *arguments: str) -> Trainer:
+    chosen = options(*arguments, folder=folder)
+    folder.mkdir(exist_ok=True)
+    loader = training_loader(dataset, chosen.batch_size, seed=chosen.seed, workers=0)
+    return Trainer(model or tiny_retinanet(2, seed=3), loader, folder, chosen, epochs, ALONE)
+
+
+def no_evaluation(detector: nn.Module) -> dict[str, float]:
+    return {"AP": 0.0}
+
+
+def equal_states(first: nn.Module, second: nn.Module) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(value, other[key]) for key, value in first.state_dict().items())
+
+
+def test_warm_up_then_steps(tmp_path):
+    chosen = options(
+        "--schedule", "step", "--milestones", "0.5", "0.75", "--warmup-steps", "10", folder=tmp_path
+    )
+    factors = [learning_rate_factor(step, 100, chosen) for step in (0, 5, 10, 49, 50, 75)]
+    assert factors == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.01])
+
+
+def test_warm_up_then_cosine(tmp_path):
+    chosen = options("--schedule", "cosine", "--warmup-steps", "10", folder=tmp_path)
+    factors = [learning_rate_factor(step, 110, chosen) for step in (10, 60, 110)]
+    assert factors == pytest.approx([1, 0.505, 0.01])
+
+
+def test_warm_up_never_takes_more_than_a_quarter(tmp_path):
+    chosen = options("--warmup-steps", "1000", folder=tmp_path)
+    assert learning_rate_factor(25, 100, chosen) == pytest.approx(1)
+
+
+def test_norms_and_biases_are_not_decayed(tmp_path):
+    model = tiny_retinanet(2, norm="group", batch_norm=True)
+    for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        optimizer = make_optimizer(model, options("--optimizer", name, folder=tmp_path))
+        assert isinstance(optimizer, kind)
+        decayed, kept = optimizer.param_groups
+        assert kept["weight_decay"] == 0 < decayed["weight_decay"]
+        assert min(p.ndim for p in decayed["params"]) == 4
+        assert sum(len(group["params"]) for group in (decayed, kept)) == len(list(model.parameters()))
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "weights.pt"
+    save_atomically({"a": torch.ones(1)}, path)
+    with pytest.raises(Exception, match="pickle"):
+        save_atomically({"a": lambda: None}, path)
+    assert torch.load(path, weights_only=True)["a"] == 1
+
+
+def test_training_lowers_the_loss_and_notes_it(dataset, tmp_path, capsys):
+    trainer = make_trainer(
+        dataset, tmp_path / "run", None, 8, "--evaluate-every", "4", "--learning-rate", "0.003"
+    )
+    history = trainer.run(no_evaluation)
+    losses = [sum(entry["losses"].values()) for entry in history]
+    assert losses[-1] < 0.8 * losses[0]
+    assert [entry["epoch"] for entry in history if "metrics" in entry] == [4, 8]
+    assert history[-1]["learning_rate"] == pytest.approx(0.01 * 0.003)
+    assert history[-1]["unreadable_images"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert "epoch   8/8" in lines[-1]
+    assert "images/s" in lines[-1]
+
+
+def test_accumulated_parts_step_as_one_batch_does(dataset, tmp_path):
+    dataset.flip = 0.0
+    once = make_trainer(
+        dataset, tmp_path / "once", tiny_retinanet(2), 1, "--batch-size", "4", "--optimizer", "sgd"
+    )
+    parts = make_trainer(
+        dataset, tmp_path / "parts", tiny_retinanet(2), 1, "--batch-size", "2", "--accumulate", "2",
+        "--optimizer", "sgd",
+    )  # fmt: skip
+    batch = [dataset[i] for i in (0, 1, 2, 0)]
+    for trainer, size in ((once, 4), (parts, 2)):
+        trainer.loader = _Batches([batch[i : i + size] for i in range(0, 4, size)], dataset)
+        trainer.run(no_evaluation)
+    theirs = parts.model.state_dict()
+    for name, value in once.model.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+class _Batches:
+    def __init__(self, batches, dataset):
+        self.batches, self.dataset = batches, dataset
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            yield [image for image, _ in batch], [dict(target) for _, target in batch]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_stopped_run_goes_on_to_the_same_weights(dataset, tmp_path, distilled):
+    def model():
+        student = tiny_retinanet(2, seed=3, batch_norm=True)
+        teacher = tiny_retinanet(2, seed=4, width=64)
+        return Distiller(teacher, student, CrossKD()) if distilled else student
+
+    torch.manual_seed(0)
+    whole_model = model()
+    whole = make_trainer(dataset, tmp_path / "whole", copy.deepcopy(whole_model), 3)
+    whole.run(no_evaluation)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(detector):
+        if broken.epoch == 2:
+            raise KilledError
+        return {"AP": 0.0}
+
+    broken = make_trainer(dataset, tmp_path / "broken", copy.deepcopy(whole_model), 3)
+    broken.options.evaluate_every = 1
+    with pytest.raises(KilledError):
+        broken.run(killed)
+    resumed = make_trainer(dataset, tmp_path / "broken", model(), 3, "--resume")
+    history = resumed.run(no_evaluation)
+    assert equal_states(whole.model, resumed.model)
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_another_length_is_refused(dataset, tmp_path):
+    make_trainer(dataset, tmp_path / "run", None, 1).run(no_evaluation)
+    with pytest.raises(ValueError, match="belongs to a run of 1 epochs, not 2"):
+        make_trainer(dataset, tmp_path / "run", None, 2, "--resume").run(no_evaluation)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(dataset, tmp_path):
+    model = tiny_retinanet(2)
+    trainer = make_trainer(dataset, tmp_path / "run", model, 1)
+    with torch.no_grad():
+        model.head.classification_head.cls_logits.bias[0] = float("nan")
+    before = copy.deepcopy(model.backbone.state_dict())
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1: .*classification.*nan"):
+        trainer.run(no_evaluation)
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+
+
+def test_bfloat16_and_channels_last_train(dataset, tmp_path):
+    trainer = make_trainer(dataset, tmp_path / "run", None, 1, "--amp", "bfloat16", "--channels-last")
+    history = trainer.run(no_evaluation)
+    assert all(value > 0 for value in history[0]["losses"].values())
+    weight = trainer.model.backbone.stem[0][0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_gradient_is_clipped(dataset, tmp_path):
+    trainer = make_trainer(dataset, tmp_path / "run", None, 1, "--clip", "0.01", "--optimizer", "sgd")
+    norms = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: norms.append(
+            torch.stack([p.grad.norm() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+        )
+    )
+    trainer.run(no_evaluation)
+    assert norms
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
