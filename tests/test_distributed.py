@@ -1,0 +1,209 @@
+"""Two processes under DistributedDataParallel, on gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
+from crosskd.predictions import mean_over_ranks
+from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+
+pytestmark = pytest.mark.slow
+RANKS = 2
+
+
+def distiller_of(build, method, teacher_seed: int = 1) -> Distiller:
+    torch.manual_seed(3)
+    return Distiller(build(width=64, seed=teacher_seed), build(width=32, seed=2), method)
+
+
+def batch_of(rank: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A rank's share: the second has an object fewer, so that the ranks' normalisers differ."""
+    images, targets = tiny_batch(batch=2, seed=rank)
+    if rank == 1:
+        targets[0] = {name: tensor[:1] for name, tensor in targets[0].items()}
+    return images, targets
+
+
+def joined_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    (images, targets), (more_images, more_targets) = (batch_of(rank) for rank in range(RANKS))
+    return images + more_images, targets + more_targets
+
+
+def gradients(distiller: Distiller) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+
+
+def distillation(losses: dict[str, Tensor]) -> Tensor:
+    return losses["kd_cls"] + losses["kd_reg"]
+
+
+def _in_process(rank: int, folder: str, job, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    try:
+        torch.save(job(rank, *arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, job, *arguments: Any) -> list[Any]:
+    """Runs ``job(rank, *arguments)`` in two processes; what each returned."""
+    # A server that has imported torch once hands out processes at once, and has no threads to lose.
+    multiprocessing.set_forkserver_preload(["torchvision", "tests.tiny", "crosskd"])
+    arguments = (str(folder), job, *arguments)
+    mp.start_processes(_in_process, args=arguments, nprocs=RANKS, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def mean_job(rank: int) -> Tensor:
+    value = torch.tensor(float(rank + 1), requires_grad=True)
+    mean = mean_over_ranks(value)
+    assert not mean.requires_grad
+    assert value.item() == rank + 1
+    return mean
+
+
+def test_mean_over_ranks(tmp_path):
+    assert [mean.item() for mean in on_two_ranks(tmp_path, mean_job)] == [1.5, 1.5]
+
+
+def test_mean_over_one_process_is_the_value_itself(tmp_path):
+    value = torch.tensor(3.0)
+    assert mean_over_ranks(value) is value
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        assert mean_over_ranks(value) is value
+    finally:
+        dist.destroy_process_group()
+
+
+def step_job(rank: int, build, method, only_distillation: bool) -> dict[str, Any]:
+    """One step, with a teacher of other weights on each rank where it is only watched."""
+    distiller = distiller_of(build, method)
+    parallel = DistributedDataParallel(distiller, find_unused_parameters=only_distillation)
+    losses = parallel(*batch_of(rank))
+    (distillation(losses) if only_distillation else sum(losses.values())).backward()
+    return {
+        "losses": {name: loss.detach() for name, loss in losses.items()},
+        "gradients": gradients(distiller),
+    }
+
+
+@pytest.mark.parametrize("build", [tiny_retinanet, tiny_fcos])
+def test_gradients_are_equal_on_the_ranks(tmp_path, build):
+    first, second = on_two_ranks(tmp_path, step_job, build, CrossKD(), False)
+    assert first["losses"]["kd_cls"] != second["losses"]["kd_cls"]
+    assert len(first["gradients"]) == len(list(distiller_of(build, CrossKD()).parameters()))
+    for name, gradient in first["gradients"].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradient, second["gradients"][name]), name
+
+
+@pytest.mark.parametrize("build", [tiny_retinanet, tiny_fcos])
+def test_prediction_mimicking_matches_one_process_on_the_joined_batch(tmp_path, build):
+    """The averaged normaliser makes the mean of the ranks the joined batch's loss, and its gradient."""
+    ranks = on_two_ranks(tmp_path, step_job, build, PredictionMimicking(), True)
+    alone = distiller_of(build, PredictionMimicking())
+    losses = alone(*joined_batch())
+    distillation(losses).backward()
+    for name in ("kd_cls", "kd_reg"):
+        mean = sum(rank["losses"][name].item() for rank in ranks) / RANKS
+        assert mean == pytest.approx(losses[name].item(), rel=1e-5)
+    expected = gradients(alone)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ranks[0]["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("build", [tiny_retinanet, tiny_fcos])
+def test_crosskd_is_near_one_process_on_the_joined_batch(tmp_path, build):
+    """Not equal: features are aligned by the statistics of each rank's own batch."""
+    ranks = on_two_ranks(tmp_path, step_job, build, CrossKD(), True)
+    losses = distiller_of(build, CrossKD())(*joined_batch())
+    for name in ("kd_cls", "kd_reg"):
+        mean = sum(rank["losses"][name].item() for rank in ranks) / RANKS
+        assert mean == pytest.approx(losses[name].item(), rel=0.1)
+        assert mean != pytest.approx(losses[name].item(), rel=1e-6)
+
+
+def teacher_job(rank: int, build) -> list[Tensor]:
+    """A teacher of other weights on each rank stays as it was; the student's are rank 0's."""
+    distiller = distiller_of(build, CrossKD(), teacher_seed=rank + 1)
+    torch.nn.init.constant_(distiller.student.head.regression_head.bbox_reg.bias, rank)
+    parallel = DistributedDataParallel(distiller)
+    assert distiller.student.head.regression_head.bbox_reg.bias.eq(0).all()
+    held = {id(parameter) for parameter in parallel.parameters()}
+    assert held.isdisjoint(id(parameter) for parameter in distiller.teacher.parameters())
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(parallel(*batch_of(rank)).values()).backward()
+        optimizer.step()
+    expected = build(width=64, seed=rank + 1).state_dict()
+    for name, tensor in distiller.teacher.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+    return [parameter.detach() for parameter in distiller.parameters()]
+
+
+@pytest.mark.parametrize("build", [tiny_retinanet, tiny_fcos])
+def test_the_teacher_is_neither_broadcast_nor_reduced(tmp_path, build):
+    first, second = on_two_ranks(tmp_path, teacher_job, build)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def schedule_job(rank: int) -> list[float]:
+    """DDP would refuse the second step after one in which a projection got no gradient."""
+    parallel = DistributedDataParallel(distiller_of(tiny_fcos, CrossKD(schedule=Schedule(stop=1))))
+    values = []
+    for _ in range(3):
+        losses = parallel(*batch_of(rank))
+        sum(losses.values()).backward()
+        values.append(losses["kd_cls"].item())
+    return values
+
+
+def test_a_method_that_stops_does_not_stall_the_ranks(tmp_path):
+    for first, *later in on_two_ranks(tmp_path, schedule_job):
+        assert first > 0
+        assert later == [0.0, 0.0]
+
+
+def unlabelled_job(rank: int) -> Tensor:
+    """The student's predictors get no gradient from unlabelled images, of which DDP must be told."""
+    distiller = distiller_of(tiny_retinanet, CrossKD())
+    parallel = DistributedDataParallel(distiller, find_unused_parameters=True)
+    for _ in range(2):
+        sum(parallel(batch_of(rank)[0]).values()).backward()
+    return distiller.student.backbone.laterals[0].weight.grad
+
+
+def test_unlabelled_images(tmp_path):
+    first, second = on_two_ranks(tmp_path, unlabelled_job)
+    assert first.abs().max() > 0
+    assert torch.equal(first, second)
+
+
+def wrapped_job(rank: int) -> str:
+    student = DistributedDataParallel(tiny_fcos(seed=1))
+    with pytest.raises(ValueError, match="student is wrapped in DistributedDataParallel") as caught:
+        Distiller(tiny_fcos(), student, CrossKD())
+    return str(caught.value)
+
+
+def test_a_student_wrapped_inside_is_refused(tmp_path):
+    for message in on_two_ranks(tmp_path, wrapped_job):
+        assert "wrap the distiller instead" in message
