@@ -244,8 +244,36 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse
     plt.close(figure)
 
 
+def draw_pictures(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse.Namespace) -> None:
+    """Detections of the teacher and of the first seed's students, side by side."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import torch
+    from coco_data import CocoFolder
+    from models import build_detector, load_weights
+    from pictures import draw_detections
+
+    data = CocoFolder(options.root / "images", options.root / "annotations" / f"{options.split}.json")
+    files = {"teacher": options.output / "teacher" / "none.pt"}
+    for method in options.methods:
+        files[method] = options.output / f"{method}_seed{options.seeds[0]}" / f"{method}.pt"
+    detectors: dict[str, torch.nn.Module] = {}
+    for name, file in files.items():
+        settings = results[name][0]["options"]
+        detector = build_detector(
+            options.teacher if name == "teacher" else options.student,
+            data.num_classes,
+            width=options.width,
+            head_norm=settings["head_norm"],
+            anchor_scale=options.anchor_scale,
+            short_side=[options.short_side],
+        )
+        load_weights(detector, file)
+        detectors[name] = detector
+    draw_detections(detectors, data, path, device=torch.device("cpu"), images=3)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Runs everything that has not been run yet, then writes table and figure."""
+    """Runs everything that has not been run yet, then writes table, figure and pictures."""
     options, further = parse(arguments)
     results = run_all(options, further)
     shown = ["--root", "data/bccd"]
@@ -258,6 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.with_suffix(".md").write_text(text)
     draw(results, options.results.with_suffix(".png"), options)
+    draw_pictures(results, options.results.with_name(f"{options.results.name}_detections.png"), options)
     print(text)
 
 

@@ -1,4 +1,4 @@
-"""Distils a torchvision RetinaNet or FCOS: trains or loads a teacher, trains students, compares them.
+r"""Distils a torchvision RetinaNet or FCOS: trains or loads a teacher, trains students, compares them.
 
 Without options it makes a small data set of textured shapes, trains a teacher, the student alone and the
 student distilled by CrossKD, and writes metrics, curves and pictures to ``runs/shapes``::
@@ -41,20 +41,21 @@ METHODS = ("none", "mimic", "crosskd")
 # What fits each kind of data; each is an option as well.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "shapes": {
-        "teacher": "retinanet_resnet34",
-        "student": "retinanet_resnet18",
-        "teacher_epochs": 14,
-        "epochs": 7,
-        "batch_size": 8,
+        "teacher": "retinanet_resnet18",
+        "student": "retinanet_mobilenet_v3_large",
+        "head_norm": "group",
+        "width": 64,
+        "anchor_scale": 0.5,
+        "short_side": [96],
+        "teacher_epochs": 10,
+        "epochs": 6,
+        "batch_size": 4,
         "optimizer": "adamw",
-        "learning_rate": 1e-3,
+        "learning_rate": 1.5e-3,
         "weight_decay": 0.02,
         "schedule": "cosine",
-        "warmup_steps": 30,
+        "warmup_steps": 50,
         "clip": 5.0,
-        "short_side": [96],
-        "anchor_scale": 0.5,
-        "width": 64,
         "evaluate_every": 2,
         "workers": 0,
         "channels_last": True,
@@ -62,6 +63,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "coco": {
         "teacher": "retinanet_resnet50",
         "student": "retinanet_resnet18",
+        "head_norm": "none",
+        "width": 256,
+        "anchor_scale": 1.0,
+        "short_side": [800],
         "teacher_epochs": 12,
         "epochs": 12,
         "batch_size": 2,
@@ -71,9 +76,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "schedule": "step",
         "warmup_steps": 500,
         "clip": 10.0,
-        "short_side": [800],
-        "anchor_scale": 1.0,
-        "width": 256,
         "evaluate_every": 4,
         "workers": 4,
         "channels_last": False,
@@ -133,7 +135,7 @@ def _add_model_options(group: Any) -> None:
     group.add_argument(
         "--pretrained-backbone", action="store_true", help="torchvision's ImageNet weights (download)"
     )
-    group.add_argument("--head-norm", choices=("none", "group"), default="none", help="of RetinaNet's towers")
+    group.add_argument("--head-norm", choices=("none", "group"), help="of RetinaNet's towers")
     group.add_argument("--width", type=int, help="channels of pyramid and towers")
     group.add_argument("--anchor-scale", type=float, help="multiplies the anchors' sizes")
     group.add_argument(

@@ -83,12 +83,13 @@ class Trainer:
         self.loader, self.folder, self.options = loader, folder, options
         self.epochs, self.processes = epochs, processes
         self.model = model.to(processes.device, memory_format=memory_format(options))
-        self.parallel: nn.Module = self.model
+        self.parallel: DistributedDataParallel | None = None
         if processes.ranks > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.model, device_ids=ids)
+        self.forward: Any = self.model if self.parallel is None else self.parallel
         if options.compile:
-            self.parallel = torch.compile(self.parallel)  # type: ignore[assignment]
+            self.forward = torch.compile(self.forward)
         self.steps_per_epoch = math.ceil(len(loader) / options.accumulate)
         self.optimizer = make_optimizer(self.model, options)
         total = self.steps_per_epoch * epochs
@@ -178,7 +179,7 @@ class Trainer:
             for target in targets
         ]
         with self._synchronised(last), torch.autocast(device.type, self.amp_type, self.amp_type is not None):
-            losses: dict[str, Tensor] = self.parallel(images, targets)
+            losses: dict[str, Tensor] = self.forward(images, targets)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             self.scaler.scale(total / parts).backward()
         values = {name: float(loss.detach()) for name, loss in losses.items()}
@@ -192,7 +193,7 @@ class Trainer:
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Gradients are averaged over processes once a step, not once a part of it."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last:
+        if self.parallel is not None and not last:
             with self.parallel.no_sync():
                 yield
         else:

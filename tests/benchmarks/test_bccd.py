@@ -111,6 +111,7 @@ def test_everything_is_run_once_and_the_shown_command_names_no_folder_of_this_ma
     assert "python benchmarks/bccd.py --root data/bccd --methods none crosskd --ablate-tap --seeds 5" in text
     assert str(tmp_path) not in text
     assert (tmp_path / "table.png").exists()
+    assert (tmp_path / "table_detections.png").exists()
     capsys.readouterr()
     bccd.main(arguments)
     assert "done" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
 SMALL = [
     *("--shapes-train", "8", "--shapes-val", "3", "--width", "32", "--short-side", "64", "--batch-size", "4"),
-    *("--student", "retinanet_mobilenet_v3_large", "--teacher", "retinanet_resnet18"),
+    *("--student", "retinanet_mobilenet_v3_large", "--teacher", "retinanet_resnet18", "--head-norm", "none"),
     *("--epochs", "2", "--teacher-epochs", "1", "--evaluate-every", "1", "--threads", "1"),
 ]
 
@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
     shapes = parse([])
     assert (shapes.student, shapes.method, shapes.output) == (
-        "retinanet_resnet18",
+        "retinanet_mobilenet_v3_large",
         ["none", "crosskd"],
         Path("runs/shapes"),
     )
