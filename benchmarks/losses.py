@@ -13,7 +13,6 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import measure
 import torch
@@ -110,7 +109,10 @@ def measure_loss(name: str, size: tuple[int, int, int], options: argparse.Namesp
     device = options.device
     times = [
         measure.timed_rounds(
-            {key: partial(function, loss) for key, loss in implementations.items()}, options.rounds, device
+            {key: partial(function, loss) for key, loss in implementations.items()},
+            options.rounds,
+            device,
+            clock=options.clock,
         )
         for function in (forward, both)
     ]
@@ -147,7 +149,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    measure.add_options(parser)
     parser.add_argument(
         "--sizes",
         type=size_of,
@@ -156,15 +158,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         help="images x anchors x classes; bins and boxes are measured at the last one's anchors",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="the Markdown file to write")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
+    torch.set_num_threads(options.threads)
     load = os.getloadavg()
     rows = [
         row
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = "\n\n".join(
         [
             f"# Losses: time and peak memory, {options.device.type}, {options.dtype}",
-            measure.environment("benchmarks/losses.py", options.device, options.seed, load),
+            measure.environment("benchmarks/losses.py", options, load),
             "Times are medians over the rounds; ratios are taken round by round, with their quartiles in "
             "brackets. Memory is what is allocated beside the two inputs, in units of one input: what "
             "is held between forward and backward, and the most at any moment of both.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
@@ -24,6 +25,7 @@ import torchvision
 import crosskd
 
 MIB = 2**20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,7 +68,12 @@ class Memory:
 
 
 def timed_rounds(
-    cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warmup: int = 1,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of each case in each round.
 
@@ -78,18 +85,21 @@ def timed_rounds(
         rounds: how many times.
         device: on an accelerator, work is waited for before and after each case.
         warmup: rounds that are run before and not counted.
+        clock: ``"wall"``, or ``"cpu"`` for the seconds that this process worked: the one to trust on a
+            machine that others use too, with one thread (several wait for each other by working).
     """
+    now = CLOCKS[clock]
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
             _wait(device)
-            begin = time.perf_counter()
+            begin = now()
             cases[name]()
             _wait(device)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(now() - begin)
     return seconds
 
 
@@ -144,31 +154,48 @@ def tensor_bytes_alive() -> int:
     return sum(storages.values())
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all scripts have."""
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds that this process worked, for one thread on a machine that others use too",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="the Markdown file to write")
+
+
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     """Autocast of one of ``AMP_TYPES``, or nothing."""
     dtype = AMP_TYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def environment(script: str, device: torch.device, seed: int, load: Sequence[float]) -> str:
+def environment(script: str, options: argparse.Namespace, load: Sequence[float]) -> str:
     """How a table was made, as a Markdown list.
 
     Args:
         script: the script's path in the repository.
-        device: where it ran.
-        seed: what the random numbers started from.
+        options: those of `add_options`.
         load: the machine's load averages before the start: above 0, others were running too.
     """
+    device = options.device
+    clocks = {"wall": "wall clock", "cpu": "CPU seconds of the process"}
     facts = {
         "command": f"`{_command(script)}`",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": str(torch.get_num_threads()),
+        "time": f"{clocks[options.clock]}, {options.rounds} rounds",
         "load before the start (1, 5, 15 minutes)": ", ".join(f"{value:.1f}" for value in load),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, crosskd {crosskd.__version__}",
-        "seed": str(seed),
+        "seed": str(options.seed),
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 

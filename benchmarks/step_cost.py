@@ -221,7 +221,7 @@ def make_batch(options: argparse.Namespace) -> tuple[list[Tensor], list[dict[str
 
 def time_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
     """Medians, and the ratios' spread over the rounds."""
-    seconds = measure.timed_rounds(pieces.parts(), options.rounds, options.device)
+    seconds = measure.timed_rounds(pieces.parts(), options.rounds, options.device, clock=options.clock)
     apart = [sum(parts) for parts in zip(seconds["a"], seconds["b"], seconds["c"], strict=True)]
     medians = [f"{1000 * measure.Spread.of(values).median:.0f}" for values in seconds.values()]
     ratios = measure.ratios(seconds["d"], apart), measure.ratios(seconds["d"], seconds["a"])
@@ -259,7 +259,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    measure.add_options(parser)
     parser.add_argument("--families", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--teacher", default="resnet50", help="the teacher's backbone")
     parser.add_argument("--student", default="resnet18", help="the student's backbone")
@@ -270,10 +270,6 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--amp", choices=measure.AMP_TYPES, default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="compile the distillation step (d)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="the Markdown file to write")
     return parser.parse_args(arguments)
 
 
@@ -292,12 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.classes} classes, {options.objects} boxes an image",
         f"amp {options.amp}",
         "channels last" if options.channels_last else "contiguous",
-        f"{options.rounds} rounds",
     ]
     text = "\n\n".join(
         [
             f"# Cost of a distillation step, {options.device.type}, amp {options.amp}",
-            measure.environment("benchmarks/step_cost.py", options.device, options.seed, load)
+            measure.environment("benchmarks/step_cost.py", options, load)
             + f"\n- setting: {', '.join(settings)}",
             EXPLANATION,
             measure.table(TIME_HEADER, times),
