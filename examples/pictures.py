@@ -52,7 +52,7 @@ def draw_detections(
     path: Path,
     *,
     device: torch.device,
-    threshold: float = 0.4,
+    threshold: float = 0.3,
     images: int = 4,
 ) -> None:
     """Draws the ground truth and each model's detections side by side, a row an image.
@@ -67,8 +67,15 @@ def draw_detections(
     """
     chosen = _busy_images(dataset, images)
     columns = len(detectors) + 1
+    shapes = [image.shape for _, image in chosen]
+    heights = [3.1 * height / width for _, height, width in shapes]
     figure, grid = plt.subplots(
-        len(chosen), columns, figsize=(3.1 * columns, 3.1 * len(chosen)), squeeze=False, layout="constrained"
+        len(chosen),
+        columns,
+        figsize=(3.1 * columns, sum(heights) + 0.8),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for row, (index, image) in zip(grid, chosen, strict=True):
         image_id = dataset.ids[index]

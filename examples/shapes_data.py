@@ -74,16 +74,16 @@ def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[tup
         Pixels of shape (height, width, 3), and (label, box) of each shape of which enough can be seen;
         boxes are x, y, width, height of the visible part, in pixels.
     """
-    canvas = _texture(random, contrast=0.25)
+    canvas = _texture(random, contrast=0.12)
     owner = np.full((SIDE, SIDE), -1)
     whole: list[int] = []
     labels: list[int] = []
-    for number in range(int(random.integers(2, 6))):
+    for number in range(int(random.integers(1, 5))):
         label = int(random.integers(len(SHAPES)))
         mask = _mask(random, SHAPES[label])
         shadow = np.pad(mask, ((3, 0), (3, 0)))[:SIDE, :SIDE] & ~mask
         canvas[shadow] *= 0.7
-        canvas[mask] = _texture(random, contrast=0.45)[mask]
+        canvas[mask] = _texture(random, contrast=0.3)[mask]
         owner[mask] = number
         whole.append(int(mask.sum()))
         labels.append(label)
