@@ -78,7 +78,7 @@ def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[tup
     owner = np.full((SIDE, SIDE), -1)
     whole: list[int] = []
     labels: list[int] = []
-    for number in range(int(random.integers(1, 5))):
+    for number in range(int(random.integers(2, 6))):
         label = int(random.integers(len(SHAPES)))
         mask = _mask(random, SHAPES[label])
         shadow = np.pad(mask, ((3, 0), (3, 0)))[:SIDE, :SIDE] & ~mask
@@ -99,7 +99,7 @@ def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[tup
 
 def _mask(random: np.random.Generator, shape: str) -> NDArray[np.bool_]:
     """Where a shape of random size, place and turn lies."""
-    radius = random.uniform(18, 46)
+    radius = random.uniform(18, 42)
     x, y = random.uniform(radius * 0.6, SIDE - radius * 0.6, size=2)
     turn = random.uniform(0, 2 * math.pi)
     image = Image.new("1", (SIDE, SIDE))
