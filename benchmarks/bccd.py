@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from measure import processor
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
 METHODS = {"none": "student alone", "mimic": "prediction mimicking", "crosskd": "CrossKD"}
@@ -169,7 +171,7 @@ def table(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace,
         "",
         f"    {command}",
         "",
-        f"on {machine()} with "
+        f"on {os.cpu_count()} cores of {processor()} with "
         + ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("device", "processes")),
         f"(seeds {', '.join(map(str, options.seeds))}).",
     ]
@@ -187,15 +189,6 @@ def paired_gains(results: dict[str, list[dict[str, Any]]]) -> str:
             differences = [a - final(run)["AP"] for a, run in zip(own, results[other], strict=True)]
             parts.append(f"{mean_and_deviation(differences)} AP over {label}")
     return "Seed by seed CrossKD is ahead by " + " and by ".join(parts) + "." if parts else ""
-
-
-def machine() -> str:
-    """The processor, by its own name."""
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{os.cpu_count()} cores of {line.split(':')[1].strip()}"
-    return f"{os.cpu_count()} cores"
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse.Namespace) -> None:

@@ -188,7 +188,7 @@ def environment(script: str, options: argparse.Namespace, load: Sequence[float])
     facts = {
         "command": f"`{_command(script)}`",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": str(torch.get_num_threads()),
         "time": f"{clocks[options.clock]}, {options.rounds} rounds",
@@ -231,7 +231,8 @@ def _command(script: str) -> str:
     return " ".join(["python", script, *kept])
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor, by its own name."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
