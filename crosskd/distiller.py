@@ -148,7 +148,7 @@ class Distiller(nn.Module):
                 or a distillation that would have no effect.
         """
         if not self.training:
-            return self.student(images)
+            return self.adapter.detect(self.student, images, targets)
         if not self.student.training:
             raise ValueError(
                 "the distiller is in train mode and its student in eval mode: call distiller.train()"

@@ -10,6 +10,8 @@ object serves teacher and student. One training step calls them in this order::
     locations   anchors or points, once
     losses      the student's own losses and its label assignment, once
     decode      predictions      → boxes
+
+In eval the distiller calls `detect` alone.
 """
 
 from __future__ import annotations
@@ -104,6 +106,17 @@ class Adapter(Protocol):
         self, student: nn.Module, predictions: Predictions, locations: Any, inputs: Inputs
     ) -> tuple[dict[str, Tensor], Assignment]:
         """The student's own losses under their own names, and the assignment they were made with."""
+        ...
+
+    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
+        """What the student alone answers to images: ``student(images)`` for most detectors.
+
+        Args:
+            student: in eval mode.
+            images: as `prepare` takes them.
+            targets: what was given beside the images, ``None`` mostly: some frameworks carry an image's
+                size there.
+        """
         ...
 
     def check_locations(self, teacher: Any, student: Any) -> None:

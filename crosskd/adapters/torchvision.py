@@ -197,6 +197,10 @@ class _TorchvisionAdapter(ABC):
         anchors = detector.anchor_generator(inputs.extra, list(features))
         return Locations(anchors, [f.shape[-2] * f.shape[-1] for f in features])
 
+    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
+        """The student's own detections."""
+        return student(images)
+
     def check_locations(self, teacher: Locations, student: Locations) -> None:
         """Raises ``ValueError`` where the anchors of the two differ."""
         for theirs, ours in zip(teacher.anchors, student.anchors, strict=True):

@@ -98,6 +98,9 @@ class SegmenterAdapter:
         positive = inputs.targets.amax(2) > 0
         return {"own": loss}, Assignment(None, positive, positive.sum().float())
 
+    def detect(self, student, images, targets):
+        return student(images)
+
     def check_locations(self, teacher, student):
         assert torch.equal(teacher, student)
 
@@ -113,3 +116,13 @@ def test_an_adapter_of_a_users_own_distils_a_detector_of_their_own():
     assert student.tower[0].weight.grad.abs().max() > 0
     assert student.tower[2].weight.grad is None
     assert student.logits.weight.grad is None
+
+
+def test_in_eval_the_adapter_says_how_the_student_answers():
+    class Scored(SegmenterAdapter):
+        def detect(self, student, images, targets):
+            assert not student.training
+            return len(images), targets
+
+    distiller = Distiller(Segmenter(8), Segmenter(6), CrossKD(position=1), Scored())
+    assert distiller.eval()(torch.rand(2, 3, 5, 5), "sizes") == (2, "sizes")
