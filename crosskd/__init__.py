@@ -3,7 +3,7 @@
 ``Distiller(teacher, student, CrossKD())`` wraps a detector; call it, back-propagate, keep the student.
 """
 
-from crosskd import adapters, align, head, losses, methods, predictions
+from crosskd import adapters, align, checkpoints, head, losses, methods, predictions
 from crosskd.describe import describe
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method, PredictionMimicking
@@ -19,6 +19,7 @@ __all__ = [
     "Schedule",
     "adapters",
     "align",
+    "checkpoints",
     "describe",
     "head",
     "losses",
