@@ -1,0 +1,304 @@
+"""Adapter for mmdet's dense detectors, and `CrossKDDetector` to distil them from an mmdet config.
+
+Importing this needs mmdet 3 with mmcv's compiled operators; `find_adapter` imports it for mmdet's
+detectors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from crosskd.adapters.protocol import Inputs
+from crosskd.head import Branch
+from crosskd.methods.recipes import HeadRecipe
+from crosskd.predictions import Assignment, Predictions
+
+try:
+    from mmdet.models.detectors import BaseDetector, SingleStageDetector
+    from mmdet.models.utils import unpack_gt_instances
+    from mmdet.structures import DetDataSample
+
+    from crosskd.adapters._mmdet_detector import CrossKDDetector
+    from crosskd.adapters._mmdet_heads import FAMILIES, HeadFamily, Locations, family_of
+except ImportError as error:
+    raise ImportError(
+        f"mmdet's adapter needs mmdet 3 and mmcv with compiled operators, which can't be imported ({error}): "
+        "run examples/mmdet/install_mmdet.py of the crosskd sources, which installs a set of versions that "
+        "works with a current PyTorch (docs/mmdet.md)"
+    ) from error
+
+__all__ = ["CrossKDDetector", "MMDetAdapter"]
+
+
+class MMDetAdapter:
+    """Adapter for mmdet's ``SingleStageDetector`` with a GFL, ATSS, RetinaNet, FCOS or RTMDet (SepBN) head.
+
+    Images are a batch (batch, channels, height, width) that the student's data preprocessor has made,
+    targets mmdet's data samples: what mmdet hands to a detector's own ``loss``.
+
+    Args:
+        family: how the heads are taken apart.
+
+    Example:
+        >>> import pytest
+        >>> mmdet = pytest.importorskip("mmdet")
+        >>> MMDetAdapter.for_detectors(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        TypeError: the detector is a Linear...
+    """
+
+    def __init__(self, family: HeadFamily) -> None:
+        self.family = family
+
+    @classmethod
+    def for_detectors(cls, *detectors: nn.Module) -> MMDetAdapter:
+        """The adapter for detectors whose heads are all of one family.
+
+        Raises:
+            TypeError: heads that differ, or that none of the families fits.
+        """
+        families = [_family_of(detector) for detector in detectors]
+        if len(set(families)) > 1:
+            names = " and ".join(family.name for family in families)
+            raise TypeError(
+                f"the detectors have heads of different families, {names}: cross-head distillation needs the "
+                "same family for teacher and student"
+            )
+        return cls(families[0])
+
+    @property
+    def recipe(self) -> HeadRecipe:
+        """The published settings for this family of heads."""
+        return self.family.recipe
+
+    def supports(self, detector: nn.Module) -> bool:
+        """Whether a detector is of one stage and has a head of this family."""
+        return isinstance(detector, SingleStageDetector) and family_of(detector.bbox_head) is self.family
+
+    # -- construction -------------------------------------------------------------------------
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Raises ``ValueError`` for a pair whose predictions can't be compared."""
+        for side, detector in (("teacher", teacher), ("student", student)):
+            if not self.supports(detector):
+                raise TypeError(
+                    f"this adapter is for mmdet's detectors with a {self.family.name}, the {side} is a "
+                    f"{type(detector).__name__}: leave adapter= out, or pass one that understands it"
+                )
+            self._check_head(side, cast(Any, detector).bbox_head)
+        theirs, ours = cast(Any, teacher).bbox_head, cast(Any, student).bbox_head
+        _check_trainable(ours)
+        _check_classes(theirs, ours)
+        _check_priors(theirs.prior_generator, ours.prior_generator)
+        for name, value in self.family.box_coding(ours).items():
+            other = self.family.box_coding(theirs)[name]
+            if value != other:
+                raise ValueError(
+                    f"box coding differs, {name}: {other} (teacher), {value} (student). The same numbers "
+                    "would mean other boxes: give both heads the same, and train the teacher with it"
+                )
+
+    def _check_head(self, side: str, head: Any) -> None:
+        for name in self.family.own_functions():
+            if getattr(type(head), name) is not getattr(self.family.head, name) or name in vars(head):
+                raise ValueError(
+                    f"{side}: {type(head).__name__} has a {name} of its own, which this adapter, made for "
+                    f"{self.family.name}, does not know: write an adapter for it (crosskd.adapters.Adapter) "
+                    "and pass it as adapter="
+                )
+        if not head.use_sigmoid_cls:
+            raise ValueError(
+                f"{side}: {type(head).__name__} predicts classes by a softmax, but the distillation loss "
+                "compares sigmoids: use a classification loss with use_sigmoid=True"
+            )
+
+    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
+        """The classification and the regression branch."""
+        return self.family.branches(cast(Any, detector).bbox_head)
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
+        """Takes the student's pixels, and renormalises them where the teacher's preprocessor differs."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                "images must be one tensor (batch, channels, height, width), as a detector's data "
+                f"preprocessor returns it, got {got}: call detector.data_preprocessor(data, True) first"
+            )
+        if targets is not None:
+            _check_samples(targets, len(images), student.bbox_head.num_classes)
+        pixels = _renormalized(images, targets, student.data_preprocessor, teacher.data_preprocessor)
+        return Inputs(images, pixels, targets)
+
+    def features(self, detector: Any, pixels: Tensor) -> Sequence[Tensor]:
+        """The detector's own ``extract_feat``."""
+        maps: Sequence[Tensor] = detector.extract_feat(pixels)
+        strides = detector.bbox_head.prior_generator.strides
+        if len(maps) != len(strides):
+            raise ValueError(
+                f"{type(detector).__name__}.extract_feat gives {len(maps)} levels, its head has "
+                f"{len(strides)} strides, {[s[0] for s in strides]}: build backbone, neck and "
+                "head for the same levels"
+            )
+        return maps
+
+    def predict(self, detector: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
+        """Runs the head's own forward on tower outputs."""
+        return self.family.predict(detector.bbox_head, towers)
+
+    def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Locations:
+        """The head's anchors or points."""
+        return self.family.locations(detector.bbox_head, features)
+
+    def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
+        """Boxes by the head's own coder, in float32 at least."""
+        return self.family.decode(detector.bbox_head, predictions, locations)
+
+    def losses(
+        self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The head's own ``loss_by_feat``, its lists of levels summed as mmengine sums them."""
+        instances, ignored, metas = unpack_gt_instances(inputs.targets)
+        maps = self.family.as_maps(predictions, locations.level_sizes)
+        losses, assignment = self.family.losses(student.bbox_head, maps, (instances, metas, ignored))
+        return {name: _summed(loss) for name, loss in losses.items()}, assignment
+
+    def detect(self, student: Any, images: Any, targets: Any) -> Any:
+        """The student's own ``predict``: data samples with ``pred_instances``.
+
+        Without data samples boxes are in the batch's pixels, for nothing tells another size.
+        """
+        if targets is None:
+            height, width = images.shape[-2:]
+            meta = {"img_shape": (height, width), "ori_shape": (height, width), "scale_factor": (1.0, 1.0)}
+            targets = [DetDataSample(metainfo=meta) for _ in images]
+        return student.predict(images, targets)
+
+    def check_locations(self, teacher: Locations, student: Locations) -> None:
+        """Raises ``ValueError`` where the priors of the two differ."""
+        for level, (theirs, ours) in enumerate(zip(teacher.priors, student.priors, strict=True)):
+            if theirs.shape != ours.shape or not torch.allclose(theirs, ours.to(theirs)):
+                raise ValueError(
+                    f"the priors of level {level} differ: {tuple(theirs.shape)} (teacher), "
+                    f"{tuple(ours.shape)} (student), or other places or sizes: give both heads the same "
+                    "anchor_generator"
+                )
+
+
+def _family_of(detector: nn.Module) -> HeadFamily:
+    known = ", ".join(family.name for family in FAMILIES)
+    name = type(detector).__name__
+    if not isinstance(detector, BaseDetector):
+        raise TypeError(f"the detector is a {name}, not one of mmdet's: teacher and student must both be")
+    if not isinstance(detector, SingleStageDetector):
+        stages = "a detector of two stages" if hasattr(detector, "roi_head") else "not a one-stage detector"
+        raise TypeError(
+            f"{name} is {stages}: mmdet's adapter distils a SingleStageDetector with one of the heads {known}"
+        )
+    family = family_of(detector.bbox_head)
+    if family is not None:
+        return family
+    raise TypeError(
+        f"{name} has a {type(detector.bbox_head).__name__}; mmdet's adapter knows the heads {known}. For "
+        "another one write an adapter (crosskd.adapters.Adapter) and pass it as adapter="
+    )
+
+
+def _check_trainable(head: Any) -> None:
+    if head.train_cfg is None and hasattr(type(head), "_get_targets_single") and hasattr(head, "sampler"):
+        raise ValueError(
+            f"student: {type(head).__name__} was built without a train_cfg, so it can't assign labels: build "
+            "it with the train_cfg of its config"
+        )
+
+
+def _check_classes(teacher: Any, student: Any) -> None:
+    if teacher.num_classes != student.num_classes:
+        raise ValueError(
+            f"the teacher predicts {teacher.num_classes} classes and the student {student.num_classes}: both "
+            "need the same classes in the same order; train a teacher for the student's classes, or give "
+            f"the student bbox_head.num_classes={teacher.num_classes}"
+        )
+
+
+def _check_priors(teacher: Any, student: Any) -> None:
+    theirs, ours = ([tuple(stride) for stride in g.strides] for g in (teacher, student))
+    if theirs != ours:
+        raise ValueError(
+            f"strides differ: {theirs} (teacher), {ours} (student): build both with the same levels "
+            "(neck.num_outs, start_level and the head's strides)"
+        )
+    settings = [
+        (type(g).__name__, getattr(g, "offset", None) or getattr(g, "center_offset", 0))
+        for g in (teacher, student)
+    ]
+    anchors = [getattr(g, "base_anchors", []) for g in (teacher, student)]
+    same = settings[0] == settings[1] and all(
+        a.shape == b.shape and torch.allclose(a, b) for a, b in zip(*anchors, strict=True)
+    )
+    if not same:
+        shown = [[a.tolist() for a in side[:1]] for side in anchors]
+        raise ValueError(
+            f"the anchors differ: {settings[0]}, at the first level {shown[0]} (teacher), {settings[1]}, "
+            f"{shown[1]} (student). Boxes predicted from different anchors can't be compared: build both "
+            "heads with the same anchor_generator, and train the teacher with it"
+        )
+
+
+def _check_samples(samples: Any, images: int, classes: int) -> None:
+    """Raises ``ValueError`` for data samples that the student's own loss would stumble over."""
+    if len(samples) != images:
+        raise ValueError(f"got {images} images but {len(samples)} data samples: one is needed for each")
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, DetDataSample) or "gt_instances" not in sample:
+            raise ValueError(
+                f"data sample {index} must be a DetDataSample with gt_instances, got {type(sample).__name__}"
+            )
+        boxes, labels = sample.gt_instances.bboxes, sample.gt_instances.labels
+        if tuple(boxes.shape) != (len(labels), 4):
+            raise ValueError(
+                f"data sample {index} must hold boxes of shape (objects, 4) and labels of shape (objects,), "
+                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(
+                f"data sample {index} has labels from {int(labels.min())} to {int(labels.max())}, but the "
+                f"student predicts {classes} classes, labelled 0 to {classes - 1}"
+            )
+
+
+def _summed(loss: Tensor | Sequence[Tensor]) -> Tensor:
+    """A loss, or one a level, as mmengine's ``parse_losses`` adds them up."""
+    if isinstance(loss, Tensor):
+        return loss.mean()
+    return torch.stack([level.mean() for level in loss]).sum()
+
+
+def _pixel_coding(preprocessor: Any, like: Tensor) -> tuple[Tensor, Tensor, bool, float]:
+    """Mean and deviation (channels, 1, 1), whether channels were swapped, and the padding's value."""
+    if not getattr(preprocessor, "_enable_normalize", False):
+        mean, std = like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
+    else:
+        mean, std = preprocessor.mean.to(like), preprocessor.std.to(like)
+    swapped = bool(getattr(preprocessor, "_channel_conversion", False))
+    return mean, std, swapped, float(getattr(preprocessor, "pad_value", 0))
+
+
+def _renormalized(pixels: Tensor, samples: Any, student: Any, teacher: Any) -> Tensor:
+    """The student's pixels as the teacher's preprocessor would have made them, the padding included."""
+    mean, std, swapped, _ = _pixel_coding(student, pixels)
+    teacher_mean, teacher_std, teacher_swapped, padding = _pixel_coding(teacher, pixels)
+    if swapped == teacher_swapped and torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std):
+        return pixels
+    raw = pixels * std + mean
+    own = ((raw.flip(1) if swapped != teacher_swapped else raw) - teacher_mean) / teacher_std
+    for index, sample in enumerate(samples or ()):
+        height, width = sample.metainfo.get("img_shape", pixels.shape[-2:])[:2]
+        own[index, :, height:] = padding
+        own[index, :, :, width:] = padding
+    return own
