@@ -26,12 +26,17 @@ def script() -> ModuleType:
 
 
 @pytest.fixture
-def pip_calls(script, monkeypatch) -> list[tuple[str, ...]]:
-    """What the script would have asked of pip; nothing is run."""
-    calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(script, "pip", lambda *arguments, environment=None: calls.append(arguments))
-    monkeypatch.setattr(script.subprocess, "run", lambda command, check: calls.append(tuple(command)))
-    return calls
+def commands(script, monkeypatch) -> list[tuple[str, ...]]:
+    """The commands that the script would have run, without the interpreter's name; all succeed."""
+    ran: list[tuple[str, ...]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert command[0] == sys.executable
+        ran.append(tuple(command[1:]))
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    return ran
 
 
 def test_both_outdated_standards_become_the_current_one(script, tmp_path):
@@ -91,17 +96,39 @@ def test_half_a_wheel_is_not_found(script, tmp_path, monkeypatch):
     assert script.wheels_in(kept) == []
 
 
-def test_a_kept_wheel_is_not_built_again(script, tmp_path, monkeypatch, pip_calls):
-    kept = tmp_path / script.build_name()
-    kept.mkdir()
-    wheel = kept / "mmcv-2.1.0-cp311.whl"
+@pytest.fixture
+def kept_wheel(script, tmp_path, monkeypatch) -> Path:
+    """A wheel as an earlier build left it, in the folder that the script is told to look in."""
+    wheel = tmp_path / script.build_name() / "mmcv-2.1.0-cp311.whl"
+    wheel.parent.mkdir()
     wheel.touch()
     monkeypatch.setattr(sys, "argv", ["install_mmdet.py", "--cache", str(tmp_path)])
+    return wheel
+
+
+def test_a_kept_wheel_is_not_built_again(script, kept_wheel, commands):
     script.main()
-    install, probe = pip_calls
-    assert install == ("install", str(wheel), "mmdet==3.3.0", "mmengine==0.10.7")
-    assert probe[0] == sys.executable
-    assert "mmcv" in probe[-1]
+    install, opencv, probe = commands
+    assert install[-4:] == ("install", str(kept_wheel), "mmdet==3.3.0", "mmengine==0.10.7")
+    assert opencv == ("-c", "import cv2")
+    assert probe[0] == "-c"
+    assert "mmcv._ext" in probe[1]
+
+
+def test_an_opencv_that_needs_graphics_libraries_is_replaced(script, kept_wheel, commands, monkeypatch):
+    succeeding = script.subprocess.run
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
+        finished = succeeding(command, **options)
+        finished.returncode = int(command[-1] == "import cv2")
+        return finished
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    script.main()
+    assert [command[-1] for command in commands][1:4] == [
+        *("import cv2", "opencv-python", "opencv-python-headless")
+    ]
+    assert "uninstall" in commands[2]
 
 
 def test_the_cache_follows_the_desktop_convention(script, monkeypatch, tmp_path):
