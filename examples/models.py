@@ -1,4 +1,4 @@
-"""RetinaNet and FCOS by name, on the backbones that torchvision has, with the same five levels each."""
+"""Detectors by name, on the backbones that torchvision has, with the same five levels each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torchvision
+from backbones import BACKBONES, STRIDES, build_backbone
+from dense_heads import ATSS, GFL, load_mmdet_checkpoint
 from torch import Tensor, nn
-from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection import (
     FCOS,
     FCOS_ResNet50_FPN_Weights,
@@ -18,48 +19,16 @@ from torchvision.models.detection import (
     RetinaNet_ResNet50_FPN_Weights,
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-FAMILIES = ("retinanet", "fcos")
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
+DENSE_HEADS = {"gfl": GFL, "atss": ATSS}
+FAMILIES = ("retinanet", "fcos", *DENSE_HEADS)
 MODEL_NAMES = tuple(f"{family}_{backbone}" for family in FAMILIES for backbone in BACKBONES)
 # Names of torchvision's builders, and their weights, by the names used here.
 PUBLISHED = {
     "retinanet_resnet50": ("retinanet_resnet50_fpn", RetinaNet_ResNet50_FPN_Weights.COCO_V1),
     "fcos_resnet50": ("fcos_resnet50_fpn", FCOS_ResNet50_FPN_Weights.COCO_V1),
 }
-STRIDES = (8, 16, 32, 64, 128)
-
-
-def build_backbone(name: str, pretrained: bool, width: int) -> nn.Module:
-    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128.
-
-    Args:
-        name: one of ``BACKBONES``.
-        pretrained: start from ImageNet weights, with frozen batch norm as torchvision does; from random
-            numbers, with batch norm that trains, otherwise.
-        width: channels of each level.
-    """
-    norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
-    pyramid_top = LastLevelP6P7(width, width)
-    if name == "mobilenet_v3_large":
-        weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
-        layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
-        # The last layers at strides 8, 16 and 32.
-        levels = {"6": "0", "12": "1", "16": "2"}
-        widths = [40, 112, 960]
-        return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-    layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
-    if pretrained:
-        for part in (layers.conv1, layers.bn1, layers.layer1):
-            part.requires_grad_(False)
-    widths = [layers.inplanes // 4, layers.inplanes // 2, layers.inplanes]
-    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
 
 
 def build_detector(
@@ -73,7 +42,7 @@ def build_detector(
     short_side: list[int] | None = None,
     long_side: int = 1333,
 ) -> nn.Module:
-    """Builds a detector of torchvision's own classes.
+    """Builds a detector of torchvision's own classes, or one of ``dense_heads``.
 
     Args:
         name: one of ``MODEL_NAMES``.
@@ -81,7 +50,7 @@ def build_detector(
         pretrained_backbone: ImageNet weights in the backbone.
         width: channels of the pyramid's levels and of the head's towers, a multiple of 32.
         head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
-            FCOS always has it.
+            the other families always have it.
         anchor_scale: multiplies the anchors' sizes (FCOS: the size ranges); small images have small objects.
         short_side: images are resized to this; several for scale jitter, the last for evaluation.
         long_side: but their longer side is at most this.
@@ -89,8 +58,11 @@ def build_detector(
     if name not in MODEL_NAMES:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
     family, _, backbone_name = name.partition("_")
-    backbone = build_backbone(backbone_name, pretrained_backbone, width)
+    style = "mmdet" if family in DENSE_HEADS else "torchvision"
+    backbone = build_backbone(backbone_name, pretrained_backbone, width, style)
     sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
+    if family in DENSE_HEADS:
+        return DENSE_HEADS[family](backbone, num_classes, anchor_scale=8 * anchor_scale, **sizes)
     if family == "fcos":
         anchors = AnchorGenerator(tuple((s * anchor_scale,) for s in STRIDES), ((1.0,),) * len(STRIDES))
         return FCOS(backbone, num_classes, anchor_generator=anchors, **sizes)
@@ -114,6 +86,30 @@ def load_published(name: str, options: argparse.Namespace) -> nn.Module:
     builder, weights = PUBLISHED[name]
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
     return torchvision.models.get_model(builder, weights=weights, **sizes)
+
+
+def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module:
+    """A GFL or ATSS with the weights of an mmdet file, whose labels are numbered from 0.
+
+    Args:
+        name: which of ``MODEL_NAMES`` it must be.
+        source: a path or an http(s) address.
+        options: the script's options.
+    """
+    if name.partition("_")[0] not in DENSE_HEADS:
+        raise ValueError(f"weights of mmdet are read for {', '.join(DENSE_HEADS)} only, not for {name!r}")
+    sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
+    detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
+    expected = build_detector(name, detector.num_classes).state_dict()
+    differing = sorted(expected.keys() ^ detector.state_dict().keys())
+    if differing:
+        raise ValueError(f"{source} holds a {type(detector).__name__}, but no {name}: {differing[:3]} differ")
+    return detector
+
+
+def is_of_mmdet(weights: str) -> bool:
+    """Whether weights are named as mmdet names its files: by an address, or ``.pth``."""
+    return weights.startswith(("http://", "https://")) or weights.endswith(".pth")
 
 
 def load_weights(detector: nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-r"""Distils a torchvision RetinaNet or FCOS: trains or loads a teacher, trains students, compares them.
+r"""Distils a RetinaNet, FCOS, GFL or ATSS: trains or loads a teacher, trains students, compares them.
 
 Without options it makes a small data set of textured shapes, trains a teacher, the student alone and the
 student distilled by CrossKD, and writes metrics, curves and pictures to ``runs/shapes``::
@@ -11,6 +11,12 @@ On COCO 2017, eight GPUs, from torchvision's published RetinaNet-R50::
         --teacher retinanet_resnet50 --teacher-weights published --student retinanet_resnet18 \
         --pretrained-backbone --method crosskd --epochs 12 --batch-size 2 --learning-rate 0.01 \
         --optimizer sgd --schedule step --amp bfloat16
+
+The published headline, GFL-R50 from mmdet's GFL-R101 (its file, or the address of it)::
+
+    torchrun --nproc_per_node=8 examples/train_torchvision.py --data coco --root data/coco \
+        --teacher gfl_resnet101 --teacher-weights path/to/gfl_r101_fpn_mstrain_2x_coco.pth \
+        --student gfl_resnet50 --pretrained-backbone --method crosskd --drop-empty --clip 0
 """
 
 from __future__ import annotations
@@ -25,8 +31,17 @@ from typing import Any
 import torch
 import torchvision
 from coco_data import CocoFolder, training_loader
+from dense_heads import adapter_of
 from evaluation import METRICS, evaluate
-from models import MODEL_NAMES, PUBLISHED, build_detector, load_published, load_weights
+from models import (
+    MODEL_NAMES,
+    PUBLISHED,
+    build_detector,
+    is_of_mmdet,
+    load_mmdet,
+    load_published,
+    load_weights,
+)
 from pictures import LABELS, draw_curves, draw_detections
 from processes import Processes, start, stop
 from shapes_data import write_shapes
@@ -129,7 +144,8 @@ def _add_model_options(group: Any) -> None:
     group.add_argument(
         "--teacher-weights",
         metavar="published|PATH",
-        help="torchvision's published weights, or the file of a detector or a distiller; trained if left out",
+        help="torchvision's published weights; the file of a detector or a distiller; or, for GFL and ATSS, "
+        "a .pth file of mmdet's or its address. Trained if left out",
     )
     group.add_argument("--student-weights", type=Path, metavar="PATH", help="start the student from a file")
     group.add_argument(
@@ -244,11 +260,29 @@ def make_teacher(
     """Loads a teacher, or trains one on the ground truth."""
     if options.teacher_weights == "published":
         return load_published(options.teacher, options), []
+    if options.teacher_weights is not None and is_of_mmdet(options.teacher_weights):
+        return load_mmdet_teacher(options, data[0], processes), []
     teacher = new_detector(options.teacher, options, data[0].num_classes)
     if options.teacher_weights is not None:
         load_weights(teacher, Path(options.teacher_weights))
         return teacher, []
     return teacher, train(teacher, "teacher", options.teacher_epochs, options, data, processes)
+
+
+def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes: Processes) -> nn.Module:
+    """A teacher with the weights of an mmdet file, which one process downloads."""
+    if not processes.is_first:
+        processes.wait()
+    teacher = load_mmdet(options.teacher, options.teacher_weights, options)
+    if processes.is_first:
+        processes.wait()
+    if teacher.num_classes != data.num_classes:
+        raise ValueError(
+            f"{options.teacher_weights} knows {teacher.num_classes} classes, the data {data.num_classes} "
+            f"categories ({', '.join(data.names[:5])}...): it must have been trained on the same ones, "
+            "numbered in the order of their ids"
+        )
+    return teacher
 
 
 def make_student(options: argparse.Namespace, classes: int) -> nn.Module:
@@ -271,9 +305,11 @@ def with_method(
         "reg_weight": options.reg_weight,
         "schedule": None if stop_epoch is None else Schedule(stop=stop_epoch, unit="epoch"),
     }
+    # Of GFL and ATSS the library knows nothing: their adapter is in examples/dense_heads.
+    adapter = adapter_of(teacher, student)
     if name == "mimic":
-        return Distiller(teacher, student, PredictionMimicking(**common))
-    return Distiller(teacher, student, CrossKD(options.position, options.tap, **common))
+        return Distiller(teacher, student, PredictionMimicking(**common), adapter)
+    return Distiller(teacher, student, CrossKD(options.position, options.tap, **common), adapter)
 
 
 def train(

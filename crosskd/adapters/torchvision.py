@@ -28,7 +28,13 @@ from crosskd.methods import recipes
 from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions, mean_over_ranks
 
-__all__ = ["Locations", "TorchvisionFCOSAdapter", "TorchvisionRetinaNetAdapter"]
+__all__ = [
+    "Locations",
+    "TorchvisionFCOSAdapter",
+    "TorchvisionRetinaNetAdapter",
+    "check_same_classes",
+    "prepare_images",
+]
 
 _logger = logging.getLogger("crosskd")
 _PROBE_PIXELS = 256
@@ -73,7 +79,8 @@ class _TorchvisionAdapter(ABC):
                     f"{type(detector).__name__}: leave adapter= out, or pass one that understands it"
                 )
             self._check_head(side, detector)
-        self._check_classes(teacher, student)
+        heads: list[Any] = [detector.get_submodule("head") for detector in (teacher, student)]
+        check_same_classes(*(head.classification_head.num_classes for head in heads))
         self._check_anchors(teacher, student)
         self._check_box_coding(teacher, student)
         self._check_strides(teacher, student)
@@ -97,16 +104,6 @@ class _TorchvisionAdapter(ABC):
                     f"this adapter, made for {known.__name__}, does not know: write an adapter for it "
                     "(crosskd.adapters.Adapter) and pass it as adapter="
                 )
-
-    @staticmethod
-    def _check_classes(teacher: Any, student: Any) -> None:
-        theirs, ours = (d.head.classification_head.num_classes for d in (teacher, student))
-        if theirs != ours:
-            raise ValueError(
-                f"the teacher predicts {theirs} classes and the student {ours}: both need the same "
-                "classes in the same order; train a teacher for the student's classes, or give the "
-                f"student num_classes={theirs}"
-            )
 
     @staticmethod
     def _check_anchors(teacher: Any, student: Any) -> None:
@@ -179,14 +176,8 @@ class _TorchvisionAdapter(ABC):
 
     def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
         """The student's transform, once; the teacher gets its pixels, renormalised."""
-        _check_images(images)
-        if targets is not None:
-            _check_targets(targets, len(images), student.head.classification_head.num_classes)
-        batch, resized_targets = student.transform(list(images), targets)
-        if resized_targets is not None:
-            _check_boxes(resized_targets)
-        teacher_pixels = _renormalized(batch, student.transform, teacher.transform)
-        return Inputs(batch.tensors, teacher_pixels, resized_targets, extra=batch)
+        classes = student.head.classification_head.num_classes
+        return prepare_images(teacher.transform, student.transform, images, targets, classes)
 
     def features(self, detector: Any, pixels: Tensor) -> list[Tensor]:
         """The backbone's feature maps."""
@@ -364,6 +355,47 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
             total = total + _centerness(sides).sum()
         # At least 1: on a batch without objects the published 1e-6 makes the loss a million times larger.
         return Assignment(None, positive, mean_over_ranks(total).clamp(min=1))
+
+
+def check_same_classes(teacher: int, student: int) -> None:
+    """Raises ``ValueError``, saying what to do, unless both detectors predict as many classes."""
+    if teacher != student:
+        raise ValueError(
+            f"the teacher predicts {teacher} classes and the student {student}: both need the same "
+            "classes in the same order; train a teacher for the student's classes, or give the "
+            f"student num_classes={teacher}"
+        )
+
+
+def prepare_images(teacher: Any, student: Any, images: Any, targets: Any, num_classes: int) -> Inputs:
+    """Images and targets in torchvision's form, resized once for both detectors.
+
+    For adapters of detectors that preprocess by torchvision's ``GeneralizedRCNNTransform``.
+
+    Args:
+        teacher: the teacher's transform; its mean and deviation alone are used.
+        student: the student's transform, which normalises, resizes and batches.
+        images: tensors (3, height, width) with values from 0 to 1.
+        targets: dicts of ``boxes`` (objects, 4), xyxy in pixels, and ``labels`` (objects,), one an image;
+            or ``None``.
+        num_classes: how many the student predicts, labelled from 0.
+
+    Returns:
+        Both detectors' pixels and the resized targets; ``extra`` is the student's ``ImageList``.
+
+    Raises:
+        ValueError: images or targets in another form, labels that the student doesn't know, boxes
+            without area.
+        TypeError: images that are no tensors.
+    """
+    _check_images(images)
+    if targets is not None:
+        _check_targets(targets, len(images), num_classes)
+    batch, resized_targets = student(list(images), targets)
+    if resized_targets is not None:
+        _check_boxes(resized_targets)
+    teacher_pixels = _renormalized(batch, student, teacher)
+    return Inputs(batch.tensors, teacher_pixels, resized_targets, extra=batch)
 
 
 def _centerness(sides: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""Backbones with a feature pyramid of five levels, as torchvision's detectors have them and as mmdet's do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
+STRIDES = (8, 16, 32, 64, 128)
+
+
+class FixedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by its running statistics, in training too; its weight and bias can be trained."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Shape (batch, channels, height, width), in and out."""
+        return F.batch_norm(
+            features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+class PlainP6P7(ExtraFPNBlock):
+    """P6 and P7 by strided convolutions, without the ReLU that torchvision has before P7."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.p6, self.p7 = (nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(2))
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Adds the two levels behind the pyramid's own."""
+        p6 = self.p6(results[-1])
+        return [*results, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
+def build_backbone(
+    name: str,
+    pretrained: bool,
+    width: int,
+    style: Literal["torchvision", "mmdet"] = "torchvision",
+    *,
+    fixed_norm: bool | None = None,
+) -> BackboneWithFPN:
+    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128.
+
+    Args:
+        name: one of ``BACKBONES``.
+        pretrained: start from ImageNet weights, with fixed batch statistics and the first stage of a
+            ResNet frozen; from random numbers otherwise, with batch norm that trains.
+        width: channels of each level.
+        style: ``"torchvision"`` fixes the weights of pretrained batch norm too and has a ReLU before P7;
+            ``"mmdet"`` trains them and has none.
+        fixed_norm: fixed batch statistics and a frozen first stage, whatever ``pretrained`` says: for
+            weights that are loaded afterwards.
+    """
+    fixed = pretrained if fixed_norm is None else fixed_norm
+    fixed_type = FrozenBatchNorm2d if style == "torchvision" else FixedBatchNorm2d
+    norm = fixed_type if fixed else nn.BatchNorm2d
+    pyramid_top = LastLevelP6P7(width, width) if style == "torchvision" else PlainP6P7(width)
+    if name == "mobilenet_v3_large":
+        weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
+        layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
+        # The last layers at strides 8, 16 and 32.
+        levels = {"6": "0", "12": "1", "16": "2"}
+        widths = [40, 112, 960]
+        return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
+    layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
+    if fixed:
+        for part in (layers.conv1, layers.bn1, layers.layer1):
+            part.requires_grad_(False)
+    widths = [layers.inplanes // 4, layers.inplanes // 2, layers.inplanes]
+    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
