@@ -94,7 +94,7 @@ def _downloaded(address: str) -> Path:
 
 def _load(path: Path) -> Any:
     try:
-        with _stand_ins_allowed():
+        with also_allowing(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -110,14 +110,14 @@ def _load(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _stand_ins_allowed() -> Iterator[None]:
-    """Adds the stand-ins to PyTorch's safe globals, which are one list for the process, for a while.
+def also_allowing(classes: list[Any]) -> Iterator[None]:
+    """Adds classes to PyTorch's safe globals, which are one list for the process, for a while.
 
     PyTorch 2.4 has no ``safe_globals`` context yet.
     """
     with _ALLOWING:
         before = list(torch.serialization.get_safe_globals())
-        torch.serialization.add_safe_globals(_STAND_INS)
+        torch.serialization.add_safe_globals(classes)
         try:
             yield
         finally:

@@ -13,6 +13,7 @@ from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
+import crosskd.adapters._mmdet_resume  # registers its loader with mmengine
 import crosskd.methods
 from crosskd.checkpoints import read_mmdet_checkpoint
 from crosskd.distiller import Distiller
@@ -160,17 +161,17 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
 
 def _model_config(side: str, source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The model's part of a config, whatever form the config is given in."""
+    config: Any = source
     if isinstance(source, str | Path):
-        name = str(source)
-        source = get_config(name) if "::" in name else Config.fromfile(name)
-    if "type" not in source and "model" in source:
-        source = source["model"]
-    if "type" not in source:
+        config = get_config(str(source)) if "::" in str(source) else Config.fromfile(source)
+    if "type" not in config and "model" in config:
+        config = config["model"]
+    if "type" not in config:
         raise ValueError(
             f'{side}: expected a model\'s config, a dict with a "type", or a whole config with a "model", '
-            f"got the keys {sorted(source)}"
+            f"got the keys {sorted(config)}"
         )
-    return dict(source)
+    return dict(config)
 
 
 def _build(
