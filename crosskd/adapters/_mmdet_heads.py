@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from mmcv.cnn import ConvModule
+from mmcv.cnn import ConvModule, DepthwiseSeparableConvModule
 from mmdet.models.dense_heads import ATSSHead, FCOSHead, GFLHead, RetinaHead, RTMDetSepBNHead
 from torch import Tensor, nn
 
@@ -79,7 +79,7 @@ class HeadFamily:
 
     def own_functions(self) -> tuple[str, ...]:
         """The functions by which a head is taken apart, which a subclass must not have changed."""
-        return tuple(f for f in ("forward", "forward_single", "get_targets") if hasattr(self.head, f))
+        return tuple(f for f in ("forward", "forward_single", "loss", "get_targets") if hasattr(self.head, f))
 
     def box_coding(self, head: Any) -> dict[str, Any]:
         """What two heads must share for the same numbers to mean the same box."""
@@ -204,7 +204,8 @@ class GFLFamily(HeadFamily):
         """The sides' distributions have a dimension of their own."""
         logits, sides = maps
         bins = head.reg_max + 1
-        regression = _rows(sides, 4 * bins).unflatten(-1, (4, bins))
+        rows = _rows(sides, 4 * bins)
+        regression = rows.view(*rows.shape[:2], 4, bins)
         return Predictions(_rows(logits, head.cls_out_channels), regression, quality=None)
 
     def decoder_inputs(self, head: Any, regression: Tensor, locations: Locations) -> tuple[Tensor, Tensor]:
@@ -310,6 +311,8 @@ def _block(module: nn.Module) -> Block:
     """One of mmcv's convolutions with its normalisation and activation."""
     if isinstance(module, ConvModule) and module.with_activation and module.order[-1] == "act":
         return Block((ConvBody(module),), module.activate)
+    if isinstance(module, DepthwiseSeparableConvModule):
+        return Block((module,), _block(module.pointwise_conv).activation, opaque=True)
     return split_tower([module])[0]
 
 
@@ -326,7 +329,7 @@ def _rows(maps: Sequence[Tensor], values: int) -> Tensor:
 def _maps(rows: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Rows (batch, all anchors, values) as maps (batch, anchors · values, height, width)."""
     anchors = rows.shape[1] // sum(height * width for height, width in sizes)
-    levels = rows.split([height * width * anchors for height, width in sizes], dim=1)
+    levels = torch.split(rows, [height * width * anchors for height, width in sizes], dim=1)
     return [
         level.reshape(len(level), *size, -1).permute(0, 3, 1, 2)
         for level, size in zip(levels, sizes, strict=True)

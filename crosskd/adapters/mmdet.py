@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from crosskd.adapters.protocol import Inputs
 from crosskd.head import Branch
-from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
 
 try:
+    from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.detectors import BaseDetector, SingleStageDetector
     from mmdet.models.utils import unpack_gt_instances
     from mmdet.structures import DetDataSample
@@ -43,6 +43,9 @@ class MMDetAdapter:
     Args:
         family: how the heads are taken apart.
 
+    Attributes:
+        recipe: the published settings for this family of heads.
+
     Example:
         >>> import pytest
         >>> mmdet = pytest.importorskip("mmdet")
@@ -53,6 +56,7 @@ class MMDetAdapter:
 
     def __init__(self, family: HeadFamily) -> None:
         self.family = family
+        self.recipe = family.recipe
 
     @classmethod
     def for_detectors(cls, *detectors: nn.Module) -> MMDetAdapter:
@@ -69,11 +73,6 @@ class MMDetAdapter:
                 "same family for teacher and student"
             )
         return cls(families[0])
-
-    @property
-    def recipe(self) -> HeadRecipe:
-        """The published settings for this family of heads."""
-        return self.family.recipe
 
     def supports(self, detector: nn.Module) -> bool:
         """Whether a detector is of one stage and has a head of this family."""
@@ -210,7 +209,7 @@ def _family_of(detector: nn.Module) -> HeadFamily:
 
 
 def _check_trainable(head: Any) -> None:
-    if head.train_cfg is None and hasattr(type(head), "_get_targets_single") and hasattr(head, "sampler"):
+    if isinstance(head, AnchorHead) and not head.train_cfg:
         raise ValueError(
             f"student: {type(head).__name__} was built without a train_cfg, so it can't assign labels: build "
             "it with the train_cfg of its config"

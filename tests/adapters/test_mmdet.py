@@ -1,0 +1,432 @@
+"""The adapter for mmdet's dense detectors: mmdet's own losses and boxes, pairings, checks, batches."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crosskd import CrossKD, Distiller, PredictionMimicking
+from tests.mmdet_heads import (
+    CLASSES,
+    HEADS,
+    SIZE,
+    STRIDES,
+    SmallBackbone,
+    batch_of,
+    detector_of,
+    head_settings,
+    samples_of,
+)
+
+pytestmark = pytest.mark.mmdet
+
+PREPROCESSOR = {
+    "type": "DetDataPreprocessor",
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+    "bgr_to_rgb": True,
+    "pad_size_divisor": 32,
+}
+
+
+@pytest.fixture(params=list(HEADS))
+def family(request) -> str:
+    return request.param
+
+
+def pair_of(family: str, **changed) -> tuple[nn.Module, nn.Module]:
+    """A teacher and a student of one family, with other weights each."""
+    return tuple(detector_of(head_settings(family, **changed), seed=seed) for seed in (1, 2))
+
+
+def one_step(family: str, method=None, batch=None, **changed) -> tuple[Distiller, dict[str, Tensor]]:
+    distiller = Distiller(*pair_of(family, **changed), method or CrossKD()).train()
+    return distiller, distiller(*(batch or batch_of()))
+
+
+# -- mmdet's own numbers --------------------------------------------------------------------------
+
+
+def test_the_students_losses_are_mmdets_to_the_last_bit(family):
+    distiller = Distiller(*pair_of(family), CrossKD()).train()
+    plain = copy.deepcopy(distiller.student)
+    images, samples = batch_of()
+    losses = distiller(images, samples)
+    _, expected = plain.parse_losses(plain.loss(images, samples))
+    expected.pop("loss")
+    assert {name for name in losses if not name.startswith("kd_")} == expected.keys()
+    for name, loss in expected.items():
+        assert torch.equal(losses[name].detach(), loss), name
+    for name, buffer in plain.named_buffers():  # RTMDet's batch norm saw the batch once
+        assert torch.equal(buffer, distiller.student.get_buffer(name)), name
+
+
+def test_the_students_gradient_is_mmdets(family):
+    distiller = Distiller(*pair_of(family), CrossKD()).train()
+    plain = copy.deepcopy(distiller.student)
+    images, samples = batch_of()
+    losses = distiller(images, samples)
+    sum(loss for name, loss in losses.items() if not name.startswith("kd_")).backward()
+    plain.parse_losses(plain.loss(images, samples))[0].backward()
+    for (name, own), expected in zip(distiller.student.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad, msg=name)
+
+
+def test_in_eval_the_distiller_predicts_as_the_student(family):
+    distiller = Distiller(*pair_of(family), CrossKD()).eval()
+    images, samples = batch_of()
+    answers = distiller(images, copy.deepcopy(samples))
+    plain = distiller.student.predict(images, copy.deepcopy(samples))
+    for ours, theirs in zip(answers, plain, strict=True):
+        assert torch.equal(ours.pred_instances.bboxes, theirs.pred_instances.bboxes)
+        assert torch.equal(ours.pred_instances.scores, theirs.pred_instances.scores)
+    without = distiller(images)  # boxes in the batch's own pixels, which these samples have too
+    assert torch.equal(without[0].pred_instances.bboxes, plain[0].pred_instances.bboxes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"), [*((name, {}) for name in HEADS), ("fcos", {"norm_on_bbox": True})]
+)
+def test_boxes_are_those_that_the_head_itself_decodes(family, changed):
+    detector = detector_of(head_settings(family, num_classes=1, **changed)).eval()
+    distiller = Distiller(detector_of(head_settings(family, num_classes=1, **changed)), detector, CrossKD())
+    adapter, images = distiller.adapter, batch_of(images=1)[0]
+    maps = adapter.features(detector, images)
+    towers = {
+        branch.name: iter([branch.tower(n).run(m, ())[0] for n, m in enumerate(maps)])
+        for branch in adapter.branches(detector)
+    }
+    found = adapter.decode(
+        detector, adapter.predict(detector, towers), adapter.locations(detector, None, maps)
+    )
+    everything = {"nms_pre": 10**6, "min_bbox_size": -1, "score_thr": -1.0, "max_per_img": -1}
+    large = {"img_shape": (10**6, 10**6), "scale_factor": (1.0, 1.0)}
+    head = detector.bbox_head
+    with torch.no_grad():
+        (expected,) = head.predict_by_feat(
+            *head(maps), batch_img_metas=[large], cfg=head.test_cfg.__class__(everything), with_nms=False
+        )
+
+    def in_order(boxes: Tensor) -> Tensor:
+        return boxes[(boxes @ torch.tensor([1.0, math.pi, math.e, 0.7])).argsort()]
+
+    torch.testing.assert_close(in_order(found[0].detach().clamp(min=0)), in_order(expected.bboxes))
+
+
+def test_features_and_assignment_are_made_once_a_step(family):
+    distiller = Distiller(*pair_of(family), CrossKD()).train()
+    calls: list[str] = []
+
+    def counted(owner: nn.Module, name: str, label: str) -> None:
+        function = getattr(owner, name)
+
+        def count(*arguments, **named):
+            calls.append(label)
+            return function(*arguments, **named)
+
+        setattr(owner, name, count)
+
+    counted(distiller.student, "extract_feat", "student")
+    counted(distiller.teacher, "extract_feat", "teacher")
+    counted(distiller.student.bbox_head, "get_targets", "targets")
+    counted(distiller.teacher.bbox_head, "get_targets", "teacher's targets")
+    distiller(*batch_of())
+    assert sorted(calls) == ["student", "targets", "teacher"]
+
+
+# -- what distilling does -------------------------------------------------------------------------
+
+
+def test_a_student_that_is_its_own_teacher_differs_in_nothing(family):
+    # At the tower's end, before the last activation is run once more, cross-head and teacher are one.
+    detector = detector_of(head_settings(family))
+    position = HEADS[family]["stacked_convs"]
+    distiller = Distiller(copy.deepcopy(detector).eval(), detector, CrossKD(position, tap="pre"))
+    detector.bbox_head.eval()
+    with torch.no_grad():
+        losses = distiller(*batch_of())
+    assert losses["kd_cls"].item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["post", "pre"])
+def test_every_position_distils_into_the_blocks_before_it(family, tap):
+    blocks = HEADS[family]["stacked_convs"]
+    for position in range(blocks + 1):
+        distiller, losses = one_step(family, CrossKD(position, tap=tap))
+        sum(loss for name, loss in losses.items() if name.startswith("kd_")).backward()
+        head = distiller.student.bbox_head
+        for convolutions in (head.cls_convs, head.reg_convs):
+            towers = convolutions if family == "rtmdet" else [convolutions]
+            for tower in towers:
+                reached = [any(p.grad is not None for p in block.bn.parameters()) if family == "rtmdet"
+                           else block.conv.weight.grad is not None for block in tower]  # fmt: skip
+                assert reached == [number < position for number in range(blocks)]
+        predictors = [getattr(head, name) for b in distiller.adapter.family.predictors.values() for name in b]
+        assert all(p.grad is None for predictor in predictors for p in predictor.parameters())
+        assert distiller.student.backbone.levels[0].weight.grad.abs().max() > 0
+
+
+def test_the_teacher_stays_as_it_is(family):
+    teacher, student = pair_of(family)
+    teacher.train()
+    before = copy.deepcopy(teacher.state_dict())
+    modes = {name: module.training for name, module in teacher.named_modules()}
+    distiller = Distiller(teacher, student, CrossKD()).train()
+    sum(distiller(*batch_of()).values()).backward()
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert {name: module.training for name, module in teacher.named_modules()} == modes
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_prediction_mimicking_works_too(family):
+    distiller, losses = one_step(family, PredictionMimicking())
+    losses["kd_cls"].backward()
+    assert any(p.grad is not None for p in distiller.student.bbox_head.parameters())
+
+
+def test_atss_distils_centerness_as_published():
+    distiller = Distiller(*pair_of("atss"), CrossKD()).train()
+    seen = {}
+    method = distiller.methods["crosskd"]
+    forward = method.forward
+    method.forward = lambda step: seen.update(step=step) or forward(step)
+    losses = distiller(*batch_of())
+    step = seen["step"]
+    cross = method.cross_head(step).quality.double()
+    target = step.teacher.quality.double().sigmoid()
+    each = -(target * cross.sigmoid().log() + (1 - target) * (1 - cross.sigmoid()).log())
+    positive = step.assignment.positive
+    assert positive.any()
+    expected = each[positive].sum() / positive.sum(dim=1).clamp(min=1).sum()
+    assert losses["kd_quality"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "names"), [
+    ("gfl", {"kd_cls", "kd_reg"}),
+    ("atss", {"kd_cls", "kd_reg", "kd_quality"}),
+    ("fcos", {"kd_cls", "kd_reg"}),
+])  # fmt: skip
+def test_losses_are_those_published_for_the_head(family, names):
+    _, losses = one_step(family)
+    assert {name for name in losses if name.startswith("kd_")} == names
+
+
+def test_fcos_distils_centerness_where_asked():
+    _, losses = one_step("fcos", CrossKD(quality_weight=1.0))
+    assert losses["kd_quality"] > 0
+
+
+def test_classification_towers_of_depthwise_convolutions_are_blocks():
+    distiller, losses = one_step("rtmdet", use_depthwise=True, share_conv=False)
+    assert losses["kd_cls"].isfinite()
+    tower = distiller.adapter.branches(distiller.student)[0].tower(0)
+    assert [type(block.activation) for block in tower.blocks] == [nn.SiLU, nn.SiLU]
+    assert [block.has_pre for block in tower.blocks] == [False, False]
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def nothing() -> dict[str, Tensor]:
+    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+def test_images_without_boxes_count_as_one(family):
+    images, samples = batch_of()
+    empty = samples_of([nothing(), nothing()])
+    _, losses = one_step(family, batch=(images, [samples[0], empty[0]]))
+    assert all(loss.isfinite() for loss in losses.values())
+    distiller, losses = one_step(family, batch=(images, empty))
+    assert all(loss.isfinite() for loss in losses.values())
+    # The published FCOS loss is a million times larger here.
+    assert losses["kd_reg"] < 1e4
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in distiller.student.parameters() if p.grad is not None)
+
+
+def test_one_image_and_another_size(family):
+    target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 50.0]]), "labels": torch.tensor([1])}
+    size = (96, 160)
+    _, losses = one_step(family, batch=(torch.randn(1, 3, *size), samples_of([target], size)))
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_images_without_labels_distil(family):
+    _, losses = one_step(family, batch=(batch_of()[0],))
+    assert all(name.startswith("kd_") for name in losses)
+    sum(losses.values()).backward()
+
+
+def test_padding_beyond_the_anchors_counts_nowhere():
+    # Half of the batch's width is padding: the head itself marks the anchors there as invalid.
+    images, samples = batch_of()
+    samples[1].set_metainfo({"img_shape": (128, 80), "pad_shape": (128, 80)})
+    seen = {}
+    distiller = Distiller(*pair_of("gfl"), CrossKD()).train()
+    method = distiller.methods["crosskd"]
+    forward = method.forward
+    method.forward = lambda step: seen.update(step=step) or forward(step)
+    distiller(images, samples)
+    counted = seen["step"].assignment.counted
+    assert counted[0].all()
+    assert not counted[1].all()
+    assert counted[1].any()
+
+
+@pytest.mark.parametrize("teacher_settings", [
+    {"mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0], "bgr_to_rgb": False},
+    {"mean": [0.0, 0.0, 0.0], "std": [255.0, 255.0, 255.0], "pad_value": 114},
+])  # fmt: skip
+def test_the_teacher_sees_the_same_pixels_as_its_own_preprocessor_makes(teacher_settings):
+    teacher, student = (
+        detector_of(head_settings("gfl"), data_preprocessor={**PREPROCESSOR, **settings})
+        for settings in (teacher_settings, {})
+    )
+    raw = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in [(128, 160), (96, 130)]]
+    batches = {}
+    for name, detector in (("teacher", teacher), ("student", student)):
+        samples = samples_of([nothing(), nothing()])
+        for sample, image in zip(samples, raw, strict=True):
+            sample.set_metainfo({"img_shape": tuple(image.shape[-2:])})
+        batches[name] = detector.data_preprocessor({"inputs": list(raw), "data_samples": samples}, True)
+    adapter = Distiller(teacher, student, CrossKD()).adapter
+    inputs = adapter.prepare(teacher, student, *batches["student"].values())
+    torch.testing.assert_close(inputs.teacher_pixels, batches["teacher"]["inputs"], atol=1e-3, rtol=1e-4)
+    assert torch.equal(inputs.student_pixels, batches["student"]["inputs"])
+
+
+def test_autocast_keeps_losses_in_float32():
+    distiller = Distiller(*pair_of("gfl"), CrossKD()).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = distiller(*batch_of(images=1))
+    assert {losses[name].dtype for name in ("kd_cls", "kd_reg")} == {torch.float32}
+    sum(losses.values()).backward()
+
+
+def test_a_distiller_is_copied_and_pickled():
+    distiller = Distiller(*pair_of("gfl"), CrossKD()).train()
+    expected = distiller(*batch_of())
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        losses = twin(*batch_of())
+        assert all(torch.equal(losses[name], expected[name]) for name in expected)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "changed", "message"), [
+    ("gfl", {"num_classes": 4}, "teacher predicts 5 classes and the student 4"),
+    ("gfl", {"reg_max": 8}, "reg_max: 16 .teacher., 8 .student."),
+    ("gfl", {"anchor_generator": {**HEADS["gfl"]["anchor_generator"], "octave_base_scale": 4}},
+     "the anchors differ"),
+    ("retinanet", {"anchor_generator": {**HEADS["retinanet"]["anchor_generator"], "ratios": [1.0]}},
+     "the anchors differ"),
+    ("atss", {"bbox_coder": {"type": "DeltaXYWHBBoxCoder", "target_stds": [1.0, 1.0, 1.0, 1.0]}},
+     "bbox_coder"),
+    ("fcos", {"norm_on_bbox": True}, "norm_on_bbox: False .teacher., True .student."),
+    ("fcos", {"strides": [4, 8, 16, 32, 64]}, "strides differ"),
+    ("rtmdet", {"exp_on_reg": True}, "exp_on_reg"),
+    ("rtmdet", {"anchor_generator": {**HEADS["rtmdet"]["anchor_generator"], "offset": 0.5}},
+     "the anchors differ"),
+])  # fmt: skip
+def test_pairs_whose_predictions_cannot_be_compared(family, changed, message):
+    teacher = detector_of(head_settings(family))
+    student = detector_of(head_settings(family, **changed))
+    with pytest.raises(ValueError, match=message):
+        Distiller(teacher, student, CrossKD())
+
+
+def test_heads_of_different_families():
+    teacher, student = detector_of(head_settings("gfl")), detector_of(head_settings("atss"))
+    with pytest.raises(TypeError, match="GFLHead and ATSSHead"):
+        Distiller(teacher, student, CrossKD())
+    # RTMDet's head is derived from ATSS's: it is still another family.
+    with pytest.raises(TypeError, match="ATSSHead and RTMDetSepBNHead"):
+        Distiller(student, detector_of(head_settings("rtmdet")), CrossKD())
+
+
+def test_a_two_stage_detector():
+    from mmdet.registry import MODELS
+    from mmengine.hub import get_config
+
+    config = get_config("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
+    config.backbone.update(depth=18, init_cfg=None)
+    config.neck.in_channels = [64, 128, 256, 512]
+    detector = MODELS.build(config)
+    with pytest.raises(TypeError, match="FasterRCNN is a detector of two stages"):
+        Distiller(detector, detector, CrossKD())
+
+
+def test_a_detector_that_is_not_mmdets_beside_one_that_is():
+    with pytest.raises(TypeError, match="Linear, not one of mmdet's"):
+        Distiller(nn.Linear(2, 2), detector_of(head_settings("gfl")), CrossKD())
+
+
+@pytest.mark.parametrize(("base", "kind"), [("ATSSHead", "PAAHead"), ("GFLHead", "LDHead")])
+def test_heads_that_go_their_own_way(base, kind):
+    family = {"ATSSHead": "atss", "GFLHead": "gfl"}[base]
+    settings = head_settings(family, type=kind)
+    if kind == "LDHead":
+        settings["loss_ld"] = {"type": "KnowledgeDistillationKLDivLoss", "loss_weight": 0.25, "T": 10}
+    detector = detector_of(settings)
+    with pytest.raises(ValueError, match=f"{kind} has a (get_targets|loss) of its own"):
+        Distiller(detector, detector, CrossKD())
+
+
+def test_a_head_without_sigmoid():
+    softmax = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    detector = detector_of(head_settings("retinanet", loss_cls=softmax))
+    with pytest.raises(ValueError, match="softmax"):
+        Distiller(detector, detector, CrossKD())
+
+
+def test_a_student_that_cannot_assign_labels():
+    teacher, student = detector_of(head_settings("gfl")), detector_of(head_settings("gfl", train_cfg=None))
+    with pytest.raises(ValueError, match="without a train_cfg"):
+        Distiller(teacher, student, CrossKD())
+    Distiller(student, teacher, CrossKD())  # a teacher need not
+
+
+def test_a_backbone_of_other_levels():
+    teacher = detector_of(head_settings("gfl"))
+    student = detector_of(head_settings("gfl"), SmallBackbone(STRIDES[:4]))
+    with pytest.raises(ValueError, match="gives 4 levels, its head has 5 strides"):
+        Distiller(teacher, student, CrossKD())(*batch_of())
+    student = detector_of(head_settings("gfl"), SmallBackbone([4, *STRIDES[1:]]))
+    with pytest.raises(ValueError, match="the levels differ"):
+        Distiller(teacher, student, CrossKD())(*batch_of())
+
+
+def test_batches_that_are_not_mmdets():
+    distiller = Distiller(*pair_of("gfl"), CrossKD()).train()
+    images, samples = batch_of()
+    with pytest.raises(ValueError, match="one tensor .batch, channels, height, width.*got list"):
+        distiller(list(images), samples)
+    with pytest.raises(ValueError, match="2 images but 1 data samples"):
+        distiller(images, samples[:1])
+    with pytest.raises(ValueError, match="must be a DetDataSample with gt_instances, got dict"):
+        distiller(images, [{}, {}])
+    samples[1].gt_instances.labels += CLASSES
+    with pytest.raises(ValueError, match="data sample 1 has labels from .*predicts 5 classes"):
+        distiller(images, samples)
+    with pytest.raises(ValueError, match="boxes of shape"):
+        distiller(images, samples_of([{"boxes": torch.zeros(2, 5), "labels": torch.zeros(2)}] * 2, SIZE))
+
+
+def test_a_teacher_that_answers_not_a_number():
+    teacher, student = pair_of("gfl")
+    nn.init.constant_(teacher.bbox_head.gfl_cls.bias, math.nan)
+    with pytest.raises(ValueError, match="kd_cls is nan on the first step"):
+        Distiller(teacher, student, CrossKD())(*batch_of())
+
+
+def test_importing_crosskd_does_not_import_mmdet():
+    code = "import sys, crosskd, crosskd.adapters; assert 'mmdet' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,17 @@
+"""What a person is told who has no mmdet: this one runs everywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_the_import_says_what_to_install():
+    code = (
+        "import sys; sys.modules['mmdet'] = None\n"
+        "try:\n    import crosskd.adapters.mmdet\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "examples/mmdet/install_mmdet.py" in done.stdout
+    assert "mmdet 3 and mmcv" in done.stdout
