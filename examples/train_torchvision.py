@@ -260,7 +260,7 @@ def make_teacher(
     """Loads a teacher, or trains one on the ground truth."""
     if options.teacher_weights == "published":
         return load_published(options.teacher, options), []
-    if options.teacher_weights is not None and is_of_mmdet(options.teacher_weights):
+    if options.teacher_weights is not None and is_of_mmdet(options.teacher, options.teacher_weights):
         return load_mmdet_teacher(options, data[0], processes), []
     teacher = new_detector(options.teacher, options, data[0].num_classes)
     if options.teacher_weights is not None:
