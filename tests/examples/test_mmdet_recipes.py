@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.mmdet_recipes import FOLDER, RECIPES, load_recipe
+from tests.mmdet_recipes import FOLDER, RECIPES, load_recipe, mmdet_batch
 
 pytestmark = pytest.mark.mmdet
-SIZE = (128, 160)
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +18,6 @@ def _mmdet_scope():
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmdet")
-
-
-@pytest.fixture
-def batch():
-    """Two images as mmdet's data loader hands them over, the second without objects."""
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
-
-    samples = []
-    for boxes, labels in (([[8.0, 8, 72, 60], [40, 30, 150, 120]], [0, 7]), ([], [])):
-        meta = {"img_shape": SIZE, "ori_shape": SIZE, "batch_input_shape": SIZE, "scale_factor": (1.0, 1.0)}
-        objects = InstanceData(
-            bboxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long)
-        )
-        samples.append(DetDataSample(metainfo=meta, gt_instances=objects))
-    images = [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8) for _ in samples]
-    return {"inputs": images, "data_samples": samples}
 
 
 def without_scopes(value):
@@ -52,11 +34,11 @@ def plain_student(config):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_two_steps(name, batch):
+def test_a_recipe_trains_two_steps(name):
     from mmdet.registry import MODELS
     from mmengine.optim import build_optim_wrapper
 
-    config = load_recipe(name)
+    config, batch = load_recipe(name), mmdet_batch()
     detector = MODELS.build(config.model)
     detector.init_weights()
     detector.train()
