@@ -18,6 +18,15 @@ pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On a machine that other work keeps busy, threads that wait for one another take twice the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def bccd() -> Path:
     return bccd_folder()
