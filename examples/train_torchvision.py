@@ -277,9 +277,10 @@ def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes:
     if processes.is_first:
         processes.wait()
     if teacher.num_classes != data.num_classes:
+        shown = ", ".join(data.names[:5]) + (", ..." if len(data.names) > 5 else "")
         raise ValueError(
             f"{options.teacher_weights} knows {teacher.num_classes} classes, the data {data.num_classes} "
-            f"categories ({', '.join(data.names[:5])}...): it must have been trained on the same ones, "
+            f"categories ({shown}): it must have been trained on the same ones, "
             "numbered in the order of their ids"
         )
     return teacher

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import build_backbone
 from dense_heads import ATSS, GFL, load_mmdet_checkpoint
 from dense_heads.mmdet_weights import mmdet_name
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-CLASSES = 5
+from tests.examples.mmdet_state import CLASSES, mmdet_state
+
 DETECTORS = [("gfl", 18), ("gfl", 50), ("atss", 18), ("atss", 50)]
 # Three sizes, none of which needs resizing; the last image shows no object.
 SIZES = [(96, 128), (128, 96), (96, 96)]
@@ -197,13 +197,6 @@ class TestAgainstMmdet:
 
 
 # -- without mmdet --------------------------------------------------------------------------------
-
-
-def mmdet_state(family: str, name: str = "resnet18") -> dict[str, Tensor]:
-    """Weights under mmdet's names."""
-    backbone = build_backbone(name, False, 32, "mmdet", fixed_norm=True)
-    detector = {"gfl": GFL, "atss": ATSS}[family](backbone, CLASSES)
-    return {mmdet_name(key, family): value for key, value in detector.state_dict().items()}
 
 
 def load(state: dict[str, Tensor], folder: Path) -> GFL | ATSS:
