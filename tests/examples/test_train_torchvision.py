@@ -192,10 +192,15 @@ train_torchvision.main()
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path):
+@pytest.mark.parametrize(
+    "models",
+    [[], ["--teacher", "gfl_resnet18", "--student", "gfl_resnet18", "--width", "64"]],
+    ids=["", "gfl"],
+)
+def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path, models):
     script = tmp_path / "noting.py"
     script.write_text(WRAPPER.format(examples=str(SCRIPT.parent), folder=str(tmp_path)))
-    launch = command("--output", str(tmp_path / "run"), *SMALL, "--method", "crosskd", processes=2)
+    launch = command("--output", str(tmp_path / "run"), *SMALL, *models, "--method", "crosskd", processes=2)
     launch[launch.index(str(SCRIPT))] = str(script)
     subprocess.run(launch, env=environment(), check=True)
     for model in ("teacher", "crosskd"):
