@@ -92,3 +92,23 @@ def test_a_recipe_agrees_with_what_mmdet_publishes(name):
         assert model["teacher_checkpoint"] == f"work_dirs/{teacher.split('/')[1][:-3]}/epoch_12.pth"
     else:
         assert model["teacher_checkpoint"] == get_config(teacher, pretrained=True).model_path
+
+
+def test_a_config_of_ones_own_goes_on_from_a_recipe(tmp_path):
+    """The lines that docs/mmdet.md shows."""
+    from mmengine.config import Config
+
+    page = (FOLDER.parents[1] / "docs" / "mmdet.md").read_text()
+    shown, plain = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for block in (shown, plain):
+        (tmp_path / "own.py").write_text(block.replace("examples/mmdet", str(FOLDER)))
+        config = Config.fromfile(tmp_path / "own.py")
+        assert config.train_cfg.max_epochs == 12
+        if block is shown:
+            assert [hook.type for hook in config.custom_hooks] == ["EMAHook"]
+            assert config.model.methods == {"type": "CrossKD", "position": 2}
+            recipe = Config.fromfile(FOLDER / "gfl_r50_from_r101.py")
+            assert config.model.teacher == recipe.model.teacher
+            assert config.model.teacher_checkpoint == recipe.model.teacher_checkpoint
+        else:
+            assert config.model.type == "GFL"
