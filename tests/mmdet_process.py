@@ -1,18 +1,20 @@
 """One of several processes that train an mmdet config together without a GPU, for torchrun to start.
 
-mmdet's own launcher wants a GPU for each process, so the process group is made here, over gloo.
+mmdet's own launcher wants a GPU for each process, so the process group is made here, over gloo. Importing
+this needs no mmdet: pytest looks for doctests in every file.
 """
 
 import sys
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
-from mmengine.runner import Runner
 
 
 def main(config: str) -> None:
     """Trains, and raises unless all processes end with the same student."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     runner = Runner.from_cfg(Config.fromfile(config))
