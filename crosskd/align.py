@@ -84,11 +84,13 @@ class ChannelProjection(nn.Module):
         self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Projects features of shape (batch, student_width, height, width)."""
-        if features.ndim != 4 or features.shape[1] != self.student_width:
+        r"""Projects features of shape (batch, student_width, \*space)."""
+        if features.ndim < 2 or features.shape[1] != self.student_width:
             raise ValueError(
-                f"expected features of shape (batch, {self.student_width}, height, width), "
+                f"expected features of shape (batch, {self.student_width}, *space), "
                 f"got {shape_text(features)}"
             )
-        projected: Tensor = self.convolution(features)
-        return projected
+        # A convolution wants two dimensions of space; linear layers leave any number of them.
+        flat = features if features.ndim == 4 else features.reshape(*features.shape[:2], -1, 1)
+        projected: Tensor = self.convolution(flat)
+        return projected if features.ndim == 4 else projected.reshape(len(features), -1, *features.shape[2:])

@@ -286,6 +286,13 @@ class Tower:
                 return block.widths[1]
         return self.width_in
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the tower takes (batch, …, channels), as linear layers do, and not (batch, channels, …)."""
+        layers = (leaf for block in self.blocks for layer in block.layers for leaf in layer.modules())
+        first = next((leaf for leaf in layers if _is_weighted_leaf(leaf)), None)
+        return isinstance(first, nn.Linear)
+
     def check(self, point: TapPoint) -> None:
         """Raises ``ValueError``, naming the tower and what would fit, unless it can be split there."""
         if point.tap not in ("post", "pre"):
@@ -310,14 +317,19 @@ class Tower:
         A tapped tensor is never overwritten: what would work on it in place works on a copy.
 
         Args:
-            features: shape (batch, channels, \*space).
+            features: shape (batch, channels, \*space); (batch, \*space, channels) for linear layers.
             points: where to note the features.
 
         Returns:
-            The tower's output, and the features at each of the points.
+            The tower's output, and the features (batch, channels, \*space) at each of the points.
         """
         place = f"the {self.name}, position"
-        taps = {p: Tapped.note(f"{place} 0", features) for p in points if p.position == 0}
+
+        def note(number: int) -> Tapped:
+            tapped = features.movedim(-1, 1) if self.channels_last else features
+            return Tapped.note(f"{place} {number}", tapped)
+
+        taps = {p: note(0) for p in points if p.position == 0}
         tapped = bool(taps)
         for number, block in enumerate(self.blocks, 1):
             if tapped and block.starts_in_place:
@@ -325,12 +337,12 @@ class Tower:
             before, after = TapPoint(number, "pre"), TapPoint(number, "post")
             if before in points:
                 features = block.body(features)
-                taps[before] = Tapped.note(f"{place} {number}", features)
+                taps[before] = note(number)
                 features = block.activate(features)
             else:
                 features = block(features)
             if after in points:
-                taps[after] = Tapped.note(f"{place} {number}", features)
+                taps[after] = note(number)
             tapped = after in points or (before in points and block.activation is None)
         return features, taps
 
@@ -346,6 +358,8 @@ class Tower:
             features: shape (batch, channels, \*space), aligned to this tower.
             point: where they were tapped.
         """
+        if self.channels_last:
+            features = features.movedim(1, -1)
         if point.position:
             features = self.blocks[point.position - 1].activate(features)
         for block in self.blocks[point.position :]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from crosskd import Distiller
-from crosskd.adapters import Adapter, Inputs
+from crosskd.adapters import Adapter, Inputs, LevelPairs
 from crosskd.head import Branch, Tower
 from crosskd.methods import GFL
 from crosskd.predictions import Assignment, Predictions
@@ -61,18 +61,24 @@ class GFLAdapter:
     recipe = GFL
 
     def __init__(self, strides: list[int]) -> None:
-        self.strides = strides
+        self._strides = strides
 
     def supports(self, detector: nn.Module) -> bool:
         return isinstance(detector, PublishedGFL)
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+    def num_classes(self, detector: PublishedGFL) -> int:
+        return detector.logits.out_channels
+
+    def strides(self, detector: nn.Module) -> list[int]:
+        return self._strides
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         return None
 
     def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
         return student(images)
 
-    def check_locations(self, teacher: Any, student: Any) -> None:
+    def check_locations(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
         return None
 
     def branches(self, detector: PublishedGFL) -> tuple[Branch, ...]:
@@ -94,15 +100,14 @@ class GFLAdapter:
     def features(self, detector: PublishedGFL, pixels: Tensor) -> Sequence[Tensor]:
         return list(detector.backbone(pixels).values())
 
-    def predict(self, detector: PublishedGFL, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
-        logits = [detector.logits(x) for x in towers["classification"]]
-        sides = [s * detector.sides(x) for s, x in zip(detector.scales, towers["regression"], strict=True)]
-        return as_predictions(logits, sides)
+    def predict(self, detector: PublishedGFL, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        sides = detector.scales[level] * detector.sides(towers["regression"])
+        return as_predictions([detector.logits(towers["classification"])], [sides])
 
     def locations(self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]) -> list[Tensor]:
         """One square anchor of 8 strides a point, a tensor (anchors, 4) a level."""
         levels = []
-        for stride, feature_map in zip(self.strides, features, strict=True):
+        for stride, feature_map in zip(self._strides, features, strict=True):
             y, x = (stride * torch.arange(size) for size in feature_map.shape[-2:])
             centers = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).reshape(-1, 2)
             levels.append(torch.cat([centers - 4 * stride, centers + 4 * stride], dim=1).float())

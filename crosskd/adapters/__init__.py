@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Adapter, Inputs
 from crosskd.adapters.torchvision import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
 
 __all__ = [
     "Adapter",
     "Inputs",
+    "LevelPairs",
     "TorchvisionFCOSAdapter",
     "TorchvisionRetinaNetAdapter",
     "find_adapter",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
+from crosskd.predictions import join_levels
 from tests.mmdet_heads import (
     CLASSES,
     HEADS,
@@ -99,13 +100,10 @@ def test_boxes_are_those_that_the_head_itself_decodes(family, changed):
     distiller = Distiller(detector_of(head_settings(family, num_classes=1, **changed)), detector, CrossKD())
     adapter, images = distiller.adapter, batch_of(images=1)[0]
     maps = adapter.features(detector, images)
-    towers = {
-        branch.name: iter([branch.tower(n).run(m, ())[0] for n, m in enumerate(maps)])
-        for branch in adapter.branches(detector)
-    }
-    found = adapter.decode(
-        detector, adapter.predict(detector, towers), adapter.locations(detector, None, maps)
-    )
+    branches = adapter.branches(detector)
+    towers = [{b.name: b.tower(level).run(m, ())[0] for b in branches} for level, m in enumerate(maps)]
+    predictions = join_levels(adapter.predict(detector, *level) for level in enumerate(towers))
+    found = adapter.decode(detector, predictions, adapter.locations(detector, None, maps))
     everything = {"nms_pre": 10**6, "min_bbox_size": -1, "score_thr": -1.0, "max_per_img": -1}
     large = {"img_shape": (10**6, 10**6), "scale_factor": (1.0, 1.0)}
     head = detector.bbox_head
