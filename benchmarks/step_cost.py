@@ -36,6 +36,7 @@ from crosskd.methods import Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+from dense_heads import adapter_of
 from models import FAMILIES, build_detector
 
 TIME_HEADER = ("detector", "a, ms", "b, ms", "c, ms", "d, ms", "d / (a + b + c)", "d / a")
@@ -111,11 +112,12 @@ class Pieces:
         self.teacher = self._build(f"{family}_{options.teacher}", options)
         self.student = self._build(f"{family}_{options.student}", options).train()
         self._settle_statistics()
-        recording = Distiller(self.teacher, self.student, RecordingCrossKD())
+        adapter = adapter_of(self.teacher, self.student)
+        recording = Distiller(self.teacher, self.student, RecordingCrossKD(), adapter)
         with self._autocast():
             recording(self.images, self.targets)
         self.tail = Tail(recording, recording.methods["crosskd"])  # type: ignore[arg-type]
-        self.distiller = Distiller(self.teacher, self.student, CrossKD())
+        self.distiller = Distiller(self.teacher, self.student, CrossKD(), adapter)
         self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
         self.pixels = self._pixels()
 
@@ -154,12 +156,13 @@ class Pieces:
         self._forward_backward(lambda: self.student(self.images, self.targets))
 
     @torch.no_grad()
-    def teacher_forward(self) -> dict[str, Tensor]:
+    def teacher_forward(self) -> list[Tensor]:
         """The teacher's predictions."""
         with self._autocast():
             features = list(self.teacher.backbone(self.pixels).values())
-            predictions: dict[str, Tensor] = self.teacher.head(features)
-        return predictions
+            predictions = self.teacher.head(features)
+        named = isinstance(predictions, dict)  # torchvision's are, those of examples/dense_heads a tuple
+        return [p for p in (predictions.values() if named else predictions) if p is not None]
 
     def tail_step(self) -> None:
         """The tail's forward and backward."""
@@ -234,7 +237,7 @@ def memory_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list
     for letter, function in pieces.parts().items():
         pieces.student.zero_grad()
         peaks[letter] = measure.memory(function, options.device).peak
-    predictions = sum(p.untyped_storage().nbytes() for p in pieces.teacher_forward().values())
+    predictions = sum(p.untyped_storage().nbytes() for p in pieces.teacher_forward())
     alive = pieces.alive_after_teacher()
     return [
         family,
@@ -260,7 +263,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     measure.add_options(parser)
-    parser.add_argument("--families", choices=FAMILIES, nargs="+", default=list(FAMILIES))
+    parser.add_argument("--families", choices=FAMILIES, nargs="+", default=["retinanet", "fcos"])
     parser.add_argument("--teacher", default="resnet50", help="the teacher's backbone")
     parser.add_argument("--student", default="resnet18", help="the student's backbone")
     parser.add_argument("--size", type=size_of, default=(256, 320), help="height x width of the images")

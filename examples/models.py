@@ -20,6 +20,7 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from weights import misfit
 
 DENSE_HEADS = {"gfl": GFL, "atss": ATSS}
 FAMILIES = ("retinanet", "fcos", *DENSE_HEADS)
@@ -96,8 +97,6 @@ def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module
         source: a path or an http(s) address.
         options: the script's options.
     """
-    if name.partition("_")[0] not in DENSE_HEADS:
-        raise ValueError(f"weights of mmdet are read for {', '.join(DENSE_HEADS)} only, not for {name!r}")
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
     detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
     expected = build_detector(name, detector.num_classes).state_dict()
@@ -107,9 +106,11 @@ def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module
     return detector
 
 
-def is_of_mmdet(weights: str) -> bool:
-    """Whether weights are named as mmdet names its files: by an address, or ``.pth``."""
-    return weights.startswith(("http://", "https://")) or weights.endswith(".pth")
+def is_of_mmdet(name: str, weights: str) -> bool:
+    """Whether a model's weights are named as mmdet's are: by an address, or ``.pth``."""
+    return name.partition("_")[0] in DENSE_HEADS and (
+        weights.startswith(("http://", "https://")) or weights.endswith(".pth")
+    )
 
 
 def load_weights(detector: nn.Module, path: Path) -> None:
@@ -122,18 +123,11 @@ def load_weights(detector: nn.Module, path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     state = plain_state(torch.load(path, map_location="cpu", weights_only=True))
-    own = detector.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    if missing or unknown or shapes:
+    difference = misfit(detector.state_dict(), state)
+    if difference:
         raise ValueError(
-            f"{path} doesn't fit this model: {len(missing)} keys missing {missing[:3]}, {len(unknown)} "
-            f"unknown {unknown[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}. Choose the "
-            "model, the number of classes and --head-norm that it was trained with"
+            f"{path} doesn't fit this model: {difference}. Choose the model, the number of classes and "
+            "--head-norm that it was trained with"
         )
     detector.load_state_dict(state)
 

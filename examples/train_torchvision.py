@@ -260,7 +260,7 @@ def make_teacher(
     """Loads a teacher, or trains one on the ground truth."""
     if options.teacher_weights == "published":
         return load_published(options.teacher, options), []
-    if options.teacher_weights is not None and is_of_mmdet(options.teacher_weights):
+    if options.teacher_weights is not None and is_of_mmdet(options.teacher, options.teacher_weights):
         return load_mmdet_teacher(options, data[0], processes), []
     teacher = new_detector(options.teacher, options, data[0].num_classes)
     if options.teacher_weights is not None:
@@ -277,9 +277,10 @@ def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes:
     if processes.is_first:
         processes.wait()
     if teacher.num_classes != data.num_classes:
+        shown = ", ".join(data.names[:5]) + (", ..." if len(data.names) > 5 else "")
         raise ValueError(
             f"{options.teacher_weights} knows {teacher.num_classes} classes, the data {data.num_classes} "
-            f"categories ({', '.join(data.names[:5])}...): it must have been trained on the same ones, "
+            f"categories ({shown}): it must have been trained on the same ones, "
             "numbered in the order of their ids"
         )
     return teacher

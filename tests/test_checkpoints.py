@@ -82,8 +82,8 @@ def test_reads_what_mmengine_writes(tmp_path, weights, history_buffer, legacy):
     assert safe_globals() == before
 
 
+@pytest.mark.mmdet
 def test_reads_the_files_of_a_real_mmengine(tmp_path, weights):
-    pytest.importorskip("mmengine", reason="mmengine is not installed")
     from mmengine.logging import HistoryBuffer, MessageHub
     from mmengine.runner import save_checkpoint
 

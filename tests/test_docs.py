@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 from torchvision.models import detection
 
+from tests.mmdet_recipes import mmdet_batch
 from tests.tiny import tiny_batch
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,32 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
     assert "losses" in shown
 
 
+@pytest.mark.mmdet
+def test_python_of_mmdets_page_runs(monkeypatch):
+    """As it stands there, but for the weights: every one is random, and nothing is downloaded."""
+    from mmdet.registry import MODELS
+    from mmengine import hub
+
+    import crosskd.checkpoints
+
+    def without_weights(name, get_config=hub.get_config):
+        config = get_config(name)
+        config.model.backbone.init_cfg = None
+        return config
+
+    def random_weights(name):
+        return MODELS.build(without_weights("mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py").model).state_dict()
+
+    monkeypatch.setattr(hub, "get_config", without_weights)
+    monkeypatch.setattr(crosskd.checkpoints, "read_mmdet_checkpoint", random_weights)
+    page = ROOT / "docs/mmdet.md"
+    ((line, block),) = python_blocks(page)
+    shown: dict[str, Any] = {"loader": [mmdet_batch()], "__name__": page.name}
+    exec(compile("\n" * line + block, str(page), "exec"), shown)
+    assert sorted(shown["losses"]) == ["kd_cls", "kd_reg", "loss_bbox", "loss_cls", "loss_dfl"]
+    assert len(shown["detections"]) == 2
+
+
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
@@ -59,5 +86,7 @@ def test_links_between_pages_lead_somewhere(page):
 def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", ".ci/run"))
     assert ".venv/bin/python -m pytest" in readme
-    assert re.search(r"^python -m pytest .*--cov-fail-under=95", ci, flags=re.MULTILINE)
+    assert re.search(r"^python -m pytest .*--cov ", ci, flags=re.MULTILINE)
+    assert re.search(r"^python -m coverage report .*--fail-under=95", ci, flags=re.MULTILINE)
+    assert re.search(r"^CROSSKD_REQUIRE_MMDET=1 .* -m pytest -m mmdet .*--cov-append", ci, flags=re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)

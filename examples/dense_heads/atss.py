@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from crosskd.predictions import mean_over_ranks
-from dense_heads.detector import OUTSIDE, DenseDetector, DenseHead, Grid, Outputs, Target
+from dense_heads.detector import OUTSIDE, STRIDES, DenseDetector, DenseHead, Grid, Outputs, Target
 
 # What a regression of 1 means: a shift by a tenth of the anchor's side, growth by exp(1/5).
 SHIFT, GROWTH = 0.1, 0.2
@@ -29,7 +29,7 @@ class ATSS(DenseDetector):
     """
 
     def __init__(self, backbone: Any, num_classes: int, *, blocks: int = 4, **options: Any) -> None:
-        levels = len(options.get("strides", range(5)))
+        levels = len(options.get("strides", STRIDES))
         head = DenseHead(backbone.out_channels, num_classes, levels, centerness=True, blocks=blocks)
         super().__init__(backbone, head, **options)
 

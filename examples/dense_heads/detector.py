@@ -18,6 +18,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from crosskd.predictions import mean_over_ranks
 from dense_heads.assignment import BACKGROUND, assign
 
+STRIDES = (8, 16, 32, 64, 128)
 # An anchor in the padding of the batch: it is neither an object nor background.
 OUTSIDE = -2
 _BATCH_STRIDE = 32
@@ -169,7 +170,7 @@ class DenseDetector(nn.Module, ABC):
         backbone: Any,
         head: DenseHead,
         *,
-        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        strides: Sequence[int] = STRIDES,
         anchor_scale: float = 8.0,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,

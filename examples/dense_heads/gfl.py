@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_area, generalized_box_iou_loss
 
 from crosskd.predictions import mean_over_ranks
-from dense_heads.detector import OUTSIDE, DenseDetector, DenseHead, Grid, Outputs, Target
+from dense_heads.detector import OUTSIDE, STRIDES, DenseDetector, DenseHead, Grid, Outputs, Target
 
 
 class GFL(DenseDetector):
@@ -28,7 +28,7 @@ class GFL(DenseDetector):
     def __init__(
         self, backbone: Any, num_classes: int, *, reg_max: int = 16, blocks: int = 4, **options: Any
     ) -> None:
-        levels = len(options.get("strides", range(5)))
+        levels = len(options.get("strides", STRIDES))
         head = DenseHead(backbone.out_channels, num_classes, levels, bins=reg_max + 1, blocks=blocks)
         super().__init__(backbone, head, **options)
         self.reg_max = reg_max

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from backbones import build_backbone
 from torch import Tensor
+from weights import misfit
 
 from crosskd.checkpoints import read_mmdet_checkpoint
 from dense_heads.atss import ATSS
@@ -52,8 +53,14 @@ def load_mmdet_checkpoint(source: str | Path, **options: Any) -> GFL | ATSS:
     """
     weights = read_mmdet_checkpoint(source)
     detector, family = _new_detector(weights, source, options)
-    names = {own: _mmdet_name(own, family) for own in detector.state_dict()}
-    _check_fit(detector.state_dict(), weights, names, source)
+    names = {own: mmdet_name(own, family) for own in detector.state_dict()}
+    own = {names[key]: value for key, value in detector.state_dict().items()}
+    difference = misfit(own, {key: value for key, value in weights.items() if key != _BINS})
+    if difference:
+        raise ValueError(
+            f"{source} doesn't fit a detector of this package: {difference}. It takes GFL and ATSS with an "
+            "ordinary ResNet, a pyramid of five levels on its last three stages, and group norm in towers"
+        )
     detector.load_state_dict({own: weights[name] for own, name in names.items()})
     return detector
 
@@ -98,29 +105,15 @@ def _shape(weights: dict[str, Tensor], key: str, source: str | Path) -> torch.Si
     return weights[key].shape
 
 
-def _mmdet_name(own: str, family: str) -> str:
+def mmdet_name(own: str, family: str) -> str:
+    """What mmdet calls a weight of a detector here.
+
+    Args:
+        own: its name here.
+        family: ``"gfl"`` or ``"atss"``.
+    """
     for pattern, name in _RENAMED:
         renamed, found = re.subn(f"^{pattern}", name.replace("FAMILY", family), own)
         if found:
             return renamed
     raise AssertionError(f"no name for {own}")
-
-
-def _check_fit(
-    own: dict[str, Tensor], weights: dict[str, Tensor], names: dict[str, str], source: str | Path
-) -> None:
-    """Raises ``ValueError``, in mmdet's names, unless each weight has its place and its shape."""
-    missing = sorted(name for name in names.values() if name not in weights)
-    unknown = sorted(weights.keys() - names.values() - {_BINS})
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key, name in names.items()
-        if name in weights and weights[name].shape != own[key].shape
-    ]
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"{source} doesn't fit a detector of this package: {len(missing)} keys missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {sorted(shapes)[:3]}. It "
-            "takes GFL and ATSS with an ordinary ResNet, a pyramid of five levels from its last three "
-            "stages, and group norm in the towers"
-        )

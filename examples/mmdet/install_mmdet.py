@@ -21,11 +21,18 @@ import tempfile
 from pathlib import Path
 
 MMCV, MMDET, MMENGINE = "mmcv==2.1.0", "mmdet==3.3.0", "mmengine==0.10.7"
-# mmcv's build imports pkg_resources, which setuptools dropped in 82.
-BUILD_TOOLS = ("setuptools<82", "wheel", "ninja", "psutil")
+# mmcv's build and mmengine's configs import pkg_resources, which setuptools dropped in 82.
+SETUPTOOLS = "setuptools<82"
+BUILD_TOOLS = (SETUPTOOLS, "wheel", "ninja", "psutil")
 OUTDATED_STANDARDS, STANDARD = ("-std=c++14", "-std=c++17"), "-std=c++20"
-# A name that only the compiled operators define.
-PROBE = "import mmdet, mmcv._ext; from mmcv.ops import nms; print('mmdet', mmdet.__version__, 'is ready')"
+# The compiled operators, and a config by its name.
+PROBE = """
+import mmdet, mmcv._ext
+from mmcv.ops import nms
+from mmengine.hub import get_config
+get_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py")
+print("mmdet", mmdet.__version__, "is ready")
+"""
 
 
 def main() -> None:
@@ -36,7 +43,7 @@ def main() -> None:
         build_mmcv(kept, options.jobs)
     (wheel,) = wheels_in(kept)
     print(f"mmcv from {wheel}")
-    pip("install", str(wheel), MMDET, MMENGINE)
+    pip("install", str(wheel), MMDET, MMENGINE, SETUPTOOLS)
     if subprocess.run([sys.executable, "-c", "import cv2"], check=False).returncode:
         replace_opencv()
     subprocess.run([sys.executable, "-c", PROBE], check=True)

@@ -18,6 +18,15 @@ pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On a machine that other work keeps busy, threads that wait for one another take twice the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def bccd() -> Path:
     return bccd_folder()
@@ -84,7 +93,7 @@ def test_two_epochs_stopped_and_resumed_end_as_unbroken(bccd, teacher_checkpoint
     }
     unbroken = trained(config_of("gfl_r18_from_r50", tmp_path / "unbroken", options))
     losses = loss_curve(unbroken)
-    assert len(losses) == 16
+    assert len(losses) == 12
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
     with pytest.raises(KeyboardInterrupt):
@@ -105,6 +114,7 @@ def test_two_epochs_stopped_and_resumed_end_as_unbroken(bccd, teacher_checkpoint
     measured = plain.test()
     assert list(plain.model.state_dict()) == list(averaged)
     assert_same_state(plain.model.state_dict(), averaged)
+    assert "coco/bbox_mAP" in measured
     history = unbroken.message_hub.log_scalars
     for name, value in measured.items():
         assert history[f"val/{name}"].current() == pytest.approx(value, abs=1e-6)
@@ -137,7 +147,7 @@ def test_mmdets_tools_train_resume_and_test_by_options_alone(bccd, tmp_path):
     tool("train.py", str(recipe), *work, "--cfg-options", *options, "train_cfg.max_epochs=1")
     shown = tool("train.py", str(recipe), *work, "--resume", "--cfg-options", *options)
     losses = [float(loss) for loss in re.findall(r"Epoch\(train\) \[2\].* loss: ([\d.]+)", shown)]
-    assert len(losses) == 8
+    assert len(losses) == 6
     assert losses[-1] < losses[0]
     assert "loss_kd_cls" in shown
     assert "resumed epoch: 1" in shown

@@ -78,13 +78,14 @@ def test_plain_losses_say_the_same(name):
     torch.testing.assert_close(*gradients)
 
 
-def test_step_cost_table(tmp_path):
+@pytest.mark.parametrize("families", [["retinanet", "fcos"], ["gfl"]])
+def test_step_cost_table(tmp_path, families):
     output = tmp_path / "step_cost.md"
     options = "--teacher resnet18 --size 64x64 --batch 1 --classes 3 --objects 2 --rounds 1 --threads 1"
-    load("step_cost").main([*options.split(), "--output", str(output)])
+    load("step_cost").main([*options.split(), "--families", *families, "--output", str(output)])
     times, memories = tables(output)
     for rows in (times, memories):
-        assert [row["detector"] for row in rows] == ["retinanet", "fcos"]
+        assert [row["detector"] for row in rows] == families
     for row in times:
         assert all(float(row[f"{letter}, ms"]) > 0 for letter in "abcd")
     for row in memories:

@@ -7,10 +7,9 @@ import re
 import pytest
 import torch
 
-from tests.mmdet_recipes import FOLDER, RECIPES, load_recipe
+from tests.mmdet_recipes import FOLDER, RECIPES, load_recipe, mmdet_batch
 
 pytestmark = pytest.mark.mmdet
-SIZE = (128, 160)
 
 
 @pytest.fixture(autouse=True)
@@ -19,23 +18,6 @@ def _mmdet_scope():
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmdet")
-
-
-@pytest.fixture
-def batch():
-    """Two images as mmdet's data loader hands them over, the second without objects."""
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
-
-    samples = []
-    for boxes, labels in (([[8.0, 8, 72, 60], [40, 30, 150, 120]], [0, 7]), ([], [])):
-        meta = {"img_shape": SIZE, "ori_shape": SIZE, "batch_input_shape": SIZE, "scale_factor": (1.0, 1.0)}
-        objects = InstanceData(
-            bboxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long)
-        )
-        samples.append(DetDataSample(metainfo=meta, gt_instances=objects))
-    images = [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8) for _ in samples]
-    return {"inputs": images, "data_samples": samples}
 
 
 def without_scopes(value):
@@ -52,11 +34,11 @@ def plain_student(config):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_two_steps(name, batch):
+def test_a_recipe_trains_two_steps(name):
     from mmdet.registry import MODELS
     from mmengine.optim import build_optim_wrapper
 
-    config = load_recipe(name)
+    config, batch = load_recipe(name), mmdet_batch()
     detector = MODELS.build(config.model)
     detector.init_weights()
     detector.train()
@@ -110,3 +92,23 @@ def test_a_recipe_agrees_with_what_mmdet_publishes(name):
         assert model["teacher_checkpoint"] == f"work_dirs/{teacher.split('/')[1][:-3]}/epoch_12.pth"
     else:
         assert model["teacher_checkpoint"] == get_config(teacher, pretrained=True).model_path
+
+
+def test_a_config_of_ones_own_goes_on_from_a_recipe(tmp_path):
+    """The lines that docs/mmdet.md shows."""
+    from mmengine.config import Config
+
+    page = (FOLDER.parents[1] / "docs" / "mmdet.md").read_text()
+    shown, plain = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for block in (shown, plain):
+        (tmp_path / "own.py").write_text(block.replace("examples/mmdet", str(FOLDER)))
+        config = Config.fromfile(tmp_path / "own.py")
+        assert config.train_cfg.max_epochs == 12
+        if block is shown:
+            assert [hook.type for hook in config.custom_hooks] == ["EMAHook"]
+            assert config.model.methods == {"type": "CrossKD", "position": 2}
+            recipe = Config.fromfile(FOLDER / "gfl_r50_from_r101.py")
+            assert config.model.teacher == recipe.model.teacher
+            assert config.model.teacher_checkpoint == recipe.model.teacher_checkpoint
+        else:
+            assert config.model.type == "GFL"

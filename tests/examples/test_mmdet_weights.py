@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import build_backbone
 from dense_heads import ATSS, GFL, load_mmdet_checkpoint
-from dense_heads.mmdet_weights import _mmdet_name
+from dense_heads.mmdet_weights import mmdet_name
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-CLASSES = 5
+from tests.examples.mmdet_state import CLASSES, mmdet_state
+
 DETECTORS = [("gfl", 18), ("gfl", 50), ("atss", 18), ("atss", 50)]
 # Three sizes, none of which needs resizing; the last image shows no object.
 SIZES = [(96, 128), (128, 96), (96, 96)]
@@ -139,7 +139,7 @@ class TestAgainstMmdet:
         assert type(ours) is {"gfl": GFL, "atss": ATSS}[family]
         assert ours.num_classes == CLASSES
         trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
-        here = {_mmdet_name(name, family) for name, p in ours.named_parameters() if p.requires_grad}
+        here = {mmdet_name(name, family) for name, p in ours.named_parameters() if p.requires_grad}
         assert here == trained
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class TestAgainstMmdet:
         gradients = dict(theirs.named_parameters())
         for name, parameter in ours.named_parameters():
             if parameter.requires_grad:
-                wanted = gradients[_mmdet_name(name, family)].grad
+                wanted = gradients[mmdet_name(name, family)].grad
                 # Rounding moves features over a ReLU's edge here or there, and their gradients with them.
                 assert (parameter.grad - wanted).norm() <= 5e-3 * wanted.norm(), name
 
@@ -199,13 +199,6 @@ class TestAgainstMmdet:
 # -- without mmdet --------------------------------------------------------------------------------
 
 
-def mmdet_state(family: str, name: str = "resnet18") -> dict[str, Tensor]:
-    """Weights under mmdet's names."""
-    backbone = build_backbone(name, False, 32, "mmdet", fixed_norm=True)
-    detector = {"gfl": GFL, "atss": ATSS}[family](backbone, CLASSES)
-    return {_mmdet_name(key, family): value for key, value in detector.state_dict().items()}
-
-
 def load(state: dict[str, Tensor], folder: Path) -> GFL | ATSS:
     torch.save({"meta": {}, "state_dict": state}, folder / "weights.pth")
     return load_mmdet_checkpoint(folder / "weights.pth")
@@ -218,7 +211,7 @@ def test_every_weight_finds_its_place(tmp_path, family):
     assert "neck.fpn_convs.4.conv.weight" in state
     detector = load(state, tmp_path)
     for key, value in detector.state_dict().items():
-        assert torch.equal(value, state[_mmdet_name(key, family)]), key
+        assert torch.equal(value, state[mmdet_name(key, family)]), key
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101])

@@ -4,11 +4,21 @@ from argparse import Namespace
 
 import pytest
 import torch
-from models import MODEL_NAMES, build_detector, load_published, load_weights
+from backbones import build_backbone
+from dense_heads import adapter_of
+from models import (
+    MODEL_NAMES,
+    build_detector,
+    is_of_mmdet,
+    load_mmdet,
+    load_published,
+    load_weights,
+)
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from crosskd import CrossKD, Distiller
 from crosskd.adapters import find_adapter
+from tests.examples.mmdet_state import mmdet_state
 
 
 def small(name: str, **options) -> torch.nn.Module:
@@ -22,7 +32,8 @@ def test_every_model_has_five_levels_and_fits_its_family(name):
     assert [128 // level.shape[-1] for level in levels.values()] == [8, 16, 32, 64, 128]
     assert {level.shape[1] for level in levels.values()} == {32}
     anchor = small(f"{name.split('_')[0]}_resnet18")
-    find_adapter(detector, anchor).check_pair(detector, anchor)
+    adapter = adapter_of(detector, anchor) or find_adapter(detector, anchor)
+    adapter.check_pair(detector, anchor)
 
 
 def test_the_full_size_retinanet_has_torchvisions_own_keys_and_anchors():
@@ -40,6 +51,36 @@ def test_group_norm_and_anchor_scale():
     assert any(isinstance(m, torch.nn.GroupNorm) for m in detector.head.modules())
     assert detector.anchor_generator.sizes[0] == (16, 20, 25)
     assert small("fcos_resnet18", anchor_scale=0.5).anchor_generator.sizes[0] == (4.0,)
+
+
+@pytest.mark.parametrize("family", ["gfl", "atss"])
+def test_the_dense_heads_are_as_mmdet_has_them(family):
+    detector = small(f"{family}_resnet18", anchor_scale=0.5)
+    assert detector.anchor_scale == 4
+    with_weights = build_backbone("resnet18", False, 32, "mmdet", fixed_norm=True)
+    before = {key: value.clone() for key, value in with_weights.state_dict().items()}
+    with_weights.train()(torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in with_weights.state_dict().items())
+    trained = {name for name, p in with_weights.named_parameters() if p.requires_grad}
+    assert "body.layer2.0.bn1.weight" in trained
+    assert not any(name.startswith(("body.conv1", "body.bn1", "body.layer1")) for name in trained)
+
+
+def test_weights_of_mmdet_are_known_by_their_names(tmp_path):
+    for weights in ("https://example.org/gfl.pth?x=1", "http://example.org/gfl", "gfl_r101.pth"):
+        assert is_of_mmdet("gfl_resnet101", weights)
+        assert not is_of_mmdet("retinanet_resnet50", weights)
+    assert not is_of_mmdet("gfl_resnet101", "runs/coco/teacher.pt")
+
+
+def test_weights_of_mmdet_must_be_of_the_model_that_was_named(tmp_path):
+    path, options = tmp_path / "gfl.pth", Namespace(anchor_scale=1.0, short_side=[64], long_side=1333)
+    torch.save({"state_dict": mmdet_state("gfl", "resnet18")}, path)
+    detector = load_mmdet("gfl_resnet18", str(path), options)
+    assert (detector.num_classes, detector.transform.min_size) == (5, (64,))
+    for name in ("gfl_resnet34", "atss_resnet18"):
+        with pytest.raises(ValueError, match=rf"gfl.pth holds a GFL, but no {name}: \['"):
+            load_mmdet(name, str(path), options)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -15,6 +15,7 @@ from processes import Processes
 from train_torchvision import main, parse, warn_of_slow_bfloat16
 
 from tests.examples.coco_files import write_coco
+from tests.examples.mmdet_state import mmdet_state
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
@@ -94,26 +95,53 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_coco_folders_with_everything_in_them_train_from_a_given_teacher(tmp_path):
-    images, annotations = write_coco(tmp_path / "coco")
-    root = images.parent
     teacher = build_detector("fcos_resnet18", 2, width=64)
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    metrics = main(
+        [
+            *coco_arguments(tmp_path / "coco"),
+            *("--output", str(tmp_path / "run")),
+            *("--teacher", "fcos_resnet18", "--teacher-weights", str(tmp_path / "teacher.pt")),
+            *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd", "--epochs", "1"),
+            *("--optimizer", "adamw", "--accumulate", "2"),
+        ]
+    )
+    assert metrics["histories"]["crosskd"][0]["unreadable_images"] > 0
+    assert metrics["results"]["teacher"]["images"] == 5
+
+
+def coco_arguments(folder: Path) -> list[str]:
+    """Options that train and test on a small data set with everything in it, of two categories."""
+    images, annotations = write_coco(folder)
     split = [
         part
         for s in ("train", "val")
         for part in (f"--{s}-images", images.name, f"--{s}-annotations", annotations.name)
     ]
-    metrics = main(
-        [
-            *("--data", "coco", "--root", str(root), *split, "--output", str(tmp_path / "run")),
-            *("--teacher", "fcos_resnet18", "--teacher-weights", str(tmp_path / "teacher.pt")),
-            *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd", "--epochs", "1"),
-            *("--width", "64", "--short-side", "48", "64", "--optimizer", "adamw"),
-            *("--accumulate", "2", "--workers", "0", "--threads", "1"),
-        ]
-    )
-    assert metrics["histories"]["crosskd"][0]["unreadable_images"] > 0
-    assert metrics["results"]["teacher"]["images"] == 5
+    sizes = ("--width", "64", "--short-side", "48", "64", "--workers", "0", "--threads", "1")
+    return ["--data", "coco", "--root", str(images.parent), *split, *sizes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gfl", "atss"])
+def test_a_student_trains_from_a_file_of_mmdets(tmp_path, family):
+    arguments = [
+        *coco_arguments(tmp_path / "coco"),
+        *("--output", str(tmp_path / "run"), "--method", "mimic", "crosskd", "--epochs", "1"),
+        *("--teacher", f"{family}_resnet18", "--teacher-weights", str(tmp_path / "teacher.pth")),
+        *("--student", f"{family}_mobilenet_v3_large"),
+    ]
+    torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=80)}, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"knows 80 classes, the data 2 categories \(cat, dog\)"):
+        main(arguments)
+    torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=2)}, tmp_path / "teacher.pth")
+    metrics = main(arguments)
+    assert list(metrics["results"]) == ["teacher", "mimic", "crosskd"]
+    assert {"classification", "bbox_regression", "kd_cls", "kd_reg"} <= metrics["histories"]["crosskd"][0][
+        "losses"
+    ].keys()
+    plain = build_detector(f"{family}_mobilenet_v3_large", 2, width=64)
+    plain.load_state_dict(torch.load(tmp_path / "run" / "crosskd.pt", weights_only=True))
 
 
 @pytest.mark.slow
@@ -164,10 +192,15 @@ train_torchvision.main()
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path):
+@pytest.mark.parametrize(
+    "models",
+    [[], ["--teacher", "gfl_resnet18", "--student", "gfl_resnet18", "--width", "64"]],
+    ids=["", "gfl"],
+)
+def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path, models):
     script = tmp_path / "noting.py"
     script.write_text(WRAPPER.format(examples=str(SCRIPT.parent), folder=str(tmp_path)))
-    launch = command("--output", str(tmp_path / "run"), *SMALL, "--method", "crosskd", processes=2)
+    launch = command("--output", str(tmp_path / "run"), *SMALL, *models, "--method", "crosskd", processes=2)
     launch[launch.index(str(SCRIPT))] = str(script)
     subprocess.run(launch, env=environment(), check=True)
     for model in ("teacher", "crosskd"):
