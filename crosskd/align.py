@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +63,9 @@ def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tens
 class ChannelProjection(nn.Module):
     """A 1x1 convolution from the width of a student's tower to that of the teacher's.
 
-    Made by a method where the widths differ; it is trained with the student and thrown away with the
-    `Distiller`.
+    It is a linear layer over the channels, whatever stands behind them: features of linear layers, with one
+    dimension of locations or none, are projected as well. Made by a method where the widths differ; it is
+    trained with the student and thrown away with the `Distiller`.
 
     Args:
         student_width: channels of the student's features.
@@ -91,6 +94,7 @@ class ChannelProjection(nn.Module):
                 f"got {shape_text(features)}"
             )
         # A convolution wants two dimensions of space; linear layers leave any number of them.
-        flat = features if features.ndim == 4 else features.reshape(*features.shape[:2], -1, 1)
+        space = features.shape[2:]
+        flat = features if len(space) == 2 else features.reshape(*features.shape[:2], math.prod(space), 1)
         projected: Tensor = self.convolution(flat)
-        return projected if features.ndim == 4 else projected.reshape(len(features), -1, *features.shape[2:])
+        return projected if len(space) == 2 else projected.reshape(*projected.shape[:2], *space)

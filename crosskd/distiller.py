@@ -130,12 +130,10 @@ class Distiller(nn.Module):
             )
         self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
         _check_types(self.adapter, teacher, student)
-        self._class_map = _checked_class_map(
-            class_map, self.adapter.num_classes(teacher), self.adapter.num_classes(student)
-        )
+        self._class_map = _checked_class_map(class_map, *_of_each(self.adapter.num_classes, teacher, student))
         self.teacher_view = teacher_view
         self.resize_levels = resize_levels
-        strides = self.adapter.strides(teacher), self.adapter.strides(student)
+        strides = _of_each(self.adapter.strides, teacher, student)
         self._levels = pair_levels(*strides, rescaled=teacher_view is not None)
         _tell_of_left_out_levels(self._levels, strides[0])
         self.adapter.check_pair(teacher, student, self._levels)
@@ -230,7 +228,7 @@ class Distiller(nn.Module):
         inputs = replace(inputs, teacher_pixels=_shape_only(inputs.teacher_pixels))
         seen = inputs if same else _without_pixels(seen)
         maps = self.adapter.features(self.student, inputs.student_pixels) if first is None else first
-        _check_levels(self._used(view.maps), maps, resized=self.resize_levels)
+        _check_levels(self._used(view.maps), maps, self._channels_last(), resized=self.resize_levels)
         student, taps = self._run_student(maps, active)
         _check_anchors(view.predictions, student)
         losses, assignment, locations = self._assign(inputs, maps, student, (seen, view))
@@ -258,14 +256,15 @@ class Distiller(nn.Module):
     ) -> _Observed:
         """The teacher's predictions, and what each method keeps of its features: no more."""
         maps = self.adapter.features(self.teacher, seen.teacher_pixels)
-        sizes = None if student_maps is None else [m.shape[2:] for m in student_maps]
+        last = self._channels_last()
+        sizes = None if student_maps is None else [_space(m, last) for m in student_maps]
 
         def keep(name: str, tapped: Tapped) -> Any:
             return active[name].observe_teacher(tapped.read())
 
         towers, taps = self._run_towers(self._teacher_branches(), self._used(maps), active, 1, keep)
         if sizes is not None:
-            towers = {name: _resized(outputs, sizes) for name, outputs in towers.items()}
+            towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
         predictions = self._predict_as_teacher(towers, len(self._used(maps)))
         return _Observed([_shape_only(m) for m in maps], predictions.detach(), taps)
 
@@ -341,6 +340,10 @@ class Distiller(nn.Module):
             branch if len(branch.towers) == 1 else replace(branch, towers=tuple(self._used(branch.towers)))
             for branch in self.adapter.branches(self.teacher)
         )
+
+    def _channels_last(self) -> bool:
+        """Whether the head takes (batch, …, channels): its first tower tells."""
+        return self._teacher_branches()[0].towers[0].channels_last
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
@@ -585,18 +588,46 @@ def _by_level(
         yield level, {name: next(tower) for name, tower in outputs.items()}
 
 
-def _resized(outputs: Iterable[Tensor], sizes: Sequence[torch.Size]) -> Iterator[Tensor]:
+def _of_each(
+    function: Callable[[nn.Module], ItemT], teacher: nn.Module, student: nn.Module
+) -> tuple[ItemT, ItemT]:
+    """What an adapter says of either detector; its errors say of which."""
+    answers = []
+    for side, detector in (("teacher", teacher), ("student", student)):
+        try:
+            answers.append(function(detector))
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from error
+    return answers[0], answers[1]
+
+
+def _space(feature_map: Tensor, channels_last: bool) -> tuple[int, ...]:
+    """A level's size without batch and channels: (height, width), (locations,) or ()."""
+    return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
+
+
+def _resized(
+    outputs: Iterable[Tensor], sizes: Sequence[tuple[int, ...]], channels_last: bool
+) -> Iterator[Tensor]:
     """Feature maps, resized where they have another (height, width)."""
     for output, size in zip(outputs, sizes, strict=True):
-        if output.ndim != 4 or output.shape[2:] == size:
+        if _space(output, channels_last) == size:
             yield output
-        else:
-            yield F.interpolate(output, size=tuple(size), mode="bilinear", align_corners=False)
+            continue
+        if output.ndim != 4 or len(size) != 2:
+            raise ValueError(
+                f"resize_levels=True, but the teacher's features {tuple(output.shape)} are no map of "
+                "(height, width): what the student predicts at must be given to the teacher as it is"
+            )
+        features = output.movedim(-1, 1) if channels_last else output
+        features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+        yield features.movedim(1, -1) if channels_last else features
 
 
-def _check_levels(teacher: Sequence[Tensor], student: Sequence[Tensor], *, resized: bool) -> None:
-    # Linear layers take other shapes than (batch, channels, height, width): their predictions are counted.
-    theirs, ours = ([tuple(m.shape[2:]) if m.ndim == 4 else () for m in maps] for maps in (teacher, student))
+def _check_levels(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool, *, resized: bool
+) -> None:
+    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
     if theirs != ours and not (resized and len(theirs) == len(ours)):
         raise ValueError(
             f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "

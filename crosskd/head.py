@@ -174,7 +174,8 @@ def _runs_its_own_way(module: nn.Module) -> bool:
 
 def _composite_block(module: nn.Module) -> Block:
     """A block that stands in the tower as one module with children."""
-    children = list(module.children())
+    # children() would name a module that stands there twice but once.
+    children = [child for child in module._modules.values() if child is not None]
     if not _runs_its_own_way(module):
         return _flat_block(children)
     activation = children[-1] if isinstance(children[-1], _ACTIVATIONS) else None
@@ -247,6 +248,12 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
     return tuple(blocks)
 
 
+def _takes_channels_last(blocks: Iterable[Block]) -> bool:
+    layers = (leaf for block in blocks for layer in block.layers for leaf in layer.modules())
+    first = next((leaf for leaf in layers if _is_weighted_leaf(leaf)), None)
+    return isinstance(first, nn.Linear | nn.MultiheadAttention)
+
+
 def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) -> Block:
     layers = previous.layers if previous.opaque else joined
     if isinstance(layer, _ACTIVATIONS):
@@ -262,22 +269,44 @@ class Tower:
         name: how errors call it, for example ``"classification tower"``.
         blocks: the blocks in order; none for a head that is a single convolution.
         width_in: channels of the tower's input.
+        channels_last: whether it takes (batch, …, channels), as linear layers do, and not
+            (batch, channels, …), as convolutions do.
     """
 
     name: str
     blocks: tuple[Block, ...]
     width_in: int
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, modules: nn.Module | Iterable[nn.Module], name: str, width_in: int | None = None) -> Tower:
-        """Splits modules into a tower; the width is read off the first block unless it is given."""
+    def of(
+        cls,
+        modules: nn.Module | Iterable[nn.Module],
+        name: str,
+        width_in: int | None = None,
+        channels_last: bool | None = None,
+    ) -> Tower:
+        """Splits modules into a tower.
+
+        Args:
+            modules: as for `split_tower`.
+            name: how errors call the tower.
+            width_in: channels of the input; read off the first block unless given.
+            channels_last: whether the input's channels come last; so they do, unless this is given,
+                where the first layer with weights is a linear or an attention layer.
+
+        Raises:
+            ValueError: no layer tells the input's width, or modules that can't be split.
+        """
         blocks = split_tower(modules, name)
         if width_in is None:
             widths = blocks[0].widths if blocks else None
             if widths is None:
                 raise ValueError(f"{name}: no layer tells its input width; hand in width_in")
             width_in = widths[0]
-        return cls(name, blocks, width_in)
+        if channels_last is None:
+            channels_last = _takes_channels_last(blocks)
+        return cls(name, blocks, width_in, channels_last)
 
     def width(self, position: int) -> int:
         """Channels of the features after ``position`` blocks."""
@@ -285,13 +314,6 @@ class Tower:
             if block.widths is not None:
                 return block.widths[1]
         return self.width_in
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether the tower takes (batch, …, channels), as linear layers do, and not (batch, channels, …)."""
-        layers = (leaf for block in self.blocks for layer in block.layers for leaf in layer.modules())
-        first = next((leaf for leaf in layers if _is_weighted_leaf(leaf)), None)
-        return isinstance(first, nn.Linear)
 
     def check(self, point: TapPoint) -> None:
         """Raises ``ValueError``, naming the tower and what would fit, unless it can be split there."""
