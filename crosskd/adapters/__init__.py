@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from crosskd.adapters.generic import GenericAdapter
 from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Adapter, Inputs
 from crosskd.adapters.torchvision import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
 
 __all__ = [
     "Adapter",
+    "GenericAdapter",
     "Inputs",
     "LevelPairs",
     "TorchvisionFCOSAdapter",
@@ -40,8 +42,9 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
     types = " with ".join(type(detector).__name__ for detector in detectors)
     raise TypeError(
         f"no adapter understands {types}. There are adapters for torchvision's RetinaNet and FCOS and for "
-        "mmdet's dense detectors, teacher and student of the same family. For any other detector write one, "
-        "an object with the functions of crosskd.adapters.Adapter, and pass it as adapter="
+        "mmdet's dense detectors, teacher and student of the same family. For any other detector make one "
+        "with crosskd.adapters.GenericAdapter, or write one, an object with the functions of "
+        "crosskd.adapters.Adapter, and pass it as adapter="
     )
 
 
