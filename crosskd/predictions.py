@@ -85,6 +85,7 @@ class Assignment:
 
     Attributes:
         counted: shape (batch, anchors), 1 where an anchor counts at all, else 0; ``None`` for all.
+            Heads of several halves that their own losses weight give their anchors these weights.
         positive: shape (batch, anchors), true where an anchor is responsible for an object.
         normalizer: shape (), the number of positives (RetinaNet, GFL, ATSS) or the sum of their
             centerness targets (FCOS); at least 1, averaged over processes.
