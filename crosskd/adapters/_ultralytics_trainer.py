@@ -143,10 +143,10 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
         labelled = super().label_loss_items(loss_items, prefix)
         if prefix == "train":
             return labelled
-        distilled = {f"{prefix}/{name}" for name in self._distilled().loss_names}
+        own = {f"{prefix}/{name}" for name in self._distilled().logged}
         if isinstance(labelled, dict):
-            return {name: value for name, value in labelled.items() if name not in distilled}
-        return [name for name in labelled if name not in distilled]
+            return {name: value for name, value in labelled.items() if name in own}
+        return [name for name in labelled if name in own]
 
     def save_model(self) -> Any:
         """Saves checkpoints of the plain student, and beside them what is trained or counted besides."""
@@ -185,7 +185,9 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
 class _NotingAdapter(UltralyticsAdapter):
     """Keeps what the criterion logs, which may be something else than its losses."""
 
-    logged: dict[str, Tensor]
+    def __init__(self, distributions: bool = True) -> None:
+        super().__init__(distributions)
+        self.logged: dict[str, Tensor] = {}
 
     def run_criterion(
         self, student: Any, predictions: Predictions, locations: Any, inputs: Inputs
@@ -208,20 +210,18 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
         return distiller
 
     @property
-    def loss_names(self) -> set[str]:
-        """What the methods' losses are called."""
-        names = (method.loss_names() for method in self.distiller._methods().values())
-        return {name for several in names for name in several}
+    def logged(self) -> dict[str, Tensor]:
+        """What the criterion logged of the student's own losses last."""
+        return cast(_NotingAdapter, self.distiller.adapter).logged
 
     def loss(self, batch: Any, preds: Any = None) -> Any:
         """The criterion's losses and the methods', as ultralytics' models give them: (losses, logged)."""
         if preds is not None or not self.training:
             return super().loss(batch, preds)
         losses = self.distiller(batch["img"], batch)
-        logged = cast(_NotingAdapter, self.distiller.adapter).logged
         images = len(batch["img"])
-        distilled = {name: loss.detach() / images for name, loss in losses.items() if name not in logged}
-        return torch.stack(list(losses.values())), {**logged, **distilled}
+        distilled = {name: loss.detach() / images for name, loss in losses.items() if name not in self.logged}
+        return torch.stack(list(losses.values())), {**self.logged, **distilled}
 
     def train(self, mode: bool = True) -> _DistilledModel:
         """Sets the mode of the distiller too, whose student this is."""
@@ -258,7 +258,7 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
         return copy.deepcopy(self.plain(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+        return copy.copy, (self.plain(),)  # pickle refuses the plain one's own way, for the class differs
 
 
 def _distil(student: nn.Module, teacher: nn.Module, settings: Settings, device: torch.device) -> None:
