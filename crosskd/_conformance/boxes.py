@@ -76,7 +76,7 @@ def _box_findings(best: Tensor) -> Iterator[Finding]:
             f"an IoU of at least {_OVERLAP} at three of four",
             "decode() takes the four numbers in another order or scale than the losses do, locations stand "
             "in another order than the predictions, positive is not the losses' own, or truth= is not in "
-            "resized pixels",
+            "resized pixels; or a box takes long to fit, and steps= should be more",
         )
 
 
