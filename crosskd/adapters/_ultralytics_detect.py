@@ -9,12 +9,14 @@ without gradients into the features, on one-to-one assignments.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import ultralytics
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, v10Detect
 from ultralytics.nn.tasks import DetectionModel
@@ -29,8 +31,15 @@ from crosskd.predictions import Assignment, Predictions, mean_over_ranks
 
 __all__ = ["UltralyticsAdapter"]
 
-if not hasattr(Detect, "forward_head"):
-    raise ImportError("its Detect head is older than 8.4")
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+# The oldest that this was run with: in earlier ones heads, criteria and trainers hand over other things.
+_OLDEST = "8.4.190"
+if _numbers(ultralytics.__version__) < _numbers(_OLDEST):
+    raise ImportError(f"{ultralytics.__version__} is installed, which is older than {_OLDEST}")
 
 # Ours, not published: each weight is that of the head's own loss of the same kind in ultralytics' defaults
 # (``cls``, ``dfl``, ``box``), so that the teacher counts as much as the ground truth does.

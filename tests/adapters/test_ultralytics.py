@@ -13,6 +13,7 @@ from crosskd import CrossKD, Distiller, PredictionMimicking, describe
 from crosskd.adapters import find_adapter
 from crosskd.head import TapPoint
 from crosskd.predictions import Predictions, join_levels
+from crosskd.testing import check_adapter
 from tests.yolo import KINDS, WIDTHS, batch_of, model_of
 
 pytestmark = pytest.mark.ultralytics
@@ -255,6 +256,55 @@ def test_autocast():
             losses = distiller(images, targets)
         assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
         sum(losses.values()).backward()
+
+
+# -- the conformance kit --------------------------------------------------------------------------
+
+
+def plain_losses(model: Any, images: Tensor, targets: Any) -> dict[str, Tensor]:
+    model.args = settings()
+    losses, logged = model.loss({"img": images, **targets})
+    return dict(zip(logged, losses, strict=True))
+
+
+def objects_in(inputs: Any) -> list[dict[str, Tensor]]:
+    targets, (height, width) = inputs.targets, inputs.student_pixels.shape[2:]
+    found = []
+    for image in range(len(inputs.student_pixels)):
+        own = targets["batch_idx"] == image
+        centre, size = targets["bboxes"][own].split(2, dim=1)
+        boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+        boxes = boxes * torch.tensor([width, height, width, height])
+        found.append({"boxes": boxes, "labels": targets["cls"][own].flatten().long()})
+    return found
+
+
+def first(count: int) -> Any:
+    """A variation of a batch with the objects of its first images alone."""
+
+    def vary(images: Tensor, targets: Any) -> tuple[Tensor, Any]:
+        kept = targets["batch_idx"] < count
+        return images[:count] if count else images, {name: value[kept] for name, value in targets.items()}
+
+    return vary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_conforms(kind):
+    report = check_adapter(
+        find_adapter(model_of(kind)),
+        *batch_of(),
+        teacher=teacher_of(kind),
+        student=model_of(kind),
+        own_losses=plain_losses,
+        truth=objects_in,
+        one_image=first(1),
+        without_objects=first(0),
+        odd_size=lambda images, targets: (images[:, :, :32], None),
+    )
+    # Ultralytics' criterion can't train in float64 itself.
+    assert set(report.skipped) <= {"float64", "other device"}
 
 
 # -- pairs ----------------------------------------------------------------------------------------

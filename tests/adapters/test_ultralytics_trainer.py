@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from crosskd import CrossKD, PredictionMimicking, Schedule
+from tests.benchmarks.test_benchmarks import load
 from tests.reference_files import bccd_folder
 from tests.yolo import batch_of, model_of
 
@@ -44,17 +45,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
         (folder / "images" / split / image["file_name"]).symlink_to(source / "images" / image["file_name"])
-        rows = []
-        for one in coco["annotations"]:
-            if one["image_id"] == image["id"]:
-                x, y, width, height = one["bbox"]
-                box = (
-                    (x + width / 2) / image["width"],
-                    (y + height / 2) / image["height"],
-                    width / image["width"],
-                    height / image["height"],
-                )
-                rows.append(" ".join([str(one["category_id"] - 1), *(f"{number:.6f}" for number in box)]))
+        objects = [one for one in coco["annotations"] if one["image_id"] == image["id"]]
+        rows = load("yolo_bccd").as_yolo_rows(objects, image)
         (folder / "labels" / split / f"{Path(image['file_name']).stem}.txt").write_text("\n".join(rows))
     file = folder / "data.yaml"
     file.write_text(
