@@ -415,6 +415,24 @@ def test_one_fault_that_several_checks_find_is_told_once():
     assert isinstance(error.__cause__, ZeroDivisionError)
 
 
+@pytest.mark.parametrize("drifts", [False, True])
+def test_losses_that_differ_on_another_device(monkeypatch, drifts):
+    """The CPU stands in for the other device, and an adapter that changes from call to call for a fault."""
+    monkeypatch.setattr("crosskd._conformance.batches._elsewhere", lambda device: torch.device("cpu"))
+    calls = []
+
+    def drifting(result, *_):
+        calls.append(result)
+        return {name: loss * len(calls) for name, loss in result[0].items()}, result[1]
+
+    if not drifts:
+        assert green(skip=only("other device")).passed == ("other device",)
+        return
+    error = found(Changed("losses", drifting), skip=only("other device"))
+    with pytest.raises(AdapterError, match="classification is .* on cpu and .* on cpu"):
+        raise error
+
+
 # -- what a person gives -------------------------------------------------------------------------
 
 

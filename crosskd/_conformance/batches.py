@@ -99,20 +99,27 @@ def float64(bench: Bench) -> Iterator[Finding]:
 
 def other_device(bench: Bench) -> Iterator[Finding]:
     """The same losses on a CUDA device, or on the CPU where the detectors are on one."""
-    if not torch.cuda.is_available():
+    here = next(bench.student.parameters()).device
+    there = _elsewhere(here)
+    if there is None:
         raise Skipped("there is no CUDA device here")
-    here = next(bench.student.parameters()).device.type
-    there = torch.device("cpu" if here == "cuda" else "cuda")
     expected, taken = bench.step(), bench.converted(device=there).step()
     losses = {**taken.own, **taken.distilled}
     for name, loss in {**expected.own, **expected.distilled}.items():
         if not near(loss, losses[name].to(loss.device), _DEVICE_ROUNDING):
             yield Finding(
-                f"{name} is {float(loss):.6g} on {here} and {float(losses[name]):.6g} on {there.type}",
+                f"{name} is {loss.item():.6g} on {here.type} and {losses[name].item():.6g} on {there.type}",
                 "the same losses on every device",
                 "something is read before it has been calculated, or kept on one device",
             )
     yield from finite_findings(taken)
+
+
+def _elsewhere(device: torch.device) -> torch.device | None:
+    """The CPU from anywhere else, a CUDA device from the CPU, if there is one."""
+    if device.type != "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 def _type_findings(taken: Taken) -> Iterator[Finding]:

@@ -222,7 +222,7 @@ class Bench:
         method.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
         with same_random_numbers():
             losses = distiller(*copy.deepcopy(self.batch if batch is None else batch))
-        distilled = {name: losses.pop(name) for name in losses.keys() - own}
+        distilled = {name: losses.pop(name) for name in list(losses) if name not in own}
         return Taken(distiller, method, own=losses, distilled=distilled, seen=seen[0])
 
     def varied(self, check: str, otherwise: Variation) -> Batch:
