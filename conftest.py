@@ -1,12 +1,15 @@
-"""What happens to tests that need mmdet, and to the modules that need it, where there is none."""
+"""What happens to tests that need mmdet or ultralytics, and to the modules that do, where there is none."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-# Where it is set, mmdet must be there: a test run that was to use it can't pass by skipping.
-MMDET_REQUIRED = "CROSSKD_REQUIRE_MMDET"
+# Where it is set, the peer must be there: a test run that was to use it can't pass by skipping.
+REQUIRED = "CROSSKD_REQUIRE_{}"
 ADAPTERS = Path(__file__).parent / "crosskd" / "adapters"
 
 
@@ -20,30 +23,52 @@ def missing_mmdet() -> str | None:
     return None
 
 
-def needs_mmdet(path: Path) -> bool:
-    """Whether a file is one of the package's modules that can't be imported without mmdet."""
-    return path.parent == ADAPTERS and "mmdet" in path.stem
+def missing_ultralytics() -> str | None:
+    """Why ultralytics can't be used here, or None where it can."""
+    if "YOLO_CONFIG_DIR" not in os.environ:  # it writes settings where it is imported
+        folder = os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # It would look for updates, download fonts and install packages.
+    os.environ.setdefault("YOLO_OFFLINE", "true")
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    try:
+        import crosskd.adapters.ultralytics  # noqa: F401
+    except ImportError as error:
+        return f"needs ultralytics, see docs/yolo.md ({error})"
+    return None
+
+
+MISSING = {"mmdet": missing_mmdet, "ultralytics": missing_ultralytics}
+
+
+def needs(peer: str, path: Path) -> bool:
+    """Whether a file is one of the package's modules that can't be imported without a peer."""
+    return path.parent == ADAPTERS and peer in path.stem
 
 
 def pytest_configure() -> None:
-    """Refuses to start where mmdet is required and missing."""
-    reason = missing_mmdet() if os.environ.get(MMDET_REQUIRED) else None
-    if reason:
-        raise pytest.UsageError(f"{MMDET_REQUIRED} is set: {reason}")
+    """Refuses to start where a peer is required and missing."""
+    for peer, missing in MISSING.items():
+        variable = REQUIRED.format(peer.upper())
+        reason = missing() if os.environ.get(variable) else None
+        if reason:
+            raise pytest.UsageError(f"{variable} is set: {reason}")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leaves out the examples in the docstrings of modules that can't be imported here."""
-    return True if needs_mmdet(collection_path) and missing_mmdet() else None
+    absent = any(needs(peer, collection_path) and missing() for peer, missing in MISSING.items())
+    return True if absent else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked ``mmdet``, with the reason, where it is missing."""
-    for item in items:
-        if needs_mmdet(item.path):
-            item.add_marker("mmdet")
-    marked = [item for item in items if item.get_closest_marker("mmdet")]
-    reason = missing_mmdet() if marked else None
-    if reason:
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    """Skips tests marked with a peer's name, with the reason, where it is missing."""
+    for peer, missing in MISSING.items():
+        for item in items:
+            if needs(peer, item.path):
+                item.add_marker(peer)
+        marked = [item for item in items if item.get_closest_marker(peer)]
+        reason = missing() if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))

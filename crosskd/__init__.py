@@ -3,7 +3,8 @@
 ``Distiller(teacher, student, CrossKD())`` wraps a detector; call it, back-propagate, keep the student.
 """
 
-from crosskd import adapters, align, checkpoints, head, losses, methods, predictions
+from crosskd import adapters, align, checkpoints, head, losses, methods, predictions, testing
+from crosskd.checking import check
 from crosskd.describe import describe
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method, PredictionMimicking
@@ -19,10 +20,12 @@ __all__ = [
     "Schedule",
     "adapters",
     "align",
+    "check",
     "checkpoints",
     "describe",
     "head",
     "losses",
     "methods",
     "predictions",
+    "testing",
 ]

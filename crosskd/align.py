@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -61,8 +63,9 @@ def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tens
 class ChannelProjection(nn.Module):
     """A 1x1 convolution from the width of a student's tower to that of the teacher's.
 
-    Made by a method where the widths differ; it is trained with the student and thrown away with the
-    `Distiller`.
+    It is a linear layer over the channels, whatever stands behind them: features of linear layers, with one
+    dimension of locations or none, are projected as well. Made by a method where the widths differ; it is
+    trained with the student and thrown away with the `Distiller`.
 
     Args:
         student_width: channels of the student's features.
@@ -84,11 +87,14 @@ class ChannelProjection(nn.Module):
         self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Projects features of shape (batch, student_width, height, width)."""
-        if features.ndim != 4 or features.shape[1] != self.student_width:
+        r"""Projects features of shape (batch, student_width, \*space)."""
+        if features.ndim < 2 or features.shape[1] != self.student_width:
             raise ValueError(
-                f"expected features of shape (batch, {self.student_width}, height, width), "
+                f"expected features of shape (batch, {self.student_width}, *space), "
                 f"got {shape_text(features)}"
             )
-        projected: Tensor = self.convolution(features)
-        return projected
+        # A convolution wants two dimensions of space; linear layers leave any number of them.
+        space = features.shape[2:]
+        flat = features if len(space) == 2 else features.reshape(*features.shape[:2], math.prod(space), 1)
+        projected: Tensor = self.convolution(flat)
+        return projected if len(space) == 2 else projected.reshape(*projected.shape[:2], *space)

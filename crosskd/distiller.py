@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, TypeVar, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosskd.adapters import Adapter, Inputs, find_adapter
+from crosskd.adapters.levels import LevelPairs, pair_levels
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch, Tapped, TapPoint
 from crosskd.methods.base import Method, Step
-from crosskd.predictions import Assignment, Predictions, assignment_from_teacher
+from crosskd.predictions import Assignment, Predictions, assignment_from_teacher, join_levels
 
 __all__ = ["Distiller"]
+
+_logger = logging.getLogger("crosskd")
 
 Taps = dict[str, list[Any]]
 """One method's taps: by branch name, one entry a level."""
 
 
+ItemT = TypeVar("ItemT")
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
+
+TeacherView = Callable[[Any, Any], Any]
+"""Makes the teacher's images of a batch's (images, targets)."""
+
+
+class _Observed(NamedTuple):
+    """What is kept of the teacher's forward.
+
+    Attributes:
+        maps: stand-ins for its feature maps, of their shapes.
+        predictions: at the student's levels and of the student's classes.
+        taps: each method's, by its name.
+    """
+
+    maps: Sequence[Tensor]
+    predictions: Predictions
+    taps: dict[str, Taps]
 
 
 def _outside_graph(function: CallableT) -> CallableT:
@@ -49,6 +74,14 @@ class Distiller(nn.Module):
         student: the detector to train, of the same family.
         methods: one method or several. They are copied, so one object may serve several distillers.
         adapter: how to take the detectors apart; found from their types unless given.
+        class_map: for a teacher that knows more classes, or the same in another order: the teacher's
+            class index for each of the student's. The teacher's other classes are left out.
+        teacher_view: called with (images, targets), gives the images that the teacher sees instead of
+            the student's: the same scenes at another resolution, in another modality, without
+            augmentation. The teacher preprocesses them itself. Its strides may differ from the student's
+            by one factor, as the resolution does.
+        resize_levels: resize the teacher's features where its levels differ in size from the student's,
+            which is an error otherwise.
         unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
             (class probability) counts as one object in the losses' normaliser.
 
@@ -84,6 +117,9 @@ class Distiller(nn.Module):
         methods: Method | Sequence[Method],
         adapter: Adapter | None = None,
         *,
+        class_map: Sequence[int] | None = None,
+        teacher_view: TeacherView | None = None,
+        resize_levels: bool = False,
         unlabelled_threshold: float = 0.5,
     ) -> None:
         super().__init__()
@@ -93,7 +129,14 @@ class Distiller(nn.Module):
                 f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
             )
         self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
-        self.adapter.check_pair(teacher, student)
+        _check_types(self.adapter, teacher, student)
+        self._class_map = _checked_class_map(class_map, *_of_each(self.adapter.num_classes, teacher, student))
+        self.teacher_view = teacher_view
+        self.resize_levels = resize_levels
+        strides = _of_each(self.adapter.strides, teacher, student)
+        self._levels = pair_levels(*strides, rescaled=teacher_view is not None)
+        _tell_of_left_out_levels(self._levels, strides[0])
+        self.adapter.check_pair(teacher, student, self._levels)
         _warn_if_shared(teacher, student)
         self.unlabelled_threshold = unlabelled_threshold
         self.student = student
@@ -101,7 +144,7 @@ class Distiller(nn.Module):
         self._teacher = (frozen_copy(teacher),)
         self._checked_student = (student,)
         self.methods = nn.ModuleDict(_named(methods))
-        branches = self.adapter.branches(self.teacher), self.adapter.branches(student)
+        branches = self._teacher_branches(), self.adapter.branches(student)
         for method in self._methods().values():
             method.setup(*branches, self.adapter.recipe)
         self._checked = False
@@ -170,29 +213,36 @@ class Distiller(nn.Module):
         self, images: Any, targets: Any, active: Mapping[str, Method]
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """The student's own losses, and each active method's."""
-        inputs = self._prepare(images, targets)
-        if active:
-            teacher_maps, teacher, teacher_taps = self._observe_teacher(inputs, active)
-            # Where the teacher has pixels of its own, they are as large as the batch.
-            pixels = _shape_only(inputs.teacher_pixels)
-            inputs = Inputs(inputs.student_pixels, pixels, inputs.targets, inputs.extra)
-        maps, student, taps = self._run_student(inputs, active)
+        inputs, seen = self._prepare(images, targets)
         if not active:
+            maps = self.adapter.features(self.student, inputs.student_pixels)
+            student, _ = self._run_student(maps, active)
             losses, _, _ = self._assign(inputs, maps, student, None)
             return losses, {}
-        _check_levels(teacher_maps, maps)
-        losses, assignment, locations = self._assign(inputs, maps, student, (teacher_maps, teacher))
+        # The teacher runs first, so that what it needed is freed; but its features are resized to the
+        # student's, whose sizes must be known for that.
+        first = self.adapter.features(self.student, inputs.student_pixels) if self.resize_levels else None
+        view = self._observe_teacher(seen, active, first)
+        # Where the teacher has pixels of its own, they are as large as the batch.
+        same = seen is inputs
+        inputs = replace(inputs, teacher_pixels=_shape_only(inputs.teacher_pixels))
+        seen = inputs if same else _without_pixels(seen)
+        maps = self.adapter.features(self.student, inputs.student_pixels) if first is None else first
+        _check_levels(self._used(view.maps), maps, self._channels_last(), resized=self.resize_levels)
+        student, taps = self._run_student(maps, active)
+        _check_anchors(view.predictions, student)
+        losses, assignment, locations = self._assign(inputs, maps, student, (seen, view))
         assert assignment is not None  # without targets the teacher's predictions give one
         distillation = {
             name: method(
                 Step(
                     student=student,
-                    teacher=teacher,
+                    teacher=view.predictions,
                     assignment=assignment,
-                    teacher_branches=self.adapter.branches(self.teacher),
+                    teacher_branches=self._teacher_branches(),
                     student_taps=taps[name],
-                    teacher_taps=teacher_taps[name],
-                    predict_as_teacher=lambda towers: self.adapter.predict(self.teacher, towers),
+                    teacher_taps=view.taps[name],
+                    predict_as_teacher=lambda towers: self._predict_as_teacher(towers, len(maps)),
                     boxes=lambda predictions: self._decode(predictions, locations),
                 )
             )
@@ -202,44 +252,70 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def _observe_teacher(
-        self, inputs: Inputs, active: Mapping[str, Method]
-    ) -> tuple[Sequence[Tensor], Predictions, dict[str, Taps]]:
+        self, seen: Inputs, active: Mapping[str, Method], student_maps: Sequence[Tensor] | None
+    ) -> _Observed:
         """The teacher's predictions, and what each method keeps of its features: no more."""
-        maps = self.adapter.features(self.teacher, inputs.teacher_pixels)
+        maps = self.adapter.features(self.teacher, seen.teacher_pixels)
+        last = self._channels_last()
+        sizes = None if student_maps is None else [_space(m, last) for m in student_maps]
 
         def keep(name: str, tapped: Tapped) -> Any:
             return active[name].observe_teacher(tapped.read())
 
-        predictions, taps = self._run_head(self.teacher, maps, active, side=1, keep=keep)
-        return [_shape_only(feature_map) for feature_map in maps], predictions.detach(), taps
+        towers, taps = self._run_towers(self._teacher_branches(), self._used(maps), active, 1, keep)
+        if sizes is not None:
+            towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
+        predictions = self._predict_as_teacher(towers, len(self._used(maps)))
+        return _Observed([_shape_only(m) for m in maps], predictions.detach(), taps)
 
     def _run_student(
-        self, inputs: Inputs, active: Mapping[str, Method]
-    ) -> tuple[Sequence[Tensor], Predictions, dict[str, Taps]]:
-        maps = self.adapter.features(self.student, inputs.student_pixels)
-        predictions, taps = self._run_head(self.student, maps, active, side=0, keep=lambda _, tapped: tapped)
-        return maps, predictions, taps
+        self, maps: Sequence[Tensor], active: Mapping[str, Method]
+    ) -> tuple[Predictions, dict[str, Taps]]:
+        branches = self.adapter.branches(self.student)
+        towers, taps = self._run_towers(branches, maps, active, 0, lambda _, tapped: tapped)
+        predictions = join_levels(
+            self.adapter.predict(self.student, level, outputs)
+            for level, outputs in _by_level(towers, range(len(maps)))
+        )
+        return predictions, taps
 
-    def _run_head(
+    def _predict_as_teacher(self, towers: Mapping[str, Iterable[Tensor]], levels: int) -> Predictions:
+        """The teacher's predictors on outputs of its towers, of the student's classes alone.
+
+        Args:
+            towers: by branch name, one output for each of the student's levels.
+            levels: how many the student has.
+        """
+        indices = self._levels.of_teacher(levels)
+        return join_levels(
+            self.adapter.predict(self.teacher, level, outputs).of_classes(self._class_map)
+            for level, outputs in _by_level(towers, indices)
+        )
+
+    def _run_towers(
         self,
-        detector: nn.Module,
+        branches: Sequence[Branch],
         maps: Sequence[Tensor],
         active: Mapping[str, Method],
         side: int,
         keep: Callable[[str, Tapped], Any],
-    ) -> tuple[Predictions, dict[str, Taps]]:
-        """Runs a head, tapping its towers for each method on the way.
+    ) -> tuple[dict[str, Iterator[Tensor]], dict[str, Taps]]:
+        """Runs a head's towers, tapping them for each method on the way.
 
         Args:
-            detector: whose head.
+            branches: of the head.
             maps: a feature map (batch, channels, height, width) a level.
             active: the methods that want taps, by name.
             side: which of a method's two points to tap: 0 the student's, 1 the teacher's.
             keep: what to make of a method's tapped features.
+
+        Returns:
+            By branch name, the outputs a level, each made when it is asked for; and the taps, which are
+            there once the outputs have been.
         """
         taps: dict[str, Taps] = {name: {} for name in active}
 
-        def tower_outputs(branch: Any, points: dict[str, TapPoint]) -> Iterator[Tensor]:
+        def outputs(branch: Branch, points: dict[str, TapPoint]) -> Iterator[Tensor]:
             wanted = set(points.values())
             for level, feature_map in enumerate(maps):
                 output, noted = branch.tower(level).run(feature_map, wanted)
@@ -247,12 +323,27 @@ class Distiller(nn.Module):
                     taps[name].setdefault(branch.name, []).append(keep(name, noted[point]))
                 yield output
 
-        towers: dict[str, Iterable[Tensor]] = {}
-        for branch in self.adapter.branches(detector):
+        towers = {}
+        for branch in branches:
             both = {name: method.points(branch.name) for name, method in active.items()}
             points = {name: pair[side] for name, pair in both.items() if pair is not None}
-            towers[branch.name] = tower_outputs(branch, points)
-        return self.adapter.predict(detector, towers), taps
+            towers[branch.name] = outputs(branch, points)
+        return towers, taps
+
+    def _used(self, of_levels: Sequence[ItemT]) -> list[ItemT]:
+        """Of something for each of the teacher's levels, what is there for the student's."""
+        return [of_levels[level] for level in self._levels.of_teacher(len(of_levels))]
+
+    def _teacher_branches(self) -> tuple[Branch, ...]:
+        """The teacher's head, with towers for the levels that the student has."""
+        return tuple(
+            branch if len(branch.towers) == 1 else replace(branch, towers=tuple(self._used(branch.towers)))
+            for branch in self.adapter.branches(self.teacher)
+        )
+
+    def _channels_last(self) -> bool:
+        """Whether the head takes (batch, …, channels): its first tower tells."""
+        return self._teacher_branches()[0].towers[0].channels_last
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
@@ -260,7 +351,8 @@ class Distiller(nn.Module):
     # -- what runs outside a compiled graph: it depends on the data, or happens once ---------------
 
     @_outside_graph
-    def _prepare(self, images: Any, targets: Any) -> Inputs:
+    def _prepare(self, images: Any, targets: Any) -> tuple[Inputs, Inputs]:
+        """The batch as the student takes it, and as the teacher does: the same one, without a view."""
         if self.student is not self._checked_student[0]:
             raise ValueError(
                 f"distiller.student was replaced by another {type(self.student).__name__}, which was never "
@@ -275,7 +367,11 @@ class Distiller(nn.Module):
             _check_devices(self.teacher, self.student)
             for side, detector in (("teacher", self.teacher), ("student", self.student)):
                 _warn_about_hooks(side, detector, self.adapter.branches(detector))
-        return self.adapter.prepare(self.teacher, self.student, images, targets)
+        inputs = self.adapter.prepare(self.teacher, self.student, images, targets)
+        if self.teacher_view is None:
+            return inputs, inputs
+        view = self.teacher_view(images, targets)
+        return inputs, self.adapter.prepare(self.teacher, self.teacher, view, None)
 
     @_outside_graph
     def _assign(
@@ -283,13 +379,15 @@ class Distiller(nn.Module):
         inputs: Inputs,
         maps: Sequence[Tensor],
         student: Predictions,
-        teacher: tuple[Sequence[Tensor], Predictions] | None,
+        teacher: tuple[Inputs, _Observed] | None,
     ) -> tuple[dict[str, Tensor], Assignment | None, Any]:
         """The student's own losses, the assignment that they share with the methods, the locations."""
         locations = self.adapter.locations(self.student, inputs, maps)
         if teacher is not None and not self._checked:
-            theirs = self.adapter.locations(self.teacher, inputs, teacher[0])
-            self.adapter.check_locations(theirs, locations)
+            seen, view = teacher
+            if not self.resize_levels:  # else the places differ, as was asked for
+                theirs = self.adapter.locations(self.teacher, seen, view.maps)
+                self.adapter.check_locations(theirs, locations, self._levels)
         if inputs.targets is not None:
             losses, assignment = self.adapter.losses(self.student, student, locations, inputs)
             return losses, assignment, locations
@@ -297,7 +395,7 @@ class Distiller(nn.Module):
             return {}, None, locations
         by_quality = self.adapter.recipe.quality_normalizer
         threshold = self.unlabelled_threshold
-        return {}, assignment_from_teacher(teacher[1], threshold, quality=by_quality), locations
+        return {}, assignment_from_teacher(teacher[1].predictions, threshold, quality=by_quality), locations
 
     def _decode(self, predictions: Predictions, locations: Any) -> Tensor:
         return self.adapter.decode(self.student, predictions, locations)
@@ -406,6 +504,12 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     return dict.fromkeys(method.loss_names(), zero)
 
 
+def _without_pixels(inputs: Inputs) -> Inputs:
+    """What the teacher saw, of which no more than shapes are needed once it has run."""
+    shapes = _shape_only(inputs.student_pixels)
+    return replace(inputs, student_pixels=shapes, teacher_pixels=shapes)
+
+
 def _shape_only(tensor: Tensor) -> Tensor:
     """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
     return tensor.new_empty(()).expand(tensor.shape)
@@ -436,12 +540,108 @@ def _warn_about_hooks(side: str, detector: nn.Module, branches: Iterable[Branch]
             )
 
 
-def _check_levels(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> None:
-    theirs, ours = ([tuple(m.shape[-2:]) for m in maps] for maps in (teacher, student))
-    if theirs != ours:
+def _check_types(adapter: Adapter, teacher: nn.Module, student: nn.Module) -> None:
+    for side, detector in (("teacher", teacher), ("student", student)):
+        if not adapter.supports(detector):
+            raise TypeError(
+                f"{type(adapter).__name__} does not support the {side}, a {type(detector).__name__}: leave "
+                "adapter= out, or pass one that supports both"
+            )
+
+
+def _checked_class_map(class_map: Sequence[int] | None, teacher: int, student: int) -> tuple[int, ...] | None:
+    """The teacher's class for each of the student's; ``None`` where they are the same ones."""
+    if class_map is None:
+        if teacher != student:
+            raise ValueError(
+                f"the teacher predicts {teacher} classes and the student {student}: give class_map=, the "
+                "teacher's class index for each of the student's, or train a teacher for the student's "
+                "classes"
+            )
+        return None
+    indices = tuple(class_map)
+    whole = all(isinstance(index, int) and 0 <= index < teacher for index in indices)
+    if len(indices) != student or not whole or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"class_map must name a class of the teacher's, 0 to {teacher - 1}, for each of the student's "
+            f"{student}, none of them twice; got {len(indices)}: {list(indices)}"
+        )
+    return None if indices == tuple(range(teacher)) else indices
+
+
+def _tell_of_left_out_levels(levels: LevelPairs, strides: Sequence[float] | None) -> None:
+    if strides is None or levels.teacher is None:
+        return
+    left_out = [stride for level, stride in enumerate(strides) if level not in levels.teacher]
+    if left_out:
+        _logger.info(
+            "the teacher's levels of strides %s are left out: the student has none like them", left_out
+        )
+
+
+def _by_level(
+    towers: Mapping[str, Iterable[Tensor]], levels: Iterable[int]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The towers' outputs level by level, each asked for when its turn comes."""
+    outputs = {name: iter(tower) for name, tower in towers.items()}
+    for level in levels:
+        yield level, {name: next(tower) for name, tower in outputs.items()}
+
+
+def _of_each(
+    function: Callable[[nn.Module], ItemT], teacher: nn.Module, student: nn.Module
+) -> tuple[ItemT, ItemT]:
+    """What an adapter says of either detector; its errors say of which."""
+    answers = []
+    for side, detector in (("teacher", teacher), ("student", student)):
+        try:
+            answers.append(function(detector))
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from error
+    return answers[0], answers[1]
+
+
+def _space(feature_map: Tensor, channels_last: bool) -> tuple[int, ...]:
+    """A level's size without batch and channels: (height, width), (locations,) or ()."""
+    return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
+
+
+def _resized(
+    outputs: Iterable[Tensor], sizes: Sequence[tuple[int, ...]], channels_last: bool
+) -> Iterator[Tensor]:
+    """Feature maps, resized where they have another (height, width)."""
+    for output, size in zip(outputs, sizes, strict=True):
+        if _space(output, channels_last) == size:
+            yield output
+            continue
+        if output.ndim != 4 or len(size) != 2:
+            raise ValueError(
+                f"resize_levels=True, but the teacher's features {tuple(output.shape)} are no map of "
+                "(height, width): what the student predicts at must be given to the teacher as it is"
+            )
+        features = output.movedim(-1, 1) if channels_last else output
+        features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+        yield features.movedim(1, -1) if channels_last else features
+
+
+def _check_levels(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool, *, resized: bool
+) -> None:
+    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
+    if theirs != ours and not (resized and len(theirs) == len(ours)):
         raise ValueError(
             f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
-            "same strides; build them with the same pyramid levels"
+            "same strides, and images of the same size; build them with the same pyramid levels, or have the "
+            "teacher's resized by resize_levels=True"
+        )
+
+
+def _check_anchors(teacher: Predictions, student: Predictions) -> None:
+    theirs, ours = (p.regression.shape for p in (teacher, student))
+    if theirs != ours:
+        raise ValueError(
+            f"the teacher's predictions are {tuple(theirs)} and the student's {tuple(ours)}, as (batch, "
+            "anchors, 4 or 4 x bins): both need as many anchors at each location, and as many bins"
         )
 
 

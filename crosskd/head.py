@@ -174,7 +174,8 @@ def _runs_its_own_way(module: nn.Module) -> bool:
 
 def _composite_block(module: nn.Module) -> Block:
     """A block that stands in the tower as one module with children."""
-    children = list(module.children())
+    # children() would name a module that stands there twice but once.
+    children = [child for child in module._modules.values() if child is not None]
     if not _runs_its_own_way(module):
         return _flat_block(children)
     activation = children[-1] if isinstance(children[-1], _ACTIVATIONS) else None
@@ -247,6 +248,12 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
     return tuple(blocks)
 
 
+def _takes_channels_last(blocks: Iterable[Block]) -> bool:
+    layers = (leaf for block in blocks for layer in block.layers for leaf in layer.modules())
+    first = next((leaf for leaf in layers if _is_weighted_leaf(leaf)), None)
+    return isinstance(first, nn.Linear | nn.MultiheadAttention)
+
+
 def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) -> Block:
     layers = previous.layers if previous.opaque else joined
     if isinstance(layer, _ACTIVATIONS):
@@ -262,22 +269,44 @@ class Tower:
         name: how errors call it, for example ``"classification tower"``.
         blocks: the blocks in order; none for a head that is a single convolution.
         width_in: channels of the tower's input.
+        channels_last: whether it takes (batch, …, channels), as linear layers do, and not
+            (batch, channels, …), as convolutions do.
     """
 
     name: str
     blocks: tuple[Block, ...]
     width_in: int
+    channels_last: bool = False
 
     @classmethod
-    def of(cls, modules: nn.Module | Iterable[nn.Module], name: str, width_in: int | None = None) -> Tower:
-        """Splits modules into a tower; the width is read off the first block unless it is given."""
+    def of(
+        cls,
+        modules: nn.Module | Iterable[nn.Module],
+        name: str,
+        width_in: int | None = None,
+        channels_last: bool | None = None,
+    ) -> Tower:
+        """Splits modules into a tower.
+
+        Args:
+            modules: as for `split_tower`.
+            name: how errors call the tower.
+            width_in: channels of the input; read off the first block unless given.
+            channels_last: whether the input's channels come last; so they do, unless this is given,
+                where the first layer with weights is a linear or an attention layer.
+
+        Raises:
+            ValueError: no layer tells the input's width, or modules that can't be split.
+        """
         blocks = split_tower(modules, name)
         if width_in is None:
             widths = blocks[0].widths if blocks else None
             if widths is None:
                 raise ValueError(f"{name}: no layer tells its input width; hand in width_in")
             width_in = widths[0]
-        return cls(name, blocks, width_in)
+        if channels_last is None:
+            channels_last = _takes_channels_last(blocks)
+        return cls(name, blocks, width_in, channels_last)
 
     def width(self, position: int) -> int:
         """Channels of the features after ``position`` blocks."""
@@ -310,14 +339,19 @@ class Tower:
         A tapped tensor is never overwritten: what would work on it in place works on a copy.
 
         Args:
-            features: shape (batch, channels, \*space).
+            features: shape (batch, channels, \*space); (batch, \*space, channels) for linear layers.
             points: where to note the features.
 
         Returns:
-            The tower's output, and the features at each of the points.
+            The tower's output, and the features (batch, channels, \*space) at each of the points.
         """
         place = f"the {self.name}, position"
-        taps = {p: Tapped.note(f"{place} 0", features) for p in points if p.position == 0}
+
+        def note(number: int) -> Tapped:
+            tapped = features.movedim(-1, 1) if self.channels_last else features
+            return Tapped.note(f"{place} {number}", tapped)
+
+        taps = {p: note(0) for p in points if p.position == 0}
         tapped = bool(taps)
         for number, block in enumerate(self.blocks, 1):
             if tapped and block.starts_in_place:
@@ -325,12 +359,12 @@ class Tower:
             before, after = TapPoint(number, "pre"), TapPoint(number, "post")
             if before in points:
                 features = block.body(features)
-                taps[before] = Tapped.note(f"{place} {number}", features)
+                taps[before] = note(number)
                 features = block.activate(features)
             else:
                 features = block(features)
             if after in points:
-                taps[after] = Tapped.note(f"{place} {number}", features)
+                taps[after] = note(number)
             tapped = after in points or (before in points and block.activation is None)
         return features, taps
 
@@ -346,6 +380,8 @@ class Tower:
             features: shape (batch, channels, \*space), aligned to this tower.
             point: where they were tapped.
         """
+        if self.channels_last:
+            features = features.movedim(1, -1)
         if point.position:
             features = self.blocks[point.position - 1].activate(features)
         for block in self.blocks[point.position :]:

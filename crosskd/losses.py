@@ -304,13 +304,17 @@ def distribution_kl_loss(
 
 
 def _intersection_and_union(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas of intersection and union of matching boxes, the union never below 1e-6."""
+    """Areas of intersection and union of matching boxes, the union never below 1e-6.
+
+    A box whose right side is to the left of its left one, as heads that predict plain distances may give,
+    has no area: the product of its sides would be a negative one, or a positive one of nothing.
+    """
     sides = (
         torch.minimum(boxes[..., 2:], target_boxes[..., 2:])
         - torch.maximum(boxes[..., :2], target_boxes[..., :2])
     ).clamp(min=0)
     intersection = sides[..., 0] * sides[..., 1]
-    size, target_size = (b[..., 2:] - b[..., :2] for b in (boxes, target_boxes))
+    size, target_size = ((b[..., 2:] - b[..., :2]).clamp(min=0) for b in (boxes, target_boxes))
     union = size[..., 0] * size[..., 1] + target_size[..., 0] * target_size[..., 1] - intersection
     return intersection, union.clamp(min=_SMALLEST_AREA)
 
@@ -359,9 +363,10 @@ def giou_loss(
     """
     boxes, target_boxes = _checked_boxes(boxes, target_boxes)
     intersection, union = _intersection_and_union(boxes, target_boxes)
-    sides = torch.maximum(boxes[..., 2:], target_boxes[..., 2:]) - torch.minimum(
-        boxes[..., :2], target_boxes[..., :2]
-    )
+    sides = (
+        torch.maximum(boxes[..., 2:], target_boxes[..., 2:])
+        - torch.minimum(boxes[..., :2], target_boxes[..., :2])
+    ).clamp(min=0)
     enclosing = (sides[..., 0] * sides[..., 1]).clamp(min=_SMALLEST_AREA)
     giou = intersection / union - (enclosing - union) / enclosing
     return _weighted(1 - giou, weight, normalizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from crosskd._checks import compute_dtype, shape_text
 
-__all__ = ["Assignment", "Predictions", "assignment_from_teacher", "mean_over_ranks"]
+__all__ = ["Assignment", "Predictions", "assignment_from_teacher", "join_levels", "mean_over_ranks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +52,31 @@ class Predictions:
         """The largest class probability at each anchor, shape (batch, anchors), in float32 at least."""
         return self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
 
+    def of_classes(self, indices: Sequence[int] | None) -> Predictions:
+        """The same with the logits of some classes alone, in the given order; ``None`` for all."""
+        if indices is None:
+            return self
+        return Predictions(self.logits[..., list(indices)], self.regression, self.quality)
+
     def detach(self) -> Predictions:
         """The same numbers without their history."""
         quality = None if self.quality is None else self.quality.detach()
         return Predictions(self.logits.detach(), self.regression.detach(), quality)
+
+
+def join_levels(levels: Iterable[Predictions]) -> Predictions:
+    """The predictions of several levels, one behind the other.
+
+    Args:
+        levels: each level's predictions, finest first.
+    """
+    listed = list(levels)
+    quality = [level.quality for level in listed if level.quality is not None]
+    return Predictions(
+        torch.cat([level.logits for level in listed], dim=1),
+        torch.cat([level.regression for level in listed], dim=1),
+        torch.cat(quality, dim=1) if quality else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +85,7 @@ class Assignment:
 
     Attributes:
         counted: shape (batch, anchors), 1 where an anchor counts at all, else 0; ``None`` for all.
+            Heads of several halves that their own losses weight give their anchors these weights.
         positive: shape (batch, anchors), true where an anchor is responsible for an object.
         normalizer: shape (), the number of positives (RetinaNet, GFL, ATSS) or the sum of their
             centerness targets (FCOS); at least 1, averaged over processes.

@@ -27,7 +27,7 @@ class FixedBackbone(nn.Module):
 class FixedFeatures:
     """For adapters: the strides can't be probed where the feature maps don't depend on the image."""
 
-    def _strides(self, detector: Any) -> None:
+    def strides(self, detector: Any) -> None:
         return None
 
 

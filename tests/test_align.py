@@ -142,7 +142,27 @@ def test_error_projection_of_no_channels(widths):
         ChannelProjection(*widths)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 5, 5), (3, 5, 5)])
+@pytest.mark.parametrize("space", [(), (7,), (4, 6), (2, 3, 4)])
+def test_projection_of_any_number_of_locations(space):
+    projection = ChannelProjection(3, 5)
+    features = torch.randn(2, 3, *space)
+    weight, bias = projection.convolution.weight[..., 0, 0], projection.convolution.bias
+    expected = torch.nn.functional.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
+    torch.testing.assert_close(projection(features), expected)
+    assert projection(features[:0]).shape == (0, 5, *space)
+
+
+@pytest.mark.parametrize("space", [(), (7,)])
+def test_features_of_linear_layers_are_aligned_by_channel(space):
+    student, teacher = torch.randn(6, 3, *space).double(), 3 * torch.randn(6, 3, *space).double() + 1
+    aligned = align_statistics(student, teacher)
+    for channel in range(3):
+        ours, theirs = student[:, channel], teacher[:, channel]
+        expected = (ours - ours.mean()) / (ours.std() + 1e-6) * theirs.std() + theirs.mean()
+        torch.testing.assert_close(aligned[:, channel], expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 5), (3, 5, 5), (3,)])
 def test_error_projection_of_other_features(shape):
-    with pytest.raises(ValueError, match=r"expected features of shape \(batch, 3, height, width\), got \("):
+    with pytest.raises(ValueError, match=r"expected features of shape \(batch, 3, \*space\), got \("):
         ChannelProjection(3, 5)(torch.zeros(shape))

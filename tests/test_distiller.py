@@ -583,7 +583,7 @@ def test_detectors_on_different_devices_are_refused(build):
 class OwnStrides(TorchvisionRetinaNetAdapter):
     """As for a backbone that the probe image does not pass."""
 
-    def _strides(self, detector):
+    def strides(self, detector):
         return None
 
 

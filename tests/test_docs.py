@@ -14,6 +14,7 @@ from torchvision.models import detection
 
 from tests.mmdet_recipes import mmdet_batch
 from tests.tiny import tiny_batch
+from tests.yolo import batch_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/quickstart.md", "docs/adapters.md")
@@ -27,10 +28,15 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 
 def without_downloads(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A torchvision builder that makes the same detector for small images, with random weights."""
+    """A torchvision builder that makes the same detector for small images, with random weights.
+
+    Its classes are likely everywhere, and its boxes about the anchors, so that it is sure of something.
+    """
 
     def build_small(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
-        return build(weights=None, weights_backbone=None, min_size=64, max_size=64)
+        detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64)
+        nn.init.zeros_(detector.head.classification_head.cls_logits.bias)
+        return detector
 
     return build_small
 
@@ -76,6 +82,16 @@ def test_python_of_mmdets_page_runs(monkeypatch):
     assert len(shown["detections"]) == 2
 
 
+@pytest.mark.ultralytics
+def test_python_of_yolos_page_runs():
+    images, targets = batch_of()
+    page = ROOT / "docs/yolo.md"
+    ((line, block),) = python_blocks(page)
+    shown: dict[str, Any] = {"loader": [{"img": images, **targets}], "__name__": page.name}
+    exec(compile("\n" * line + block, str(page), "exec"), shown)
+    assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", "kd_cls", "kd_reg"]
+
+
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
@@ -89,4 +105,7 @@ def test_ci_runs_the_readmes_test_command():
     assert re.search(r"^python -m pytest .*--cov ", ci, flags=re.MULTILINE)
     assert re.search(r"^python -m coverage report .*--fail-under=95", ci, flags=re.MULTILINE)
     assert re.search(r"^CROSSKD_REQUIRE_MMDET=1 .* -m pytest -m mmdet .*--cov-append", ci, flags=re.MULTILINE)
+    assert re.search(
+        r"^CROSSKD_REQUIRE_ULTRALYTICS=1 .* -m pytest -m ultralytics .*--cov-append", ci, re.MULTILINE
+    )
     assert os.access(ROOT / ".ci/run", os.X_OK)

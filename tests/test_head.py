@@ -161,6 +161,17 @@ def test_where_a_tap_before_the_activation_can_be_taken(modules, has_pre):
     assert block.has_pre is has_pre
 
 
+def test_a_layer_may_stand_in_a_tower_twice():
+    """Activations are often shared; ``children()`` would name them but once."""
+    relu = nn.ReLU()
+    layers = [convolution(), relu, convolution(), relu]
+    features = torch.randn(1, WIDTH, 5, 5)
+    for modules in (nn.Sequential(*layers), nn.Sequential(nn.Sequential(*layers))):
+        tower = Tower.of(modules, "tower")
+        assert torch.equal(tower.run(features, ())[0], modules(features))
+        assert sum(block.activation is relu for block in tower.blocks) == len(tower.blocks)
+
+
 def test_widths():
     tower = Tower.of([convolution(8, 4), nn.ReLU(), convolution(4, 6), nn.ReLU()], "regression tower")
     assert [tower.width(position) for position in range(3)] == [8, 4, 6]
@@ -308,6 +319,52 @@ def test_inference_mode_keeps_no_versions():
 def test_a_block_without_activation_passes_features_through():
     features = torch.randn(1, WIDTH, 3, 3)
     assert Block((convolution(),)).activate(features) is features
+
+
+# ---------------------------------------------------------------------------------------------
+# Channels last
+
+
+class Attending(nn.Module):
+    """A transformer's block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        normed = self.norm(features)
+        return features + self.attention(normed, normed, normed)[0]
+
+
+@pytest.mark.parametrize(
+    ("modules", "space"),
+    [*((linear_tower(), space) for space in ((), (7,), (4, 3))), (nn.ModuleList([Attending()] * 2), (7,))],
+)
+def test_towers_that_take_channels_last_are_tapped_with_channels_first(modules, space):
+    tower = Tower.of(modules, "tower")
+    assert tower.channels_last
+    features = torch.randn(2, *space, WIDTH)
+    output, taps = tower.run(features, points_of(tower))
+    assert torch.equal(output, plain(modules, features))
+    assert torch.equal(taps[TapPoint(0, "post")].read(), features.movedim(-1, 1))
+    for position in range(len(tower.blocks) + 1):
+        tapped = taps[TapPoint(position, "post")].read()
+        assert tapped.shape == (2, tower.width(position), *space)
+        if position != 1 or isinstance(modules[0], Attending):  # a second GELU would change it
+            torch.testing.assert_close(tower.tail(tapped, TapPoint(position, "post")), output)
+
+
+def test_a_tower_of_no_layers_is_told_where_its_channels_are():
+    point, features = TapPoint(0, "post"), torch.randn(2, 7, WIDTH)
+    tower = Tower.of([], "tower", width_in=WIDTH, channels_last=True)
+    output, taps = tower.run(features, [point])
+    assert output is features
+    assert torch.equal(taps[point].read(), features.mT)
+    assert torch.equal(tower.tail(features.mT, point), features)
+    assert not Tower.of([], "tower", width_in=WIDTH).channels_last
+    assert not Tower.of(torchvision_blocks(), "tower").channels_last
 
 
 # ---------------------------------------------------------------------------------------------

@@ -530,6 +530,27 @@ def test_box_losses_are_symmetric_and_bounded(pair):
     assert giou_loss(first, second) >= iou_loss(first, second, log=False) - 1e-9
 
 
+@given(numbers=st.lists(coordinates, min_size=8, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_box_losses_are_bounded_for_boxes_that_are_inside_out(numbers):
+    """Heads that predict plain distances may put a right side to the left of the left one."""
+    boxes, targets = torch.tensor(numbers, dtype=torch.float64).reshape(2, 1, 4).unbind()
+    boxes.requires_grad_()
+    for loss, most in ((giou_loss, 2.0), (iou_loss, 20.0)):
+        value = loss(boxes, targets)
+        assert -1e-9 <= value.item() <= most + 1e-9
+        value.backward()
+        assert boxes.grad is not None
+        assert boxes.grad.isfinite().all()
+
+
+def test_a_box_inside_out_is_pulled_towards_its_target():
+    box = torch.tensor([[5.0, 0.0, 3.0, 4.0]], requires_grad=True)
+    giou_loss(box, torch.tensor([[10.0, 0.0, 14.0, 4.0]])).backward()
+    assert box.grad is not None
+    assert box.grad[0, 0] < 0  # its left side, the farthest from the target
+
+
 @given(pair=box_pairs, shift=coordinates, scale=st.floats(0.5, 4))
 @settings(max_examples=50, deadline=None)
 def test_box_losses_are_free_of_place_and_scale(pair, shift, scale):

@@ -45,15 +45,13 @@ class FixedFCOSAdapter(FixedFeatures, TorchvisionFCOSAdapter):
 class PublishedFCOSAdapter(FixedFCOSAdapter):
     """The published predictors and box coding behind torchvision's towers."""
 
-    def predict(self, detector, towers):
-        head, scales = detector.head, detector.published_scales
-        logits, sides, centerness = [], [], []
-        for scale, cls, reg in zip(scales, towers["classification"], towers["regression"], strict=True):
-            logits.append(head.classification_head.cls_logits(cls))
-            centerness.append(detector.published_centerness(cls))
-            sides.append((scale * head.regression_head.bbox_reg(reg)).exp())
-        classes = logits[0].shape[1]
-        return Predictions(rows(logits, classes), rows(sides, 4), rows(centerness, 1).squeeze(2))
+    def predict(self, detector, level, towers):
+        head, classification = detector.head, towers["classification"]
+        logits = head.classification_head.cls_logits(classification)
+        sides = detector.published_scales[level] * head.regression_head.bbox_reg(towers["regression"])
+        centerness = detector.published_centerness(classification)
+        classes = logits.shape[1]
+        return Predictions(rows([logits], classes), rows([sides.exp()], 4), rows([centerness], 1).squeeze(2))
 
     def decode(self, detector, predictions, locations):
         anchors = locations.stacked()

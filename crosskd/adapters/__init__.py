@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from crosskd.adapters.generic import GenericAdapter
+from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Adapter, Inputs
 from crosskd.adapters.torchvision import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
 
 __all__ = [
     "Adapter",
+    "GenericAdapter",
     "Inputs",
+    "LevelPairs",
     "TorchvisionFCOSAdapter",
     "TorchvisionRetinaNetAdapter",
     "find_adapter",
@@ -27,7 +31,11 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
         Traceback (most recent call last):
         TypeError: no adapter understands Linear. There are adapters for torchvision's RetinaNet and ...
     """
-    if any(_is_of_mmdet(detector) for detector in detectors):
+    if any(_is_of("ultralytics", detector) for detector in detectors):
+        from crosskd.adapters.ultralytics import UltralyticsAdapter
+
+        return UltralyticsAdapter.for_detectors(*detectors)
+    if any(_is_of("mmdet", detector) for detector in detectors):
         from crosskd.adapters.mmdet import MMDetAdapter
 
         return MMDetAdapter.for_detectors(*detectors)
@@ -37,12 +45,13 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
             return adapter
     types = " with ".join(type(detector).__name__ for detector in detectors)
     raise TypeError(
-        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet and FCOS and for "
-        "mmdet's dense detectors, teacher and student of the same family. For any other detector write one, "
-        "an object with the functions of crosskd.adapters.Adapter, and pass it as adapter="
+        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet and FCOS, for "
+        "ultralytics' YOLOs and for mmdet's dense detectors, teacher and student of the same family. For any "
+        "other detector make one with crosskd.adapters.GenericAdapter, or write one, an object with the "
+        "functions of crosskd.adapters.Adapter, and pass it as adapter="
     )
 
 
-def _is_of_mmdet(detector: nn.Module) -> bool:
-    """Whether a detector is of one of mmdet's classes; to find out, mmdet need not be there."""
-    return any(base.__module__.partition(".")[0] == "mmdet" for base in type(detector).__mro__)
+def _is_of(package: str, detector: nn.Module) -> bool:
+    """Whether a detector is of one of a package's classes; to find out, the package need not be there."""
+    return any(base.__module__.partition(".")[0] == package for base in type(detector).__mro__)

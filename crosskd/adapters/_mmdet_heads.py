@@ -8,7 +8,7 @@ shallow copy of the head, in which the towers hand out features that have passed
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +50,7 @@ class HeadFamily:
         recipe: the published settings.
         predictors: the predictors' names by branch.
         labels_at: where in what ``get_targets`` returns the labels stand; their weights follow.
+        by_level: lists of the head that hold one thing a level.
         settings: attributes of a head that change what its numbers mean, so both heads must share them.
     """
 
@@ -57,6 +58,7 @@ class HeadFamily:
     recipe: ClassVar[HeadRecipe]
     predictors: ClassVar[dict[str, tuple[str, ...]]]
     labels_at: ClassVar[int] = 1
+    by_level: ClassVar[tuple[str, ...]] = ("scales",)
     settings: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -89,19 +91,31 @@ class HeadFamily:
             **{name: getattr(head, name) for name in self.settings},
         }
 
+    def in_pixels(self, head: Any) -> bool:
+        """Whether the same numbers mean the same pixels, whatever the stride."""
+        return False
+
     # -- predictions --------------------------------------------------------------------------
 
-    def predict(self, head: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
-        """Runs the head's own forward, its towers replaced by their outputs."""
-        outputs = {name: _HandOut(iter(features)) for name, features in towers.items()}
-        view = _copy(head, cls_convs=self._stand_in(head, outputs["classification"]),
-                     reg_convs=self._stand_in(head, outputs["regression"]))  # fmt: skip
+    def predict(self, head: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the head's own forward for one level, its towers replaced by their outputs."""
+        outputs = {name: _HandOut(features) for name, features in towers.items()}
+        view = _copy(
+            head,
+            **self.at_level(head, level),
+            cls_convs=self._stand_in(outputs["classification"]),
+            reg_convs=self._stand_in(outputs["regression"]),
+        )
         # In eval mode FCOS gives pixels instead of strides. No layer of the head sees this.
         view.training = True
-        maps = view.forward([None] * len(_strides(head)))
-        return self.as_predictions(head, *maps)
+        # No features: the towers' stand-ins don't look at them.
+        return self.as_predictions(head, *view.forward((None,)))
 
-    def _stand_in(self, head: Any, outputs: _HandOut) -> list[Any]:
+    def at_level(self, head: Any, level: int) -> dict[str, Any]:
+        """What a head of one level alone has in place of its lists over all levels."""
+        return {name: [getattr(head, name)[level]] for name in self.by_level if hasattr(head, name)}
+
+    def _stand_in(self, outputs: _HandOut) -> list[Any]:
         """What takes a tower's place."""
         return [outputs]
 
@@ -182,6 +196,7 @@ class RetinaNetFamily(HeadFamily):
     recipe = recipes.RETINANET
     predictors: ClassVar = {"classification": ("retina_cls",), "regression": ("retina_reg",)}
     labels_at = 0
+    by_level = ()
 
 
 class ATSSFamily(HeadFamily):
@@ -220,7 +235,12 @@ class FCOSFamily(HeadFamily):
     head = FCOSHead
     recipe = recipes.FCOS
     predictors: ClassVar = {"classification": ("conv_cls",), "regression": ("conv_reg", "conv_centerness")}
+    by_level = ("scales", "strides")
     settings = ("norm_on_bbox",)
+
+    def in_pixels(self, head: Any) -> bool:
+        """Unless the head normalises them."""
+        return not head.norm_on_bbox
 
     def decoder_inputs(self, head: Any, regression: Tensor, locations: Locations) -> tuple[Tensor, Tensor]:
         """Distances from the points, in strides where the head normalises them."""
@@ -243,14 +263,25 @@ class RTMDetFamily(HeadFamily):
     # Nothing is published for it: half of its two blocks, and the losses that RetinaNet's boxes have.
     recipe = HeadRecipe("RTMDet", 1, cls_weight=1.0, reg_weight=1.0, regression="giou")
     predictors: ClassVar = {"classification": ("rtm_cls",), "regression": ("rtm_reg",)}
+    by_level = ("rtm_cls", "rtm_reg", "rtm_obj")
     settings = ("exp_on_reg", "with_objectness")
 
     def _towers(self, head: Any, branch: str) -> tuple[Tower, ...]:
         levels = enumerate(_convolutions(head, branch))
         return tuple(_tower(level, f"{branch} tower of level {n}", head.in_channels) for n, level in levels)
 
-    def _stand_in(self, head: Any, outputs: _HandOut) -> list[Any]:
-        return [[outputs] for _ in _strides(head)]
+    def in_pixels(self, head: Any) -> bool:
+        """The head multiplies what its predictor gives by the stride."""
+        return True
+
+    def at_level(self, head: Any, level: int) -> dict[str, Any]:
+        """The strides stand in the prior generator."""
+        priors = copy.copy(head.prior_generator)
+        priors.strides = [priors.strides[level]]
+        return {**super().at_level(head, level), "prior_generator": priors}
+
+    def _stand_in(self, outputs: _HandOut) -> list[Any]:
+        return [[outputs]]
 
 
 FAMILIES: tuple[HeadFamily, ...] = (
@@ -282,13 +313,13 @@ class ConvBody(nn.Module):
 
 
 class _HandOut:
-    """Stands in for a tower: gives its outputs, level by level, whatever it is called with."""
+    """Stands in for a tower: gives its output, whatever it is called with."""
 
-    def __init__(self, outputs: Iterator[Tensor]) -> None:
-        self.outputs = outputs
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
 
     def __call__(self, features: Any) -> Tensor:
-        return next(self.outputs)
+        return self.output
 
 
 def _copy(head: Any, **replaced: Any) -> Any:

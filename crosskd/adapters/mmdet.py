@@ -6,12 +6,13 @@ detectors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Inputs
 from crosskd.head import Branch
 from crosskd.predictions import Assignment, Predictions
@@ -80,25 +81,32 @@ class MMDetAdapter:
 
     # -- construction -------------------------------------------------------------------------
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+    def num_classes(self, detector: Any) -> int:
+        """How many classes the head predicts."""
+        return int(detector.bbox_head.num_classes)
+
+    def strides(self, detector: Any) -> list[float]:
+        """Pixels between neighbouring locations a level."""
+        return [float(stride[0]) for stride in detector.bbox_head.prior_generator.strides]
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
-            if not self.supports(detector):
-                raise TypeError(
-                    f"this adapter is for mmdet's detectors with a {self.family.name}, the {side} is a "
-                    f"{type(detector).__name__}: leave adapter= out, or pass one that understands it"
-                )
             self._check_head(side, cast(Any, detector).bbox_head)
         theirs, ours = cast(Any, teacher).bbox_head, cast(Any, student).bbox_head
         _check_trainable(ours)
-        _check_classes(theirs, ours)
-        _check_priors(theirs.prior_generator, ours.prior_generator)
-        for name, value in self.family.box_coding(ours).items():
-            other = self.family.box_coding(theirs)[name]
-            if value != other:
+        _check_priors(theirs.prior_generator, ours.prior_generator, levels)
+        if levels.scale != 1 and self.family.in_pixels(ours):
+            raise ValueError(
+                f"{type(ours).__name__} predicts distances in pixels, so strides can't differ by a factor "
+                f"({levels.scale:g} here): give both heads the same strides"
+            )
+        coding, other = self.family.box_coding(ours), self.family.box_coding(theirs)
+        for name, value in coding.items():
+            if value != other[name]:
                 raise ValueError(
-                    f"box coding differs, {name}: {other} (teacher), {value} (student). The same numbers "
-                    "would mean other boxes: give both heads the same, and train the teacher with it"
+                    f"box coding differs, {name}: {other[name]} (teacher), {value} (student). The same "
+                    "numbers would mean other boxes: give both heads the same, and train the teacher with it"
                 )
 
     def _check_head(self, side: str, head: Any) -> None:
@@ -146,9 +154,9 @@ class MMDetAdapter:
             )
         return maps
 
-    def predict(self, detector: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
-        """Runs the head's own forward on tower outputs."""
-        return self.family.predict(detector.bbox_head, towers)
+    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the head's own forward on a level's tower outputs."""
+        return self.family.predict(detector.bbox_head, level, towers)
 
     def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Locations:
         """The head's anchors or points."""
@@ -178,12 +186,13 @@ class MMDetAdapter:
             targets = [DetDataSample(metainfo=meta) for _ in images]
         return student.predict(images, targets)
 
-    def check_locations(self, teacher: Locations, student: Locations) -> None:
+    def check_locations(self, teacher: Locations, student: Locations, levels: LevelPairs) -> None:
         """Raises ``ValueError`` where the priors of the two differ."""
-        for level, (theirs, ours) in enumerate(zip(teacher.priors, student.priors, strict=True)):
-            if theirs.shape != ours.shape or not torch.allclose(theirs, ours.to(theirs)):
+        paired = [teacher.priors[level] for level in levels.of_teacher(len(teacher.priors))]
+        for level, (theirs, ours) in enumerate(zip(paired, student.priors, strict=True)):
+            if theirs.shape != ours.shape or not torch.allclose(theirs, levels.scale * ours.to(theirs)):
                 raise ValueError(
-                    f"the priors of level {level} differ: {tuple(theirs.shape)} (teacher), "
+                    f"the priors of the student's level {level} differ: {tuple(theirs.shape)} (teacher), "
                     f"{tuple(ours.shape)} (student), or other places or sizes: give both heads the same "
                     "anchor_generator"
                 )
@@ -216,36 +225,23 @@ def _check_trainable(head: Any) -> None:
         )
 
 
-def _check_classes(teacher: Any, student: Any) -> None:
-    if teacher.num_classes != student.num_classes:
-        raise ValueError(
-            f"the teacher predicts {teacher.num_classes} classes and the student {student.num_classes}: both "
-            "need the same classes in the same order; train a teacher for the student's classes, or give "
-            f"the student bbox_head.num_classes={teacher.num_classes}"
-        )
-
-
-def _check_priors(teacher: Any, student: Any) -> None:
-    theirs, ours = ([tuple(stride) for stride in g.strides] for g in (teacher, student))
-    if theirs != ours:
-        raise ValueError(
-            f"strides differ: {theirs} (teacher), {ours} (student): build both with the same levels "
-            "(neck.num_outs, start_level and the head's strides)"
-        )
-    settings = [
+def _check_priors(teacher: Any, student: Any, levels: LevelPairs) -> None:
+    kinds = [
         (type(g).__name__, getattr(g, "offset", None) or getattr(g, "center_offset", 0))
         for g in (teacher, student)
     ]
-    anchors = [getattr(g, "base_anchors", []) for g in (teacher, student)]
-    same = settings[0] == settings[1] and all(
-        a.shape == b.shape and torch.allclose(a, b) for a, b in zip(*anchors, strict=True)
-    )
-    if not same:
-        shown = [[a.tolist() for a in side[:1]] for side in anchors]
+    # Anchors of the paired levels, (anchors, 4), where the heads predict from anchors and not from points.
+    theirs, ours = (getattr(g, "base_anchors", []) for g in (teacher, student))
+    pairs = [(theirs[theirs_at], ours[ours_at]) for ours_at, theirs_at in levels] if len(ours) else []
+    differing = [
+        (a, b) for a, b in pairs if a.shape != b.shape or not torch.allclose(a, levels.scale * b, rtol=1e-4)
+    ]
+    if kinds[0] != kinds[1] or differing:
+        shown = [f", {side.tolist()}" for side in differing[0]] if differing else ["", ""]
         raise ValueError(
-            f"the anchors differ: {settings[0]}, at the first level {shown[0]} (teacher), {settings[1]}, "
-            f"{shown[1]} (student). Boxes predicted from different anchors can't be compared: build both "
-            "heads with the same anchor_generator, and train the teacher with it"
+            f"the anchors differ: {kinds[0]}{shown[0]} (teacher), {kinds[1]}{shown[1]} (student). Boxes "
+            "predicted from different anchors can't be compared: build both heads with the same "
+            "anchor_generator, and train the teacher with it"
         )
 
 

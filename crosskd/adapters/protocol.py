@@ -6,22 +6,23 @@ object serves teacher and student. One training step calls them in this order::
     prepare     images, targets  → pixels for both detectors
     features    pixels           → one feature map a level          (teacher, then student)
     branches    the head's towers, which the library runs and taps
-    predict     tower outputs    → predictions                      (teacher, student, cross-head)
+    predict     tower outputs    → predictions, level by level      (teacher, student, cross-head)
     locations   anchors or points, once
     losses      the student's own losses and its label assignment, once
     decode      predictions      → boxes
 
-In eval the distiller calls `detect` alone.
+Before the first step it calls `num_classes`, `strides` and `check_pair`. In eval it calls `detect` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from crosskd.adapters.levels import LevelPairs
 from crosskd.head import Branch
 from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
@@ -61,10 +62,24 @@ class Adapter(Protocol):
         """Whether this adapter understands a detector."""
         ...
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+    def num_classes(self, detector: nn.Module) -> int:
+        """How many classes a detector predicts logits for."""
+        ...
+
+    def strides(self, detector: nn.Module) -> Sequence[float] | None:
+        """Pixels between neighbouring locations, a level; ``None`` where only an image could tell."""
+        ...
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError``, saying what differs and what to do, for a pair that can't be distilled.
 
-        Called once, when the `Distiller` is made: classes, levels, strides, anchors, box coding.
+        Called once, when the `Distiller` is made, which has checked types, classes and strides by then:
+        what is left are anchors, box coding, whatever else must agree.
+
+        Args:
+            teacher: of a type that `supports` accepts, like the student.
+            student: the detector to train.
+            levels: which of the teacher's levels belongs to each of the student's.
         """
         ...
 
@@ -84,13 +99,16 @@ class Adapter(Protocol):
         """What the head is fed: a tensor (batch, channels, height, width) a level, finest first."""
         ...
 
-    def predict(self, detector: nn.Module, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
-        """Runs the head's predictors on tower outputs.
+    def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the head's predictors on the tower outputs of one level.
 
         Args:
             detector: whose predictors to run.
-            towers: by branch name, the tower's output a level. Each is an iterator that runs the
-                tower as it is asked: go through it once, in order, so that outputs can be freed.
+            level: whose outputs they are, counted as in `features`, for what differs by level.
+            towers: by branch name, the tower's output (batch, channels, height, width).
+
+        Returns:
+            The level's predictions, its locations row by row, a location's anchors one behind the other.
         """
         ...
 
@@ -119,9 +137,14 @@ class Adapter(Protocol):
         """
         ...
 
-    def check_locations(self, teacher: Any, student: Any) -> None:
+    def check_locations(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
         """Raises ``ValueError`` where teacher and student predict boxes at different places.
 
         Called on the first step with what `locations` gives for each, for what can't be seen before.
+
+        Args:
+            teacher: the teacher's locations, of all its levels.
+            student: the student's.
+            levels: which of the teacher's levels belongs to each of the student's.
         """
         ...

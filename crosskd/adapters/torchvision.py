@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchvision.models.detection.retinanet import (
 )
 
 from crosskd._checks import compute_dtype
+from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Inputs
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch, Tower
@@ -32,7 +34,6 @@ __all__ = [
     "Locations",
     "TorchvisionFCOSAdapter",
     "TorchvisionRetinaNetAdapter",
-    "check_same_classes",
     "prepare_images",
 ]
 
@@ -56,6 +57,13 @@ class Locations:
         """All images' anchors, shape (batch, anchors, 4)."""
         return torch.stack(self.anchors)
 
+    def of_levels(self, image: int, levels: LevelPairs) -> Tensor:
+        """An image's anchors (anchors, 4) on the teacher's levels that are used."""
+        anchors = self.anchors[image]
+        per_location = len(anchors) // sum(self.level_sizes)
+        by_level = torch.split(anchors, [size * per_location for size in self.level_sizes])
+        return torch.cat([by_level[index] for index in levels.of_teacher(len(by_level))])
+
 
 class _TorchvisionAdapter(ABC):
     """What the two families have in common; each adds its predictors, box coding and assignment."""
@@ -70,29 +78,29 @@ class _TorchvisionAdapter(ABC):
 
     # -- construction -------------------------------------------------------------------------
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+    def num_classes(self, detector: Any) -> int:
+        """How many labels the detector knows, the first of them 0."""
+        return int(detector.head.classification_head.num_classes)
+
+    def strides(self, detector: Any) -> list[float] | None:
+        """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
+        backbone = frozen_copy(detector.backbone)
+        parameter = next(backbone.parameters(), torch.empty(0))
+        pixels = parameter.new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
+        try:
+            with torch.no_grad():
+                maps = _as_list(backbone(pixels))
+        except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
+            _logger.info("strides not checked at construction, the probe image failed: %s", error)
+            return None
+        return [_PROBE_PIXELS / feature_map.shape[-1] for feature_map in maps]
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
-            if not self.supports(detector):
-                raise TypeError(
-                    f"{type(self).__name__} is for torchvision's {self._family.__name__}, the {side} is a "
-                    f"{type(detector).__name__}: leave adapter= out, or pass one that understands it"
-                )
             self._check_head(side, detector)
-        heads: list[Any] = [detector.get_submodule("head") for detector in (teacher, student)]
-        check_same_classes(*(head.classification_head.num_classes for head in heads))
-        self._check_anchors(teacher, student)
+        self._check_anchors(teacher, student, levels)
         self._check_box_coding(teacher, student)
-        self._check_strides(teacher, student)
-        for ours, theirs in zip(self.branches(student), self.branches(teacher), strict=True):
-            widths = ours.towers[0].width_in, theirs.towers[0].width_in
-            if widths[0] != widths[1]:
-                _logger.info(
-                    "%s towers differ in width, %d (student) and %d (teacher): a 1x1 projection is "
-                    "made and trained with the student, and left out of it when it is saved",
-                    ours.name,
-                    *widths,
-                )
 
     def _check_head(self, side: str, detector: Any) -> None:
         for path, known in self._forwards:
@@ -106,21 +114,25 @@ class _TorchvisionAdapter(ABC):
                 )
 
     @staticmethod
-    def _check_anchors(teacher: Any, student: Any) -> None:
-        generators = [detector.anchor_generator for detector in (teacher, student)]
-        for name in ("sizes", "aspect_ratios"):
+    def _check_anchors(teacher: Any, student: Any, levels: LevelPairs) -> None:
+        for name, scale in (("sizes", levels.scale), ("aspect_ratios", 1.0)):
+            generators = (detector.anchor_generator for detector in (teacher, student))
             theirs, ours = (_plain(getattr(g, name, None)) for g in generators)
             if theirs is None or ours is None:
                 continue  # a generator of the user's own: compared by its anchors on the first step
-            if len(theirs) != len(ours):
+            paired = [theirs[i] for i in levels.of_teacher(len(theirs)) if i < len(theirs)]
+            expected = len(ours) if levels.teacher is None else len(levels.teacher)
+            if not len(paired) == len(ours) == expected:
                 raise ValueError(
-                    f"the teacher's anchors have {len(theirs)} levels and the student's {len(ours)}: "
-                    "build both with the same anchor generator"
+                    f"the teacher's anchors have {len(theirs)} levels and the student's {len(ours)}, of "
+                    f"which {expected} are to be compared: build each with anchors for each of its own "
+                    "levels, the shared ones the same"
                 )
-            if theirs != ours:
+            if not _scaled_alike(paired, ours, scale):
+                times = "" if scale == 1 else f" times {scale:g}, as the strides are"
                 raise ValueError(
-                    f"anchor {name} differ: {theirs} (teacher), {ours} (student). Boxes predicted "
-                    "from different anchors can't be compared: build both detectors with the same "
+                    f"anchor {name} differ: {tuple(paired)} (teacher), {ours} (student){times}. Boxes "
+                    "predicted from different anchors can't be compared: build both detectors with the same "
                     "anchor_generator, and train the teacher with it"
                 )
 
@@ -131,34 +143,6 @@ class _TorchvisionAdapter(ABC):
                 f"box coding differs: {theirs} (teacher), {ours} (student). Give both the same box "
                 "coder, and train the teacher with it"
             )
-
-    def _check_strides(self, teacher: nn.Module, student: nn.Module) -> None:
-        theirs, ours = (self._strides(detector) for detector in (teacher, student))
-        if theirs is None or ours is None:
-            return  # an input size of its own: level sizes are compared on every step
-        if len(theirs) != len(ours):
-            raise ValueError(
-                f"the teacher's backbone gives {len(theirs)} levels and the student's {len(ours)} "
-                f"(strides {theirs} and {ours}): build both with the same pyramid levels"
-            )
-        if theirs != ours:
-            raise ValueError(
-                f"strides differ: {theirs} (teacher), {ours} (student): build both with the same "
-                "pyramid levels (returned_layers, extra_blocks)"
-            )
-
-    def _strides(self, detector: Any) -> list[int] | None:
-        """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        backbone = frozen_copy(detector.backbone)
-        parameter = next(backbone.parameters(), torch.empty(0))
-        pixels = parameter.new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
-        try:
-            with torch.no_grad():
-                maps = _as_list(backbone(pixels))
-        except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
-            _logger.info("strides not checked at construction, the probe image failed: %s", error)
-            return None
-        return [_PROBE_PIXELS // feature_map.shape[-1] for feature_map in maps]
 
     def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
         """The classification and the regression branch, each one tower over all levels."""
@@ -192,13 +176,18 @@ class _TorchvisionAdapter(ABC):
         """The student's own detections."""
         return student(images)
 
-    def check_locations(self, teacher: Locations, student: Locations) -> None:
+    def check_locations(self, teacher: Locations, student: Locations, levels: LevelPairs) -> None:
         """Raises ``ValueError`` where the anchors of the two differ."""
-        for theirs, ours in zip(teacher.anchors, student.anchors, strict=True):
-            if theirs.shape != ours.shape or not torch.allclose(theirs, ours.to(theirs)):
+        for image, ours in enumerate(student.anchors):
+            theirs = teacher.of_levels(image, levels)
+            # torchvision rounds anchors to whole pixels, which a factor enlarges.
+            rounding = 1e-5 if levels.scale == 1 else max(levels.scale, 1.0)
+            scaled = (levels.scale * ours).to(theirs)
+            if theirs.shape != ours.shape or not torch.allclose(theirs, scaled, atol=rounding):
+                times = "" if levels.scale == 1 else f" times {levels.scale:g}, as the strides are"
                 raise ValueError(
                     f"the anchors differ on the first batch: {tuple(theirs.shape)} (teacher), "
-                    f"{tuple(ours.shape)} (student), or other places or sizes: give both detectors "
+                    f"{tuple(ours.shape)} (student){times}, or other places or sizes: give both detectors "
                     "the same anchor_generator"
                 )
 
@@ -258,7 +247,7 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
         ("head.regression_head", RetinaNetRegressionHead),
     )
 
-    def predict(self, detector: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
+    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
         head = detector.head
         logits = _predict(head.classification_head, towers["classification"])
@@ -312,7 +301,7 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
         ("head.regression_head", FCOSRegressionHead),
     )
 
-    def predict(self, detector: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
+    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
         head = detector.head
         logits = _predict(head.classification_head, towers["classification"])
@@ -355,16 +344,6 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
             total = total + _centerness(sides).sum()
         # At least 1: on a batch without objects the published 1e-6 makes the loss a million times larger.
         return Assignment(None, positive, mean_over_ranks(total).clamp(min=1))
-
-
-def check_same_classes(teacher: int, student: int) -> None:
-    """Raises ``ValueError``, saying what to do, unless both detectors predict as many classes."""
-    if teacher != student:
-        raise ValueError(
-            f"the teacher predicts {teacher} classes and the student {student}: both need the same "
-            "classes in the same order; train a teacher for the student's classes, or give the "
-            f"student num_classes={teacher}"
-        )
 
 
 def prepare_images(teacher: Any, student: Any, images: Any, targets: Any, num_classes: int) -> Inputs:
@@ -419,8 +398,8 @@ class _PredictorsOnly:
         return getattr(self._head, name)
 
 
-def _predict(head: nn.Module, towers: Iterable[Tensor]) -> Any:
-    return type(head).forward(_PredictorsOnly(head), towers)  # type: ignore[arg-type, unused-ignore]
+def _predict(head: nn.Module, tower_output: Tensor) -> Any:
+    return type(head).forward(_PredictorsOnly(head), [tower_output])  # type: ignore[arg-type, unused-ignore]
 
 
 def _losses_and_matches(student: Any, targets: Any, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:
@@ -464,6 +443,17 @@ def _plain(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return tuple(_plain(value) for value in values)
     return float(values) if isinstance(values, int | float) else values
+
+
+def _scaled_alike(theirs: Sequence[Any], ours: Sequence[Any], scale: float) -> bool:
+    """Whether the teacher's numbers a level are the student's times a factor, which anchors round."""
+    if scale == 1:
+        return tuple(theirs) == tuple(ours)
+    pairs = zip(theirs, ours, strict=True)
+    return all(
+        len(a) == len(b) and all(math.isclose(x, scale * y, rel_tol=0.03) for x, y in zip(a, b, strict=True))
+        for a, b in pairs
+    )
 
 
 def _renormalized(batch: ImageList, student: Any, teacher: Any) -> Tensor:

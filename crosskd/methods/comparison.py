@@ -30,6 +30,7 @@ class Comparison:
         regression: which loss ``kd_reg`` is.
         beta: the quality focal loss's exponent.
         temperature: of the distributions, where ``regression`` is ``"distribution_kl"``.
+        times_batch: multiply by the number of images, as the detector's own losses are.
     """
 
     cls_weight: float | None
@@ -38,6 +39,7 @@ class Comparison:
     regression: RegressionLoss | None
     beta: float
     temperature: float
+    times_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cls_weight", "reg_weight", "quality_weight", "beta"):
@@ -64,6 +66,7 @@ class Comparison:
             regression=recipe.regression if self.regression is None else self.regression,
             beta=self.beta,
             temperature=self.temperature,
+            times_batch=recipe.times_batch,
         )
 
     @property
@@ -97,7 +100,8 @@ class Comparison:
             losses["kd_reg"] = self.reg_weight * self._regression_loss(predictions, step)
         if self.quality_weight:
             losses["kd_quality"] = self.quality_weight * _quality_loss(predictions, step)
-        return losses
+        images = len(predictions.logits) if self.times_batch else 1
+        return {name: loss * images for name, loss in losses.items()} if images > 1 else losses
 
     def _regression_loss(self, predictions: Predictions, step: Step) -> Tensor:
         # Where the teacher sees no object its boxes mean nothing, hence its confidence as the weight.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from crosskd.predictions import Predictions
 from crosskd.schedule import Schedule
 
 __all__ = ["CrossKD"]
+
+_logger = logging.getLogger("crosskd")
 
 
 class CrossKD(Method):
@@ -40,6 +44,7 @@ class CrossKD(Method):
     Args:
         position: after how many blocks of each tower the teacher's head takes over: from 0, the
             tower's input, to the number of blocks. `crosskd.describe` prints what a detector offers.
+            Two numbers, (student's, teacher's), where the towers differ in length.
         tap: ``"post"`` hands over the features after the block's activation, with which all published
             results were trained; ``"pre"`` those before it.
         cls_weight: weight of ``kd_cls``.
@@ -65,7 +70,7 @@ class CrossKD(Method):
 
     def __init__(
         self,
-        position: int | None = None,
+        position: int | tuple[int, int] | None = None,
         tap: Tap = "post",
         cls_weight: float | None = None,
         reg_weight: float | None = None,
@@ -80,8 +85,10 @@ class CrossKD(Method):
         super().__init__(schedule=schedule, name=name)
         if tap not in ("post", "pre"):
             raise ValueError(f'tap must be "post" or "pre", got {tap!r}')
-        if position is not None and (isinstance(position, bool) or not isinstance(position, int)):
-            raise TypeError(f"position must be a whole number of blocks, got {position!r}")
+        if position is not None and not _is_position(position):
+            raise TypeError(
+                f"position must be a whole number of blocks, or two, (student's, teacher's), got {position!r}"
+            )
         self.position = position
         self.tap: Tap = tap
         self.comparison = Comparison(
@@ -103,11 +110,12 @@ class CrossKD(Method):
         )
 
     @property
-    def point(self) -> TapPoint:
-        """Where both heads are split."""
+    def split(self) -> tuple[TapPoint, TapPoint]:
+        """Where the student's and the teacher's towers are split."""
         if self.position is None:
             raise ValueError("the position is not settled yet: hand the method to a Distiller first")
-        return TapPoint(self.position, self.tap)
+        both = (self.position, self.position) if isinstance(self.position, int) else self.position
+        return TapPoint(both[0], self.tap), TapPoint(both[1], self.tap)
 
     def setup(
         self,
@@ -118,26 +126,36 @@ class CrossKD(Method):
         """Settles position and weights, checks them, and makes a projection where widths differ."""
         self.position = recipe.position if self.position is None else self.position
         self.comparison = self.comparison.settled(recipe)
+        student_point, teacher_point = self.split
         for teacher, student in zip(teacher_branches, student_branches, strict=True):
-            for side, branch in (("teacher", teacher), ("student", student)):
+            sides = (("teacher", teacher, teacher_point), ("student", student, student_point))
+            for side, branch, point in sides:
                 try:
-                    branch.check(self.point)
+                    branch.check(point)
                 except ValueError as error:
                     raise ValueError(f"{side}: {error}") from None
             self._add_projections(teacher, student)
 
     def _add_projections(self, teacher: Branch, student: Branch) -> None:
+        student_point, teacher_point = self.split
         for level in range(max(len(teacher.towers), len(student.towers))):
-            width = student.tower(level).width(self.point.position)
-            teacher_width = teacher.tower(level).width(self.point.position)
+            width = student.tower(level).width(student_point.position)
+            teacher_width = teacher.tower(level).width(teacher_point.position)
             if width != teacher_width:
                 per_level = len(teacher.towers) > 1 or len(student.towers) > 1
                 key = f"{student.name}_level{level}" if per_level else student.name
                 self.projections[key] = ChannelProjection(width, teacher_width)
+                _logger.info(
+                    "%s: the split features differ in width, %d (student) and %d (teacher): a 1x1 projection "
+                    "is made and trained with the student, and left out of it when it is saved",
+                    key,
+                    width,
+                    teacher_width,
+                )
 
     def points(self, branch: str) -> tuple[TapPoint, TapPoint]:
         """The split, on either side."""
-        return self.point, self.point
+        return self.split
 
     def observe_teacher(self, features: Tensor) -> FeatureStatistics:
         """Alignment needs the teacher's statistics only, so its features need not be kept."""
@@ -166,4 +184,11 @@ class CrossKD(Method):
             for key in (branch.name, f"{branch.name}_level{level}"):
                 if key in self.projections:
                     features = self.projections[key](features)
-            yield branch.tower(level).tail(align_statistics(features, teacher), self.point)
+            yield branch.tower(level).tail(align_statistics(features, teacher), self.split[1])
+
+
+def _is_position(value: Any) -> bool:
+    """Whether a value is a number of blocks, or one for either side."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    return whole and (not isinstance(value, tuple) or len(value) == 2)

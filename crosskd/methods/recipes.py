@@ -22,6 +22,8 @@ class HeadRecipe:
         regression: which loss that is.
         quality_weight: weight of the loss on a centerness or IoU prediction; 0 where none was published.
         quality_normalizer: the normaliser sums the positives' quality targets instead of counting them.
+        times_batch: the detector's own losses are means over a batch times the number of its images, so the
+            methods' are multiplied by it too, and the ratio of the two is the same for any batch size.
     """
 
     head: str
@@ -31,6 +33,7 @@ class HeadRecipe:
     regression: RegressionLoss
     quality_weight: float = 0.0
     quality_normalizer: bool = False
+    times_batch: bool = False
 
 
 GFL = HeadRecipe("GFL", 3, cls_weight=1.0, reg_weight=4.0, regression="distribution_kl")

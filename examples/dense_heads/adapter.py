@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crosskd.adapters import Inputs
-from crosskd.adapters.torchvision import check_same_classes, prepare_images
+from crosskd.adapters.levels import LevelPairs
+from crosskd.adapters.torchvision import prepare_images
 from crosskd.head import Branch, Tower
 from crosskd.methods import recipes
 from crosskd.methods.recipes import HeadRecipe
@@ -29,17 +30,18 @@ class _DenseHeadsAdapter:
         """Whether a detector is of this family."""
         return isinstance(detector, self.family)
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+    def num_classes(self, detector: Any) -> int:
+        """How many classes the detector knows."""
+        return int(detector.num_classes)
+
+    def strides(self, detector: Any) -> tuple[int, ...]:
+        """Pixels between neighbouring locations a level."""
+        strides: tuple[int, ...] = detector.strides
+        return strides
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
-        for side, detector in (("teacher", teacher), ("student", student)):
-            if not self.supports(detector):
-                raise TypeError(
-                    f"{type(self).__name__} is for {self.family.__name__}, the {side} is a "
-                    f"{type(detector).__name__}: pass the adapter that adapter_of gives for both"
-                )
-        check_same_classes(teacher.num_classes, student.num_classes)
         why = {
-            "strides": "their levels can't be compared",
             "anchor_scale": "boxes predicted from different anchors can't be compared",
             "reg_max": "distributions over different bins can't be compared",
         }
@@ -75,9 +77,9 @@ class _DenseHeadsAdapter:
         """The pyramid's feature maps."""
         return list(detector.backbone(pixels).values())
 
-    def predict(self, detector: Any, towers: Mapping[str, Iterable[Tensor]]) -> Predictions:
-        """Runs the head's predictors."""
-        return Predictions(*detector.head.predict(towers["classification"], towers["regression"]))
+    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the head's predictors on a level's tower outputs."""
+        return Predictions(*detector.head.predict(level, towers["classification"], towers["regression"]))
 
     def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Grid:
         """The detector's anchors."""
@@ -102,9 +104,11 @@ class _DenseHeadsAdapter:
         """The student's own detections."""
         return student(images)
 
-    def check_locations(self, teacher: Grid, student: Grid) -> None:
+    def check_locations(self, teacher: Grid, student: Grid, levels: LevelPairs) -> None:
         """Raises ``ValueError`` where the anchors of the two differ."""
-        if not torch.equal(teacher.anchors, student.anchors):
+        by_level = teacher.anchors.split(teacher.level_sizes)
+        paired = torch.cat([by_level[level] for level in levels.of_teacher(len(by_level))])
+        if paired.shape != student.anchors.shape or not paired.equal(levels.scale * student.anchors):
             raise ValueError("the anchors differ on the first batch: build both detectors with the same grid")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -123,27 +123,26 @@ class DenseHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Outputs:
         """Predictions for feature maps (batch, width, height, width), finest first."""
-        return self.predict(map(self.classification_tower, features), map(self.regression_tower, features))
+        levels = [
+            self.predict(level, self.classification_tower(f), self.regression_tower(f))
+            for level, f in enumerate(features)
+        ]
+        values = zip(*levels, strict=True)
+        return Outputs(*(None if parts[0] is None else torch.cat(parts, dim=1) for parts in values))
 
-    def predict(self, classification: Iterable[Tensor], regression: Iterable[Tensor]) -> Outputs:
-        """Runs the predictors on the towers' outputs, one a level."""
-        logits = [self.logits(features) for features in classification]
-        sides, centerness = [], []
-        for scale, features in zip(self.scales, regression, strict=True):
-            sides.append(scale * self.regression(features))
-            if self.centerness is not None:
-                centerness.append(self.centerness(features))
-        rows = _as_rows(sides)
+    def predict(self, level: int, classification: Tensor, regression: Tensor) -> Outputs:
+        """Runs the predictors on the towers' outputs (batch, width, height, width) of one level."""
+        sides = _as_rows(self.scales[level] * self.regression(regression))
         return Outputs(
-            _as_rows(logits),
-            rows if self.bins is None else rows.unflatten(-1, (4, self.bins)),
-            _as_rows(centerness).squeeze(-1) if centerness else None,
+            _as_rows(self.logits(classification)),
+            sides if self.bins is None else sides.unflatten(-1, (4, self.bins)),
+            None if self.centerness is None else _as_rows(self.centerness(regression)).squeeze(-1),
         )
 
 
-def _as_rows(levels: list[Tensor]) -> Tensor:
-    """Maps (batch, channels, height, width) a level as (batch, all anchors, channels)."""
-    return torch.cat([level.flatten(2).mT for level in levels], dim=1)
+def _as_rows(feature_map: Tensor) -> Tensor:
+    """A map (batch, channels, height, width) as (batch, anchors, channels)."""
+    return feature_map.flatten(2).mT
 
 
 class DenseDetector(nn.Module, ABC):

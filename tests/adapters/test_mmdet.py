@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
+from crosskd.predictions import join_levels
 from tests.mmdet_heads import (
     CLASSES,
     HEADS,
@@ -99,13 +100,10 @@ def test_boxes_are_those_that_the_head_itself_decodes(family, changed):
     distiller = Distiller(detector_of(head_settings(family, num_classes=1, **changed)), detector, CrossKD())
     adapter, images = distiller.adapter, batch_of(images=1)[0]
     maps = adapter.features(detector, images)
-    towers = {
-        branch.name: iter([branch.tower(n).run(m, ())[0] for n, m in enumerate(maps)])
-        for branch in adapter.branches(detector)
-    }
-    found = adapter.decode(
-        detector, adapter.predict(detector, towers), adapter.locations(detector, None, maps)
-    )
+    branches = adapter.branches(detector)
+    towers = [{b.name: b.tower(level).run(m, ())[0] for b in branches} for level, m in enumerate(maps)]
+    predictions = join_levels(adapter.predict(detector, *level) for level in enumerate(towers))
+    found = adapter.decode(detector, predictions, adapter.locations(detector, None, maps))
     everything = {"nms_pre": 10**6, "min_bbox_size": -1, "score_thr": -1.0, "max_per_img": -1}
     large = {"img_shape": (10**6, 10**6), "scale_factor": (1.0, 1.0)}
     head = detector.bbox_head
@@ -322,7 +320,7 @@ def test_a_distiller_is_copied_and_pickled():
 
 
 @pytest.mark.parametrize(("family", "changed", "message"), [
-    ("gfl", {"num_classes": 4}, "teacher predicts 5 classes and the student 4"),
+    ("gfl", {"num_classes": 4}, "teacher predicts 5 classes and the student 4: give class_map="),
     ("gfl", {"reg_max": 8}, "reg_max: 16 .teacher., 8 .student."),
     ("gfl", {"anchor_generator": {**HEADS["gfl"]["anchor_generator"], "octave_base_scale": 4}},
      "the anchors differ"),
@@ -378,6 +376,33 @@ def test_heads_that_go_their_own_way(base, kind):
     detector = detector_of(settings)
     with pytest.raises(ValueError, match=f"{kind} has a (get_targets|loss) of its own"):
         Distiller(detector, detector, CrossKD())
+
+
+@pytest.mark.parametrize("levels", [[0, 1, 2, 3], [1, 2, 3, 4], [1, 2]])
+def test_a_student_may_lack_some_of_the_teachers_levels(family, levels):
+    strides = [STRIDES[level] for level in levels]
+    changed = {"strides": strides} if family == "fcos" else {}
+    if family == "fcos":
+        ranges = [(-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)]
+        changed["regress_ranges"] = tuple(ranges[level] for level in levels)
+    else:
+        changed["anchor_generator"] = {**HEADS[family]["anchor_generator"], "strides": strides}
+    student = detector_of(head_settings(family, **changed), SmallBackbone(strides), seed=2)
+    distiller = Distiller(detector_of(head_settings(family), seed=1), student, CrossKD()).train()
+    losses = distiller(*batch_of())
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(loss for name, loss in losses.items() if name.startswith("kd_")).backward()
+    assert all(level.weight.grad.abs().max() > 0 for level in student.backbone.levels)
+
+
+def test_a_class_map_leaves_out_the_teachers_other_classes(family):
+    teacher = detector_of(head_settings(family), seed=1)
+    student = detector_of(head_settings(family, num_classes=2), seed=2)
+    images, samples = batch_of()
+    for sample in samples:
+        sample.gt_instances.labels %= 2
+    losses = Distiller(teacher, student, CrossKD(), class_map=[3, 1]).train()(images, samples)
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_a_head_without_sigmoid():

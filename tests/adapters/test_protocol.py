@@ -69,7 +69,13 @@ class SegmenterAdapter:
     def supports(self, detector):
         return isinstance(detector, Segmenter)
 
-    def check_pair(self, teacher, student):
+    def num_classes(self, detector):
+        return detector.logits.out_channels
+
+    def strides(self, detector):
+        return [1]
+
+    def check_pair(self, teacher, student, levels):
         pass
 
     def branches(self, detector):
@@ -82,8 +88,8 @@ class SegmenterAdapter:
     def features(self, detector, pixels):
         return [detector.backbone(pixels)]
 
-    def predict(self, detector, towers):
-        (features,) = towers["both"]
+    def predict(self, detector, level, towers):
+        features = towers["both"]
         rows = [p(features).flatten(2).transpose(1, 2) for p in (detector.logits, detector.sides)]
         return Predictions(rows[0], rows[1], quality=None)
 
@@ -101,7 +107,7 @@ class SegmenterAdapter:
     def detect(self, student, images, targets):
         return student(images)
 
-    def check_locations(self, teacher, student):
+    def check_locations(self, teacher, student, levels):
         assert torch.equal(teacher, student)
 
 

@@ -17,6 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
+from crosskd.predictions import join_levels
 from tests.tiny import STRIDES, _liven, tiny_batch, tiny_fcos, tiny_retinanet
 
 ADAPTERS = {tiny_retinanet: TorchvisionRetinaNetAdapter(), tiny_fcos: TorchvisionFCOSAdapter()}
@@ -138,8 +139,8 @@ def test_widths_that_differ_are_logged(build, caplog):
     with caplog.at_level(logging.INFO, logger="crosskd"):
         Distiller(build(width=64), build(width=32), CrossKD())
     messages = [record.getMessage() for record in caplog.records]
-    expected = "towers differ in width, 32 (student) and 64 (teacher): a 1x1 projection is made and trained"
-    assert [message.split()[0] for message in messages] == ["classification", "regression"]
+    expected = "differ in width, 32 (student) and 64 (teacher): a 1x1 projection is made and trained"
+    assert [message.split(":")[0] for message in messages] == ["classification", "regression"]
     assert all(expected in message for message in messages)
 
 
@@ -158,7 +159,7 @@ def refused(teacher: nn.Module, student: nn.Module, message: str, error=ValueErr
 
 
 def test_classes_that_differ(build):
-    refused(build(4), build(5), r"teacher predicts 4 classes and the student 5.*num_classes=4")
+    refused(build(4), build(5), r"teacher predicts 4 classes and the student 5: give class_map=")
 
 
 def test_anchor_sizes_that_differ():
@@ -182,18 +183,15 @@ def test_numbers_of_anchor_levels_that_differ(build):
     student = build()
     generator = student.anchor_generator
     generator.sizes, generator.aspect_ratios = generator.sizes[:2], generator.aspect_ratios[:2]
-    refused(build(), student, "teacher's anchors have 3 levels and the student's 2: build both with the same")
+    refused(build(), student, "anchors have 3 levels and the student's 2, of which 3 are to be compared")
 
 
-def test_number_of_feature_levels_that_differ(build):
-    student = build()
-    del student.backbone.stages[2:], student.backbone.laterals[2:]
-    student.backbone.forward = types.MethodType(two_levels, student.backbone)
-    refused(
-        build(),
-        student,
-        r"backbone gives 3 levels and the student's 2 \(strides \[8, 16, 32\] and \[8, 16\]\)",
-    )
+def test_a_student_with_more_levels_than_its_teacher(build):
+    teacher = build()
+    del teacher.backbone.stages[2:], teacher.backbone.laterals[2:]
+    teacher.backbone.forward = types.MethodType(two_levels, teacher.backbone)
+    message = r"strides differ: \[8.0, 16.0\] \(teacher\), \[8.0, 16.0, 32.0\] \(student\). Each of the"
+    refused(teacher, build(), message)
 
 
 def two_levels(backbone, pixels):
@@ -208,7 +206,7 @@ def two_levels(backbone, pixels):
 def test_strides_that_differ(build):
     student = build()
     student.backbone.stem[0][0].stride = (1, 1)
-    message = r"strides differ: \[8, 16, 32\] \(teacher\), \[4, 8, 16\] \(student\): build both with the same"
+    message = r"strides differ: \[8.0, 16.0, 32.0\] \(teacher\), \[4.0, 8.0, 16.0\] \(student\). Each of"
     refused(build(), student, message)
 
 
@@ -261,8 +259,8 @@ def test_an_adapter_for_another_family(build, side):
     other = tiny_fcos if build is tiny_retinanet else tiny_retinanet
     detectors = {"teacher": build(), "student": build()}
     detectors[side] = other()
-    family, got = type(build()).__name__, type(other()).__name__
-    message = f"is for torchvision's {family}, the {side} is a {got}: leave adapter= out"
+    adapter, got = type(ADAPTERS[build]).__name__, type(other()).__name__
+    message = f"{adapter} does not support the {side}, a {got}: leave adapter= out"
     refused(**detectors, message=message, error=TypeError, adapter=ADAPTERS[build])
 
 
@@ -546,8 +544,9 @@ def test_predictions_are_those_of_the_detectors_own_head(build):
     with torch.no_grad():
         inputs = adapter.prepare(detector, detector, tiny_batch()[0], None)
         maps = adapter.features(detector, inputs.student_pixels)
-        towers = {b.name: [b.tower(0).run(m, ())[0] for m in maps] for b in adapter.branches(detector)}
-        predictions = adapter.predict(detector, towers)
+        branches = adapter.branches(detector)
+        towers = [{b.name: b.tower(level).run(m, ())[0] for b in branches} for level, m in enumerate(maps)]
+        predictions = join_levels(adapter.predict(detector, *level) for level in enumerate(towers))
         expected = detector.head(maps)
     assert torch.equal(predictions.logits, expected["cls_logits"])
     assert torch.equal(predictions.regression, expected["bbox_regression"])

@@ -215,3 +215,13 @@ def test_error_quality_of_a_head_without_any(side):
     sides[side] = Predictions(plain.logits, plain.regression, None)
     with pytest.raises(ValueError, match="quality_weight is set, but this head predicts no centerness"):
         compare(make_step(**sides), quality_weight=1.0)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_grow_with_the_batch_where_the_detectors_own_do(recipe):
+    step = make_step(bins=BINS if recipe is GFL else None, quality=True)
+    plain = comparison().settled(recipe).losses(step.student, step)
+    scaled = comparison().settled(replace(recipe, times_batch=True)).losses(step.student, step)
+    assert scaled.keys() == plain.keys()
+    for name, loss in plain.items():
+        torch.testing.assert_close(scaled[name], BATCH * loss)

@@ -12,6 +12,7 @@ from dense_heads.detector import OUTSIDE
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import Adapter, find_adapter
+from crosskd.predictions import join_levels
 from tests.examples.dense_heads.small import FAMILIES, batch_with_and_without_objects, small
 from tests.tiny import tiny_batch, tiny_retinanet
 
@@ -93,11 +94,11 @@ def test_the_padding_of_smaller_images_does_not_count(family):
 
 
 def adapter_predictions(adapter, detector, features):
-    towers = {
-        branch.name: [branch.tower(level).run(feature, ())[0] for level, feature in enumerate(features)]
-        for branch in adapter.branches(detector)
-    }
-    return adapter.predict(detector, towers)
+    branches = adapter.branches(detector)
+    return join_levels(
+        adapter.predict(detector, level, {b.name: b.tower(level).run(feature, ())[0] for b in branches})
+        for level, feature in enumerate(features)
+    )
 
 
 @families
@@ -152,11 +153,11 @@ def test_compiled_steps_have_the_same_losses(family):
 @pytest.mark.parametrize(
     ("teacher", "student", "complaint"),
     [
-        ({"classes": 5}, {}, "the teacher predicts 5 classes and the student 4: both need the same classes"),
+        ({"classes": 5}, {}, "the teacher predicts 5 classes and the student 4: give class_map="),
         (
-            {"strides": (8, 16, 32, 64)},
             {},
-            r"strides differs: \(8, 16, 32, 64\) \(teacher\), \(8, 16, 32\) \(student\)",
+            {"strides": (8, 16, 32, 64)},
+            r"strides differ: \[8, 16, 32\] \(teacher\), \[8, 16, 32, 64\] \(student\)",
         ),
         (
             {},
@@ -172,8 +173,18 @@ def test_pairs_that_can_not_be_compared_are_refused(teacher, student, complaint)
 
 
 def test_another_family_is_refused():
-    with pytest.raises(TypeError, match="GFLAdapter is for GFL, the teacher is a ATSS"):
+    with pytest.raises(TypeError, match="GFLAdapter does not support the teacher, a ATSS"):
         Distiller(small("atss"), small("gfl"), CrossKD(), GFLAdapter())
+
+
+@families
+def test_a_student_may_lack_the_teachers_coarsest_level(family):
+    student = small(family, strides=(8, 16))
+    del student.backbone.stages[2:], student.backbone.laterals[2:]
+    distiller = Distiller(small(family, seed=1), student, CrossKD(), ADAPTERS[family])
+    losses = distiller(*tiny_batch())
+    assert losses.keys() == OWN[family] | DISTILLED[family]
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 @families

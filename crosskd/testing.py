@@ -1,0 +1,246 @@
+"""A conformance kit for adapters: run it on one that you wrote, before you train with it."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosskd._conformance import CHECKS
+from crosskd._conformance.bench import Bench, Finding, Skipped, Variation, same_random_numbers
+from crosskd._truth import Truth, truth_of
+from crosskd.adapters.protocol import Adapter
+from crosskd.methods import CrossKD, Method
+
+__all__ = ["AdapterError", "AdapterReport", "Fault", "check_adapter"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that an adapter does wrong.
+
+    Attributes:
+        checks: the names of the checks that found it.
+        found: what was found.
+        expected: what should have been.
+        cause: what usually causes it.
+    """
+
+    checks: tuple[str, ...]
+    found: str
+    expected: str
+    cause: str
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(self.checks)}: {self.found}\n    expected: {self.expected}\n"
+            f"    usual cause: {self.cause}"
+        )
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `check_adapter` has looked at.
+
+    Attributes:
+        adapter: the adapter's name.
+        passed: the names of the checks that found nothing wrong.
+        skipped: by name, why a check was not run.
+    """
+
+    adapter: str
+    passed: tuple[str, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter}: {len(self.passed)} checks passed, {len(self.skipped)} skipped"]
+        lines += [f"  passed   {name}" for name in self.passed]
+        lines += [f"  skipped  {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+class AdapterError(AssertionError):
+    """An adapter failed some checks; the message tells each fault.
+
+    Attributes:
+        faults: what is wrong.
+        report: what passed, and what was skipped.
+    """
+
+    def __init__(self, faults: tuple[Fault, ...], report: AdapterReport) -> None:
+        self.faults, self.report = faults, report
+        failed = {name for fault in faults for name in fault.checks}
+        checks = len(failed) + len(report.passed)
+        heading = f"{report.adapter} fails {len(failed)} of {checks} checks"
+        super().__init__("\n".join([heading, *(f"- {fault}" for fault in faults)]))
+
+
+def check_adapter(
+    adapter: Adapter,
+    images: Any,
+    targets: Any,
+    *,
+    teacher: nn.Module,
+    student: nn.Module,
+    own_losses: Callable[[nn.Module, Any, Any], Mapping[str, Tensor]] | None = None,
+    truth: Truth | None = None,
+    without_objects: Variation | None = None,
+    one_image: Variation | None = None,
+    odd_size: Variation | None = None,
+    method: Method | None = None,
+    skip: Mapping[str, str] | None = None,
+    steps: int = 100,
+    **distiller_options: Any,
+) -> AdapterReport:
+    """Runs an adapter through everything that distillation will ask of it.
+
+    Small detectors, small images and a handful of objects will do: what is checked is how the adapter takes
+    the detectors apart, for which random weights serve as well as trained ones. All checks are run before
+    anything is raised. The detectors are copied, and stay as they are.
+
+    ============================== ==============================================================
+    check                          what it makes sure of
+    ============================== ==============================================================
+    ``functions``                  the protocol's functions are there, both detectors supported
+    ``structure``                  classes, strides, levels, branches and towers fit each other
+    ``same path for both``         equal weights give equal numbers, as teacher and as student
+    ``taps and tail``              after each block, the rest gives the teacher's own predictions
+    ``gradients through the tail`` each ``kd_*`` has a gradient at the student's features
+    ``student losses``             the student's own losses are those of plain training
+    ``student gradients``          gradients reach all that plain training reaches
+    ``teacher untouched``          no parameter, buffer or mode of the teacher changes
+    ``decoding and classes``       where the own losses are smallest, boxes and labels are right
+    ``detections``                 in eval mode the student answers
+    ``unlabelled images``          a batch without targets
+    ``one image``                  a batch of one
+    ``no objects``                 targets without an object
+    ``odd image size``             sides that are multiples of nothing
+    ``autocast``                   bfloat16
+    ``float64``                    detectors in float64, on the CPU
+    ``other device``               CUDA, where there is a device
+    ============================== ==============================================================
+
+    Args:
+        adapter: the adapter to check.
+        images: a batch of at least two images, as the student takes it.
+        targets: with some objects that the student's own assignment finds anchors for.
+        teacher: a detector; its towers' width may differ from the student's.
+        student: another one.
+        own_losses: ``(student, images, targets)`` gives a dict of the losses that the student alone, in
+            train mode, would be trained on; ``student(images, targets)`` unless given.
+        truth: gives each image's ``boxes`` (objects, 4), xyxy in resized pixels, and ``labels`` of a
+            prepared batch (`Inputs`); read off ``inputs.targets`` unless given.
+        without_objects: ``(images, targets)`` gives a batch without objects; needed where targets are no
+            list of dicts of ``boxes`` and ``labels``.
+        one_image: likewise, a batch of one image, where images and targets can't be sliced.
+        odd_size: likewise, a batch of an odd size, its targets ``None`` if they can't follow; images are
+            cropped unless it is given.
+        method: what is distilled with; ``CrossKD()`` with the adapter's recipe unless given.
+        skip: by name, checks to leave out, and why.
+        steps: of the optimisation in ``decoding and classes``.
+        distiller_options: further arguments of the `Distiller`, such as ``class_map``.
+
+    Returns:
+        Which checks passed, and which were skipped, with the reason.
+
+    Raises:
+        AdapterError: an ``AssertionError``, with every fault that was found.
+        ValueError: ``skip`` names no check.
+
+    Example:
+        >>> from torchvision.models.detection import RetinaNet
+        >>> from torchvision.models.detection.anchor_utils import AnchorGenerator
+        >>> from crosskd.adapters import TorchvisionRetinaNetAdapter
+        >>> def detector(width):
+        ...     backbone = nn.Conv2d(3, width, 3, stride=16, padding=1)
+        ...     backbone.out_channels = width
+        ...     anchors = AnchorGenerator(((32,),), ((1.0,),))
+        ...     return RetinaNet(backbone, 3, min_size=64, max_size=64, anchor_generator=anchors)
+        >>> targets = [
+        ...     {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([label])}
+        ...     for label in (1, 2)
+        ... ]
+        >>> report = check_adapter(
+        ...     TorchvisionRetinaNetAdapter(),
+        ...     [torch.rand(3, 64, 64), torch.rand(3, 64, 64)],
+        ...     targets,
+        ...     teacher=detector(16),
+        ...     student=detector(8),
+        ...     skip={"other device": "it is the CPU's turn"},
+        ... )
+        >>> report.skipped
+        {'other device': "it is the CPU's turn"}
+        >>> print(report)
+        TorchvisionRetinaNetAdapter: 16 checks passed, 1 skipped
+          passed   functions
+        ...
+    """
+    variations = {"no objects": without_objects, "one image": one_image, "odd image size": odd_size}
+    teacher, student, images, targets = copy.deepcopy((teacher, student, images, targets))
+    bench = Bench(
+        adapter=adapter,
+        images=images,
+        targets=targets,
+        teacher=teacher,
+        student=student,
+        method=CrossKD() if method is None else method,
+        own_losses=_called if own_losses is None else own_losses,
+        truth=truth_of if truth is None else truth,
+        variations={name: given for name, given in variations.items() if given is not None},
+        steps=steps,
+        options=distiller_options,
+    )
+    with same_random_numbers(), torch.enable_grad():
+        return _run(bench, dict(skip or {}))
+
+
+def _called(student: nn.Module, images: Any, targets: Any) -> Mapping[str, Tensor]:
+    """A detector's own losses, as most detectors give them."""
+    losses: Mapping[str, Tensor] = student(images, targets)
+    return losses
+
+
+def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
+    unknown = sorted(skipped.keys() - CHECKS.keys())
+    if unknown:
+        raise ValueError(f"skip= names no check: {unknown}. The checks are {', '.join(CHECKS)}")
+    passed, findings, first = list[str](), dict[Finding, list[str]](), None
+    for name, check in CHECKS.items():
+        if name in skipped:
+            continue
+        try:
+            found = list(check(bench))
+        except Skipped as reason:
+            skipped[name] = str(reason)
+            continue
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
+            found, first = [_raised(error, bench)], first or error
+        for finding in found:
+            findings.setdefault(finding, []).append(name)
+        if not found:
+            passed.append(name)
+        elif name == "functions":
+            later = [other for other in CHECKS if other != name and other not in skipped]
+            skipped.update(dict.fromkeys(later, "it needs the functions that are missing"))
+    report = AdapterReport(type(bench.adapter).__name__, tuple(passed), skipped)
+    if findings:
+        faults = tuple(Fault(tuple(checks), *finding) for finding, checks in findings.items())
+        raise AdapterError(faults, report) from first
+    return report
+
+
+def _raised(error: Exception, bench: Bench) -> Finding:
+    """An exception, and which of the adapter's functions it came out of."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [f.f_code.co_name for f in frames if f.f_locals.get("self") is bench.adapter]
+    where = f"{inside[-1]}() of the adapter" if inside else "the step"
+    return Finding(
+        f"{where} raised {type(error).__name__}: {error}",
+        "no error",
+        "the message says; the traceback of the first such error stands above",
+    )

@@ -1,0 +1,27 @@
+"""What several tests of the conformance kit share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from crosskd._conformance import CHECKS
+from crosskd.testing import AdapterReport, check_adapter
+
+__all__ = ["assert_green", "only"]
+
+
+def only(*names: str) -> dict[str, str]:
+    """Skips every other check."""
+    assert set(names) <= CHECKS.keys()
+    return {name: "not what this test is about" for name in CHECKS if name not in names}
+
+
+def assert_green(*arguments: Any, skipped: tuple[str, ...] = (), **options: Any) -> AdapterReport:
+    """Runs every check and lets none be skipped but those named."""
+    report = check_adapter(*arguments, **options)
+    expected = {*skipped, *(() if torch.cuda.is_available() else ("other device",))}
+    assert set(report.skipped) == expected
+    assert set(report.passed) == CHECKS.keys() - expected
+    return report

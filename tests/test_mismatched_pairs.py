@@ -1,0 +1,251 @@
+"""Teachers and students that differ: depth, classes, levels, backbones, and what they see."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from crosskd import CrossKD, Distiller, PredictionMimicking
+from tests.tiny import STRIDES, TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet
+
+
+@pytest.fixture(params=[tiny_retinanet, tiny_fcos], ids=["retinanet", "fcos"])
+def build(request):
+    """Builds a detector of a family."""
+    return request.param
+
+
+class Watched(CrossKD):
+    """CrossKD that remembers what it was given."""
+
+    def forward(self, step):
+        self.step = step
+        return super().forward(step)
+
+
+def step_of(distiller: Distiller, batch=None) -> tuple[dict[str, Tensor], Watched]:
+    losses = distiller(*(batch or tiny_batch()))
+    return losses, distiller.methods["crosskd"]
+
+
+def assert_reaches_the_student(distiller: Distiller, losses: dict[str, Tensor]) -> None:
+    assert all(loss.isfinite() for loss in losses.values())
+    (losses["kd_cls"] + losses["kd_reg"]).backward()
+    assert max(p.grad.abs().max() for p in distiller.student.backbone.parameters() if p.grad is not None) > 0
+
+
+# -- depth ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((2, 1), (4, 3)), ((4, 4), (2, 0)), ((1, 0), (4, 4))])
+def test_each_tower_is_split_at_its_own_position(build, student, teacher):
+    distiller = Distiller(
+        build(blocks=teacher[0]), build(blocks=student[0], seed=1), Watched(position=(student[1], teacher[1]))
+    )
+    losses, method = step_of(distiller)
+    assert_reaches_the_student(distiller, losses)
+    for branch, sub_head in (("classification", "classification_head"), ("regression", "regression_head")):
+        tower = getattr(distiller.student.head, sub_head).conv
+        grads = [layer.weight.grad for layer in tower.modules() if isinstance(layer, nn.Conv2d)]
+        assert [grad is not None for grad in grads] == [n < student[1] for n in range(student[0])]
+        points = method.points(branch)
+        assert (points[0].position, points[1].position) == (student[1], teacher[1])
+
+
+def test_a_position_that_fits_one_side_only_names_the_other(build):
+    with pytest.raises(ValueError, match="student: position 3 does not fit the classification tower of 2 bl"):
+        Distiller(build(blocks=4), build(blocks=2), CrossKD(position=(3, 3)))
+    with pytest.raises(ValueError, match="teacher: position 5 does not fit the classification tower of 4 bl"):
+        Distiller(build(blocks=4), build(blocks=2), CrossKD(position=(2, 5)))
+
+
+# -- classes --------------------------------------------------------------------------------------
+
+
+def permuted(detector: nn.Module, order: list[int], anchors: int) -> nn.Module:
+    """The same detector with its classes in another order, and some of them left out."""
+    twin = copy.deepcopy(detector)
+    head = twin.head.classification_head
+    classes = head.num_classes
+    rows = torch.tensor([anchor * classes + index for anchor in range(anchors) for index in order])
+    head.cls_logits.weight = nn.Parameter(head.cls_logits.weight[rows])
+    head.cls_logits.bias = nn.Parameter(head.cls_logits.bias[rows])
+    head.num_classes = len(order)
+    return twin
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1, 3], [3, 1], [4, 0, 2]])
+@pytest.mark.parametrize("method", [CrossKD(), PredictionMimicking()])
+def test_a_class_map_is_the_teacher_with_its_classes_so_ordered(build, order, method):
+    anchors = 3 if build is tiny_retinanet else 1
+    teacher, student = build(max(order) + 1), build(len(order), seed=1)
+    batch = tiny_batch(num_classes=len(order))
+    expected = Distiller(permuted(teacher, order, anchors), copy.deepcopy(student), method)(*batch)
+    losses = Distiller(teacher, student, method, class_map=order)(*batch)
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, msg=name)
+    unlabelled = Distiller(teacher, student, method, class_map=order)(batch[0])
+    assert all(loss.isfinite() for loss in unlabelled.values())
+
+
+def test_a_class_map_that_changes_nothing_changes_nothing(build):
+    losses = [
+        Distiller(build(), build(seed=1), CrossKD(), class_map=m)(*tiny_batch()) for m in (None, range(4))
+    ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+@pytest.mark.parametrize("class_map", [[0, 1], [0, 1, 2, 2], [0, 1, 2, 6], [0, 1, 2, -1], [0, 1, 2, 1.0]])
+def test_class_maps_that_do_not_fit(build, class_map):
+    message = (
+        "class_map must name a class of the teacher's, 0 to 5, for each of the student's 4, none of them"
+    )
+    with pytest.raises(ValueError, match=message):
+        Distiller(build(6), build(4), CrossKD(), class_map=class_map)
+
+
+# -- levels ---------------------------------------------------------------------------------------
+
+
+def with_levels(build, levels: list[int], seed: int, **options) -> nn.Module:
+    """A detector that has only some of the three levels."""
+    sizes = tuple(((4 if build is tiny_retinanet else 1) * STRIDES[level],) for level in levels)
+    ratios = (0.5, 1.0, 2.0) if build is tiny_retinanet else (1.0,)
+    anchors = AnchorGenerator(sizes, (ratios,) * len(levels))
+    detector = build(seed=seed, anchor_generator=anchors, **options)
+    full = TinyBackbone.forward
+
+    def some(backbone, pixels):
+        maps = full(backbone, pixels)
+        return {str(level): maps[str(level)] for level in levels}
+
+    detector.backbone.forward = types.MethodType(some, detector.backbone)
+    return detector
+
+
+@pytest.mark.parametrize("levels", [[1, 2], [0, 1], [1], [0, 2]])
+@pytest.mark.parametrize("method", [Watched(), PredictionMimicking()])
+def test_a_student_may_lack_some_of_the_teachers_levels(build, levels, method, caplog):
+    teacher, student = build(), with_levels(build, levels, seed=1)
+    with caplog.at_level(logging.INFO, logger="crosskd"):
+        distiller = Distiller(teacher, student, method)
+        losses = distiller(*tiny_batch())
+        distiller(*tiny_batch())
+    left_out = [float(stride) for level, stride in enumerate(STRIDES) if level not in levels]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the teacher's levels of strides {left_out} are left out: the student has none like them"
+    ]
+    # The same as with a teacher that never had the others.
+    expected = Distiller(with_levels(build, levels, seed=0), student, method)(*tiny_batch())
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, msg=name)
+    assert_reaches_the_student(distiller, losses)
+
+
+def test_anchors_of_the_shared_levels_must_agree():
+    student = with_levels(tiny_retinanet, [1, 2], seed=1)
+    student.anchor_generator.sizes = ((32,), (64,))
+    with pytest.raises(
+        ValueError, match=r"anchor sizes differ: \(\(64.0,\), \(128.0,\)\) \(teacher\), \(\(32"
+    ):
+        Distiller(tiny_retinanet(), student, CrossKD())
+
+
+# -- what the teacher sees ------------------------------------------------------------------------
+
+
+def clean(images, targets):
+    """The images as they were before the student's were darkened."""
+    return [image * 2 for image in images]
+
+
+def test_the_teacher_sees_its_own_view_of_the_batch(build):
+    teacher, student = build(), build(seed=1)
+    images, targets = tiny_batch()
+    dark = [image / 2 for image in images]
+    losses = Distiller(teacher, copy.deepcopy(student), CrossKD(), teacher_view=clean)(dark, targets)
+    plain = Distiller(teacher, copy.deepcopy(student), Watched())
+    plain(images, targets)
+    watched = Distiller(teacher, copy.deepcopy(student), Watched(), teacher_view=clean)
+    watched(dark, targets)
+    seen = [d.methods["crosskd"].step.teacher.logits for d in (plain, watched)]
+    assert torch.equal(*seen)  # the teacher's predictions on clean images
+    own = student.train()(dark, targets)  # the student's own losses on dark ones
+    assert all(torch.equal(losses[name], loss) for name, loss in own.items())
+    assert losses["kd_cls"] != Distiller(teacher, student, CrossKD())(dark, targets)["kd_cls"]
+
+
+def test_a_view_may_come_with_the_targets():
+    images, targets = tiny_batch()
+    for image, target in zip(images, targets, strict=True):
+        target["thermal"] = image.flip(0)
+    distiller = Distiller(
+        tiny_retinanet(),
+        tiny_retinanet(seed=1),
+        Watched(),
+        teacher_view=lambda images, targets: [target["thermal"] for target in targets],
+    )
+    distiller(images, targets)
+    expected = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), Watched())
+    expected([image.flip(0) for image in images], targets)
+    seen = [d.methods["crosskd"].step.teacher.logits for d in (distiller, expected)]
+    assert torch.equal(*seen)
+
+
+def same(images, targets):
+    """The teacher resizes the images by itself."""
+    return images
+
+
+def larger_teacher(build) -> nn.Module:
+    """A teacher for images of twice the side, on strides and anchors of twice the size."""
+    scale = 4 if build is tiny_retinanet else 1
+    sizes = tuple((2 * scale * stride,) for stride in STRIDES)
+    ratios = (0.5, 1.0, 2.0) if build is tiny_retinanet else (1.0,)
+    teacher = build(side=128, anchor_generator=AnchorGenerator(sizes, (ratios,) * len(sizes)))
+    first = teacher.backbone.stem[0][0]
+    first.stride = (4, 4)
+    return teacher
+
+
+def test_a_teacher_at_a_higher_resolution_with_matching_strides(build):
+    distiller = Distiller(larger_teacher(build), build(seed=1), Watched(), teacher_view=same)
+    losses, method = step_of(distiller)
+    assert_reaches_the_student(distiller, losses)
+    assert method.step.teacher.logits.shape == method.step.student.logits.shape
+    with pytest.raises(ValueError, match="strides differ"):
+        Distiller(larger_teacher(build), build(seed=1), CrossKD())
+
+
+def test_anchors_must_have_the_strides_factor():
+    teacher = larger_teacher(tiny_retinanet)
+    teacher.anchor_generator = tiny_retinanet().anchor_generator
+    with pytest.raises(ValueError, match="anchor sizes differ: .* times 2, as the strides are"):
+        Distiller(teacher, tiny_retinanet(seed=1), CrossKD(), teacher_view=same)
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_levels_of_another_size_are_resized_where_asked_for(build, resize):
+    teacher = build(side=96)  # the same strides on larger images
+    distiller = Distiller(teacher, build(seed=1), Watched(), teacher_view=same, resize_levels=resize)
+    if not resize:
+        with pytest.raises(ValueError, match=r"levels differ: \[\(12, 12\).*\(student\).*resize_levels=True"):
+            distiller(*tiny_batch())
+        return
+    losses, method = step_of(distiller)
+    assert_reaches_the_student(distiller, losses)
+    assert method.step.teacher.logits.shape == method.step.student.logits.shape
+
+
+def test_resizing_changes_nothing_where_sizes_agree(build):
+    losses = [
+        Distiller(build(), build(seed=1), CrossKD(), resize_levels=resize)(*tiny_batch())
+        for resize in (False, True)
+    ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
