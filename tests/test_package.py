@@ -15,7 +15,13 @@ import pytest
 import crosskd
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(crosskd.__path__, "crosskd."))
-PUBLIC_MODULES = ["crosskd", *(name for name in MODULES if "._" not in name)]
+# Adapters that can't be imported without their framework are looked at where that is there.
+PEERS = ("mmdet", "ultralytics")
+PUBLIC_MODULES = [
+    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if name.endswith(f".{peer}")])
+    for name in ("crosskd", *MODULES)
+    if "._" not in name
+]
 
 
 def imported_by(statement: str) -> set[str]:
