@@ -865,9 +865,7 @@ def test_places_that_differ_are_refused_on_the_first_step():
     adapter = adapter_for(locations=points)
     assert losses_of(teacher, student, adapter)["kd_cls"] > 0
     student.offset = 2.0
-    with pytest.raises(
-        ValueError, match=r"locations of the first batch, \(5, 2\), have other values for"
-    ):
+    with pytest.raises(ValueError, match=r"locations of the first batch, \(5, 2\), have other values for"):
         losses_of(teacher, student, adapter)
 
 
