@@ -55,7 +55,7 @@ def _branch_lines(branch: Branch) -> list[str]:
             taps = "post, pre" if block.has_pre else "post"
             lines.append(f"  {number:>8}  {tower.width(number):>8}  {taps:<9}  {_block_text(block)}")
     predictors = ", ".join(
-        f"{name} ({getattr(module, 'out_channels', '?')} channels)"
+        f"{name} ({getattr(module, 'out_channels', getattr(module, 'out_features', '?'))} channels)"
         for name, module in branch.predictors.items()
     )
     return [*lines, f"  predictors: {predictors}"]

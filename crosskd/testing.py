@@ -94,7 +94,7 @@ def check_adapter(
     odd_size: Variation | None = None,
     method: Method | None = None,
     skip: Mapping[str, str] | None = None,
-    steps: int = 100,
+    steps: int = 200,
     **distiller_options: Any,
 ) -> AdapterReport:
     """Runs an adapter through everything that distillation will ask of it.

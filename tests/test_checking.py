@@ -218,7 +218,7 @@ def test_classes_that_are_mapped_are_looked_at_as_the_students():
 @families
 def test_a_teacher_that_is_sure_of_nothing(build):
     teacher = sure_of(build())
-    message = "sure of nothing on these images: its largest class probability is 0.000 and should be at leas"
+    message = "sure of nothing on these images: its largest class probability is 0.000 and should be at"
     for batch in (tiny_batch(), tiny_batch()[:1]):
         with pytest.raises(ValueError, match=message):
             check(teacher, build(seed=1), *batch)

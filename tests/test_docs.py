@@ -17,7 +17,7 @@ from tests.tiny import tiny_batch
 from tests.yolo import batch_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/adapters.md")
+PAGES = ("README.md", "docs/quickstart.md", "docs/adapters.md", "docs/pairs.md")
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
-from tests.tiny import STRIDES, TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet
+from tests.test_docs import ROOT, python_blocks
+from tests.tiny import STRIDES, TinyBackbone, liven, tiny_batch, tiny_fcos, tiny_retinanet
 
 
 @pytest.fixture(params=[tiny_retinanet, tiny_fcos], ids=["retinanet", "fcos"])
@@ -155,6 +156,44 @@ def test_anchors_of_the_shared_levels_must_agree():
         ValueError, match=r"anchor sizes differ: \(\(64.0,\), \(128.0,\)\) \(teacher\), \(\(32"
     ):
         Distiller(tiny_retinanet(), student, CrossKD())
+
+
+# -- backbones ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs_page():
+    """What the documentation's page of pairs defines: networks, and a RetinaNet on a pyramid of each."""
+    (line, block), *_ = python_blocks(ROOT / "docs/pairs.md")
+    shown = {"__name__": "pairs.md"}
+    exec(compile("\n" * line + block, str(ROOT / "docs/pairs.md"), "exec"), shown)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        (("swin_t", 256), ("mobilenet_v3_large", 64)),
+        (("mobilenet_v3_large", 256), ("mobilenet_v3_large", 64)),
+        (("resnet18", 64), ("swin_t", 64)),
+        (("swin_t", 64), ("resnet18", 128)),
+    ],
+    ids=lambda side: f"{side[0]} of {side[1]}",
+)
+def test_backbones_of_every_kind(pairs_page, teacher, student):
+    def build(network, width):
+        detector = pairs_page["detector"](pairs_page[network], width, num_classes=4)
+        liven(detector.head)
+        return detector
+
+    distiller = Distiller(build(*teacher), build(*student), Watched())
+    losses, method = step_of(distiller)
+    widths = {(p.student_width, p.teacher_width) for p in method.projections.values()}
+    assert widths == ({(student[1], teacher[1])} if student[1] != teacher[1] else set())
+    assert_reaches_the_student(distiller, losses)
+    stages = distiller.student.backbone.stages.parameters()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in stages)
+    assert method.step.student.logits.shape == (2, 3 * (8 * 8 + 4 * 4 + 2 * 2), 4)
 
 
 # -- what the teacher sees ------------------------------------------------------------------------

@@ -15,9 +15,12 @@ import pytest
 import crosskd
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(crosskd.__path__, "crosskd."))
+# Adapters that can't be imported without their framework are looked at where that is there.
+PEERS = ("mmdet", "ultralytics")
 PUBLIC_MODULES = [
-    pytest.param(name, marks=pytest.mark.mmdet) if name == "crosskd.adapters.mmdet" else name
-    for name in ["crosskd", *(name for name in MODULES if "._" not in name)]
+    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if name.endswith(f".{peer}")])
+    for name in ("crosskd", *MODULES)
+    if "._" not in name
 ]
 
 

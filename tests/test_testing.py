@@ -55,7 +55,7 @@ def grid() -> dict[str, Any]:
     """The detector and the adapter that the documentation shows."""
     page = ROOT / "docs/adapters.md"
     shown: dict[str, Any] = {"__name__": page.name}
-    for line, block in python_blocks(page)[:2]:
+    for line, block in python_blocks(page)[:3]:
         exec(compile("\n" * line + block, str(page), "exec"), shown)
     return shown
 

@@ -51,7 +51,7 @@ class TinyBackbone(nn.Module):
         return levels
 
 
-def _liven(head: nn.Module) -> None:
+def liven(head: nn.Module) -> None:
     """Weights that keep features alive: torchvision's own make them vanish over an untrained tower."""
     for branch in (head.classification_head, head.regression_head):
         for module in branch.modules():
@@ -96,7 +96,7 @@ def tiny_retinanet(
         norm_layer = partial(nn.GroupNorm, 8) if norm == "group" else None
         head = RetinaNetHead(width, per_location, num_classes, norm_layer=norm_layer)
         _shorten(head, blocks)
-        _liven(head)
+        liven(head)
         return RetinaNet(
             TinyBackbone(width, hidden, batch_norm),
             num_classes,
@@ -130,7 +130,7 @@ def tiny_fcos(
         if norm == "none":
             for branch in (head.classification_head, head.regression_head):
                 branch.conv = nn.Sequential(*(m for m in branch.conv if not isinstance(m, nn.GroupNorm)))
-        _liven(head)
+        liven(head)
         # Distances of about 1.5 strides to each side: the boxes have an area, and a gradient.
         nn.init.constant_(head.regression_head.bbox_reg.bias, 1.5)
         return FCOS(

@@ -641,6 +641,7 @@ def test_the_protocol_and_a_description():
     text = describe(PerLevel(), adapter)
     assert "branch cls: 2 blocks, level 1, valid positions 0 to 2" in text
     assert "predictors: logits[0] (3 channels), logits[1] (3 channels)" in text
+    assert "logits (6 channels), regression (8 channels)" in describe(Fully(space=()), fully_adapter())
 
 
 def test_the_student_stays_plain_and_the_teacher_untouched():
@@ -864,9 +865,7 @@ def test_places_that_differ_are_refused_on_the_first_step():
     adapter = adapter_for(locations=points)
     assert losses_of(teacher, student, adapter)["kd_cls"] > 0
     student.offset = 2.0
-    with pytest.raises(
-        ValueError, match=r"locations of the first batch, \(5, 2\), have other values for the te"
-    ):
+    with pytest.raises(ValueError, match=r"locations of the first batch, \(5, 2\), have other values for"):
         losses_of(teacher, student, adapter)
 
 

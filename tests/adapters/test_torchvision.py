@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
 from crosskd.predictions import join_levels
-from tests.tiny import STRIDES, _liven, tiny_batch, tiny_fcos, tiny_retinanet
+from tests.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet
 
 ADAPTERS = {tiny_retinanet: TorchvisionRetinaNetAdapter(), tiny_fcos: TorchvisionFCOSAdapter()}
 BRANCHES = ("classification_head", "regression_head")
@@ -64,7 +64,7 @@ def test_heads_that_are_a_single_convolution_distil_at_position_0(build):
 
 def lively(detector: nn.Module) -> nn.Module:
     """Statistics and weights of the head under which an untrained detector's features don't vanish."""
-    _liven(detector.head)
+    liven(detector.head)
     for module in detector.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

@@ -300,6 +300,30 @@ def test_an_end_to_end_student_trains_and_exports(tmp_path, data):
 
 
 @pytest.mark.slow
+def test_a_student_gets_better_on_real_images(tmp_path):
+    """From nothing, on 32 images, seen by 87 others; docs/yolo.md has the numbers."""
+    from ultralytics import YOLO
+
+    data = load("yolo_bccd").convert(bccd_folder(), tmp_path / "data")
+    common = {"data": str(data), "imgsz": 160, "batch": 8, "device": "cpu", "workers": 0, "plots": False}
+    settings = {"fraction": 0.16, "val": False, "optimizer": "AdamW", "lr0": 0.002, "warmup_epochs": 1}
+    settings = {**settings, "close_mosaic": 5, "epochs": 30, "project": str(tmp_path), "pretrained": False}
+
+    def precision(yolo: YOLO) -> float:
+        return float(yolo.val(**common, split="val").box.map50)
+
+    teacher, student = YOLO("yolo11n.yaml"), YOLO("yolo11n.yaml")
+    before = precision(student)
+    teacher.train(**common, **settings, name="teacher")
+    student.train(**common, **settings, name="student", trainer=trainer_of(teacher))
+    first, *_, last = log_of(tmp_path / "student")
+    assert before < 0.02
+    assert precision(student) > 0.1
+    for name in ("box_loss", "cls_loss", "dfl_loss", "kd_cls", "kd_reg"):
+        assert last[f"train/{name}"] < 0.8 * first[f"train/{name}"]
+
+
+@pytest.mark.slow
 def test_two_processes(tmp_path, data, teacher_file):
     """The script that ultralytics writes for several GPUs, on two CPU processes."""
     pytest.importorskip("cloudpickle", reason="ultralytics needs cloudpickle for several processes")

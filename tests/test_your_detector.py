@@ -1,0 +1,125 @@
+"""The tutorial of a detector of one's own: its page runs, and its detectors learn from real images."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import statistics
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosskd import CrossKD, Distiller
+from tests.examples import conftest  # noqa: F401  # so that the examples' modules are found
+from tests.reference_files import bccd_folder
+from tests.test_docs import ROOT, python_blocks
+
+PAGE = ROOT / "docs/your_detector.md"
+# As much as teaches the teacher something, which `check` insists on; else no more than runs a line.
+SHORT = {"draw(200, ": "draw(8, ", "draw(60, ": "draw(3, ", "steps=300": "steps=60", "steps=100": "steps=2"}
+
+
+def shown(*parts: str) -> dict[str, Any]:
+    """What the page's blocks define, run in order: all of them, or those with one of some parts in them."""
+    defined: dict[str, Any] = {"__name__": PAGE.name}
+    for line, block in python_blocks(PAGE):
+        if parts and not any(part in block for part in parts):
+            continue
+        source = "\n" * line + block
+        for long, brief in SHORT.items():
+            source = source.replace(long, brief)
+        exec(compile(source, str(PAGE), "exec"), defined)
+    return defined
+
+
+def test_the_page_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(page.count(long) for long in SHORT)
+    defined = shown()
+    printed = capsys.readouterr().out
+    for name in ("teacher", "distilled", "alone"):
+        assert f"{name} 0." in printed
+    assert sorted(defined["detections"][0]) == ["boxes", "labels", "scores"]
+    images, student = defined["test_images"], defined["student"]
+    for plain, distilled in zip(defined["detections"], student.eval()(images), strict=True):
+        assert all(torch.equal(plain[key], distilled[key]) for key in plain)
+    described = page.split("```text\n", 1)[1].split("```", 1)[0]
+    assert described in printed
+
+
+def test_the_page_keeps_what_it_promises():
+    """A detector of some 80 lines, an adapter of at most 30."""
+    detector, *_ = (block for _, block in python_blocks(PAGE) if "class SmallDetector" in block)
+    adapter, *_ = (block for _, block in python_blocks(PAGE) if "GenericAdapter(" in block)
+    assert len([line for line in detector.splitlines() if line.strip()]) <= 85
+    assert len(adapter.splitlines()) <= 30
+
+
+# -- on real images --------------------------------------------------------------------------------
+
+SIZE = (96, 128)  # of images of 480 x 640
+
+
+def cells(split: str, count: int) -> tuple[Any, Tensor, list[dict[str, Tensor]]]:
+    """Blood cells: the data set, the images (count, 3, height, width), their targets."""
+    folder = bccd_folder()
+    data = importlib.import_module("coco_data")
+    dataset = data.CocoFolder(folder / "images", folder / "annotations" / f"{split}.json")
+    dataset.ids = dataset.ids[:count]
+    images = [dataset.read(index).float()[None] / 255 for index in range(count)]
+    assert {image.shape[2:] for image in images} == {torch.Size((480, 640))}
+    resized = [F.interpolate(image, SIZE, mode="bilinear", antialias=True) for image in images]
+    scale = SIZE[1] / 640
+    targets = [{"boxes": scale * dataset.boxes[i], "labels": dataset.labels[i]} for i in dataset.ids]
+    return dataset, torch.cat(resized), targets
+
+
+@torch.no_grad()
+def average_precision(detector: nn.Module, dataset: Any, images: Tensor) -> dict[str, float]:
+    evaluation = importlib.import_module("evaluation")
+    results = []
+    for image_id, output in zip(dataset.ids, detector.eval()(images), strict=True):
+        at_full_size = {**output, "boxes": output["boxes"] * 640 / SIZE[1]}
+        results += evaluation.coco_results(dataset, image_id, at_full_size)
+    return evaluation.coco_metrics(dataset, results)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_the_pages_detectors_on_blood_cells():
+    """A teacher of 48 channels and students of 16, with and without it: the page has these numbers."""
+    page = shown("class SmallDetector", "def train", "GenericAdapter(")
+    train, build = page["train"], page["SmallDetector"]
+    _, images, targets = cells("train", 48)
+    dataset, test_images, _ = cells("test", 36)
+    torch.manual_seed(0)
+    teacher = build(3, width=48)
+    train(teacher, images, targets, steps=200)
+    measured: dict[str, list[float]] = {name: [] for name in ("start", "alone", "distilled")}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        start = build(3, width=16)
+        alone, student = copy.deepcopy(start), copy.deepcopy(start)
+        train(alone, images, targets, steps=80)
+        distiller = Distiller(teacher, student, CrossKD(position=1), page["adapter"])
+        train(distiller, images, targets, steps=80)
+        for name, detector in (("start", start), ("alone", alone), ("distilled", student)):
+            metrics = average_precision(detector, dataset, test_images)
+            measured[name].append(metrics["AP50"])
+            print(seed, name, {key: round(metrics[key], 1) for key in ("AP", "AP50")})
+    print("teacher", average_precision(teacher, dataset, test_images))
+    pairs = zip(measured["start"], measured["distilled"], strict=True)
+    assert all(after > before + 5 for before, after in pairs)
+    assert statistics.mean(measured["distilled"]) > statistics.mean(measured["alone"])
