@@ -2,7 +2,8 @@
 
 Ultralytics starts processes for several GPUs alone. What it would start, the script that it has written
 for them, runs here as it is, but for what ties it to GPUs: process group, device, number
-of processes, and the validation after the last epoch.
+of processes, and the validation after the last epoch. Importing this needs no ultralytics: pytest looks
+for doctests in every file.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import unwrap_model
 
 RANKS = 2
 
@@ -38,6 +37,8 @@ def train(trainer: Any) -> None:
     Raises:
         SystemExit: the processes' students differ.
     """
+    from ultralytics.utils.torch_utils import unwrap_model
+
     trainer.world_size = RANKS
     trainer.final_eval = lambda: None  # asks CUDA for this process's device
     trainer._do_train()
@@ -53,6 +54,8 @@ def train(trainer: Any) -> None:
 
 
 if __name__ == "__main__":
+    from ultralytics.engine.trainer import BaseTrainer
+
     nn.parallel.DistributedDataParallel = OnTheCPU
     BaseTrainer._setup_ddp = set_up
     BaseTrainer.train = train
