@@ -39,12 +39,14 @@ __all__ = [
     "PKDLoss",
     "QualityFocalLoss",
     "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
     "distribution_kl_loss",
     "giou_loss",
     "iou_loss",
     "pkd_loss",
     "quality_focal_loss",
     "sigmoid_focal_loss",
+    "softmax_focal_loss",
 ]
 
 _SMALLEST_AREA = 1e-6
@@ -239,6 +241,64 @@ def quality_focal_loss(
         value = _quality_focal_value(student_logits.to(dtype), teacher_logits.to(dtype), beta)
         return _weighted(value.sum(-1), weight, normalizer)
     rows = _QualityFocalRows.apply(student_logits, teacher_logits, beta)
+    return _weighted(rows, weight, normalizer)
+
+
+def softmax_focal_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 1.0,
+    weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Quality focal loss for classes that share a softmax, one of them the background.
+
+    With :math:`p` the student's and :math:`q` the teacher's probabilities,
+
+    .. math::
+        \frac{1}{Z} \sum_i w_i \Big( \tfrac{1}{2} \sum_k |p_{ik} - q_{ik}| \Big)^\beta \;
+        \Big( - \sum_k q_{ik} \log p_{ik} \Big)
+
+    The distance in front is the total variation, which for two classes is the difference of their
+    probabilities: for those this is `quality_focal_loss` of the difference of the two logits.
+
+    Args:
+        student_logits: shape (..., classes), before the softmax.
+        teacher_logits: shape (..., classes), a constant.
+        beta: how strongly rows where the two already agree are damped; 0 or more. With 0 this is
+            cross entropy against the teacher's probabilities.
+        weight: one number a row, shape (...).
+        normalizer: what the weighted sum is divided by; the number of rows without it.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that differ, a weight that is not one number a row, ``beta`` below 0, a
+            normaliser that is not above 0.
+        TypeError: logits that are not floating point.
+
+    References:
+        Ours: Generalized Focal Loss (Li et al., NeurIPS 2020), equation 5, for several classes at once.
+
+    Example:
+        >>> student = torch.zeros(2, 3, requires_grad=True)
+        >>> loss = softmax_focal_loss(student, torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.3468, torch.Size([2, 3]))
+    """
+    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_rows("student_logits", student_logits)
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    if not beta >= 0:
+        raise ValueError(f"beta must be 0 or more, got {beta}")
+    dtype = compute_dtype(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits.to(dtype), dim=-1)
+    teacher = F.softmax(teacher_logits.detach().to(dtype), dim=-1)
+    distance = 0.5 * (student.exp() - teacher).abs().sum(-1)
+    rows = _power(distance, beta) * -(teacher * student).sum(-1)
     return _weighted(rows, weight, normalizer)
 
 
@@ -530,6 +590,31 @@ class QualityFocalLoss(nn.Module):
     ) -> Tensor:
         """Calls `quality_focal_loss`."""
         return quality_focal_loss(
+            student_logits, teacher_logits, beta=self.beta, weight=weight, normalizer=normalizer
+        )
+
+
+class SoftmaxFocalLoss(nn.Module):
+    """`softmax_focal_loss` with its ``beta`` kept.
+
+    Example:
+        >>> round(SoftmaxFocalLoss(beta=2.0)(torch.zeros(2, 3), torch.zeros(2, 3)).item(), 4)
+        0.0
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """Calls `softmax_focal_loss`."""
+        return softmax_focal_loss(
             student_logits, teacher_logits, beta=self.beta, weight=weight, normalizer=normalizer
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,27 +17,43 @@ __all__ = ["Assignment", "Predictions", "assignment_from_teacher", "join_levels"
 class Predictions:
     """A head's predictions for a batch, all levels one behind the other.
 
+    A head that answers for regions of all images at once (a second stage) gives them as one batch of one:
+    shape (1, regions, classes).
+
     Attributes:
-        logits: shape (batch, anchors, classes), before the sigmoid.
-        regression: shape (batch, anchors, 4) as the head encodes boxes, or
-            (batch, anchors, 4, bins) for a distribution over each side.
+        logits: shape (batch, anchors, classes), before the sigmoid; before the softmax where ``background``
+            is given.
+        regression: shape (batch, anchors, 4) as the head encodes boxes,
+            (batch, anchors, 4, bins) for a distribution over each side, or
+            (batch, anchors, classes, 4) with ``box_per_class``.
         quality: shape (batch, anchors), the logits of a centerness or IoU prediction, or ``None``.
+        background: the class that means no object, of heads whose classes share a softmax; ``None`` for
+            heads with a sigmoid a class.
+        box_per_class: each class has a box of its own.
 
     Raises:
-        ValueError: other shapes than these.
+        ValueError: other shapes than these, a background that is none of the classes.
     """
 
     logits: Tensor
     regression: Tensor
     quality: Tensor | None
+    background: int | None = None
+    box_per_class: bool = False
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3:
             raise ValueError(
                 f"logits must have shape (batch, anchors, classes), got {shape_text(self.logits)}"
             )
-        batch, anchors = self.logits.shape[:2]
-        if self.regression.ndim not in (3, 4) or self.regression.shape[:3] != (batch, anchors, 4):
+        batch, anchors, classes = self.logits.shape
+        if self.box_per_class:
+            if self.regression.shape != (batch, anchors, classes, 4):
+                raise ValueError(
+                    f"regression must have shape ({batch}, {anchors}, {classes}, 4), a box for each class "
+                    f"that the logits have, got {shape_text(self.regression)}"
+                )
+        elif self.regression.ndim not in (3, 4) or self.regression.shape[:3] != (batch, anchors, 4):
             raise ValueError(
                 f"regression must have shape ({batch}, {anchors}, 4) or ({batch}, {anchors}, 4, bins), "
                 f"(batch, anchors) as the logits have, got {shape_text(self.regression)}"
@@ -47,21 +63,56 @@ class Predictions:
                 f"quality must have shape ({batch}, {anchors}), (batch, anchors) as the logits have, "
                 f"got {shape_text(self.quality)}"
             )
+        if self.background is not None and not 0 <= self.background < classes:
+            raise ValueError(
+                f"background must be one of the {classes} classes, 0 to {classes - 1}, got {self.background}"
+            )
+
+    def probabilities(self) -> Tensor:
+        """Each class's probability, shape (batch, anchors, classes), the background's 0; float32 at least."""
+        logits = self.logits.to(compute_dtype(self.logits))
+        if self.background is None:
+            return logits.sigmoid()
+        column = torch.tensor(self.background, device=logits.device)
+        return logits.softmax(dim=-1).index_fill(-1, column, 0.0)
 
     def confidence(self) -> Tensor:
         """The largest class probability at each anchor, shape (batch, anchors), in float32 at least."""
-        return self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
+        if self.background is None:  # the same with one sigmoid an anchor
+            return self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
+        return self.probabilities().amax(dim=-1)
+
+    def box_confidence(self) -> Tensor:
+        """How sure each box is: `confidence`, or with ``box_per_class`` the box's class's probability."""
+        return self.probabilities() if self.box_per_class else self.confidence()
 
     def of_classes(self, indices: Sequence[int] | None) -> Predictions:
-        """The same with the logits of some classes alone, in the given order; ``None`` for all."""
+        """The same with some classes alone, in the given order; ``None`` for all.
+
+        Raises:
+            ValueError: the background is left out.
+        """
         if indices is None:
             return self
-        return Predictions(self.logits[..., list(indices)], self.regression, self.quality)
+        listed = list(indices)
+        if self.background is not None and self.background not in listed:
+            raise ValueError(
+                f"the classes {listed} leave out {self.background}, which means no object: without it the "
+                "others' probabilities mean nothing; give it the place of the student's background"
+            )
+        return replace(
+            self,
+            logits=self.logits[..., listed],
+            regression=self.regression[..., listed, :] if self.box_per_class else self.regression,
+            background=None if self.background is None else listed.index(self.background),
+        )
 
     def detach(self) -> Predictions:
         """The same numbers without their history."""
         quality = None if self.quality is None else self.quality.detach()
-        return Predictions(self.logits.detach(), self.regression.detach(), quality)
+        return replace(
+            self, logits=self.logits.detach(), regression=self.regression.detach(), quality=quality
+        )
 
 
 def join_levels(levels: Iterable[Predictions]) -> Predictions:
@@ -72,10 +123,11 @@ def join_levels(levels: Iterable[Predictions]) -> Predictions:
     """
     listed = list(levels)
     quality = [level.quality for level in listed if level.quality is not None]
-    return Predictions(
-        torch.cat([level.logits for level in listed], dim=1),
-        torch.cat([level.regression for level in listed], dim=1),
-        torch.cat(quality, dim=1) if quality else None,
+    return replace(
+        listed[0],
+        logits=torch.cat([level.logits for level in listed], dim=1),
+        regression=torch.cat([level.regression for level in listed], dim=1),
+        quality=torch.cat(quality, dim=1) if quality else None,
     )
 
 

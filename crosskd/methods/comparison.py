@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crosskd.losses import distribution_kl_loss, giou_loss, iou_loss, quality_focal_loss
+from crosskd.losses import (
+    distribution_kl_loss,
+    giou_loss,
+    iou_loss,
+    quality_focal_loss,
+    softmax_focal_loss,
+)
 from crosskd.methods.base import Step
 from crosskd.methods.recipes import HeadRecipe, RegressionLoss
 from crosskd.predictions import Predictions, mean_over_ranks
@@ -23,7 +29,7 @@ class Comparison:
     """How predictions are held against the teacher's; ``None`` leaves the choice to the recipe.
 
     Attributes:
-        cls_weight: weight of ``kd_cls``, the quality focal loss of the logits.
+        cls_weight: weight of ``kd_cls``, the quality focal loss of the logits, or its equal for a softmax.
         reg_weight: weight of ``kd_reg``.
         quality_weight: weight of ``kd_quality``, the binary cross entropy of centerness (or IoU) logits
             against the teacher's probability, on positive anchors.
@@ -89,7 +95,9 @@ class Comparison:
         losses: dict[str, Tensor] = {}
         assignment = step.assignment
         if self.cls_weight:
-            losses["kd_cls"] = self.cls_weight * quality_focal_loss(
+            # One sigmoid a class, or one softmax over all of them: the same loss of either kind of head.
+            sigmoid = step.teacher.background is None
+            losses["kd_cls"] = self.cls_weight * (quality_focal_loss if sigmoid else softmax_focal_loss)(
                 predictions.logits,
                 step.teacher.logits,
                 beta=self.beta,
@@ -105,11 +113,12 @@ class Comparison:
 
     def _regression_loss(self, predictions: Predictions, step: Step) -> Tensor:
         # Where the teacher sees no object its boxes mean nothing, hence its confidence as the weight.
-        weight = step.teacher.confidence()  # (batch, anchors)
-        if step.assignment.counted is not None:
-            weight = weight * step.assignment.counted
+        weight = step.teacher.box_confidence()  # (batch, anchors), or (batch, anchors, classes)
+        counted = step.assignment.counted
+        if counted is not None:
+            weight = weight * (counted if weight.ndim == 2 else counted.unsqueeze(-1))
         if self.regression == "distribution_kl":
-            if predictions.regression.ndim != 4:
+            if predictions.regression.ndim != 4 or predictions.box_per_class:
                 raise ValueError(
                     'regression="distribution_kl" needs a head that predicts distributions, shape '
                     f"(batch, anchors, 4, bins), got {tuple(predictions.regression.shape)}: choose "

@@ -16,7 +16,8 @@ class HeadRecipe:
 
     Attributes:
         head: the head type's name.
-        position: after how many blocks the teacher's head takes over.
+        position: after how many blocks the teacher's head takes over; ``None`` for the last place in front
+            of at least one of the teacher's blocks, where the features of the two are of the same kind.
         cls_weight: weight of the classification loss (quality focal).
         reg_weight: weight of the regression loss.
         regression: which loss that is.
@@ -24,16 +25,18 @@ class HeadRecipe:
         quality_normalizer: the normaliser sums the positives' quality targets instead of counting them.
         times_batch: the detector's own losses are means over a batch times the number of its images, so the
             methods' are multiplied by it too, and the ratio of the two is the same for any batch size.
+        background: the class that means no object, where the classes share a softmax.
     """
 
     head: str
-    position: int
+    position: int | None
     cls_weight: float
     reg_weight: float
     regression: RegressionLoss
     quality_weight: float = 0.0
     quality_normalizer: bool = False
     times_batch: bool = False
+    background: int | None = None
 
 
 GFL = HeadRecipe("GFL", 3, cls_weight=1.0, reg_weight=4.0, regression="distribution_kl")
