@@ -32,12 +32,22 @@ def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
     """
     adapter = find_adapter(detector) if adapter is None else adapter
     lines = [f"{type(detector).__name__} (published settings: {adapter.recipe.head})"]
-    for branch in adapter.branches(detector):
-        lines += _branch_lines(branch)
-    lines.append(f"published position: {adapter.recipe.position}")
+    second = getattr(adapter, "second", None)
+    parts = [("", adapter)] if second is None else zip(adapter.parts, (adapter, second), strict=True)  # type: ignore[attr-defined]
+    for part, source in parts:
+        lines += [f"part {part}"] if part else []
+        for branch in source.branches(detector):
+            lines += _branch_lines(branch)
+        lines.append(_position_text(source.recipe.position))
     text = "\n".join(lines)
     print(text)
     return text
+
+
+def _position_text(position: int | None) -> str:
+    if position is None:
+        return "position unless given: the last that leaves the teacher's tower a block"
+    return f"published position: {position}"
 
 
 def _branch_lines(branch: Branch) -> list[str]:

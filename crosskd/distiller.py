@@ -8,26 +8,22 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosskd.adapters import Adapter, Inputs, find_adapter
+from crosskd._heads import Head, Observed, check_anchors, check_levels, shape_only
+from crosskd.adapters import Adapter, Inputs, SecondStage, find_adapter
 from crosskd.adapters.levels import LevelPairs, pair_levels
 from crosskd.frozen import frozen_copy
-from crosskd.head import Branch, Tapped, TapPoint
-from crosskd.methods.base import Method, Step
-from crosskd.predictions import Assignment, Predictions, assignment_from_teacher, join_levels
+from crosskd.head import Branch
+from crosskd.methods.base import Method
+from crosskd.predictions import Assignment, Predictions, assignment_from_teacher
 
 __all__ = ["Distiller"]
 
 _logger = logging.getLogger("crosskd")
-
-Taps = dict[str, list[Any]]
-"""One method's taps: by branch name, one entry a level."""
-
 
 ItemT = TypeVar("ItemT")
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
@@ -35,20 +31,6 @@ CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
 TeacherView = Callable[[Any, Any], Any]
 """Makes the teacher's images of a batch's (images, targets)."""
-
-
-class _Observed(NamedTuple):
-    """What is kept of the teacher's forward.
-
-    Attributes:
-        maps: stand-ins for its feature maps, of their shapes.
-        predictions: at the student's levels and of the student's classes.
-        taps: each method's, by its name.
-    """
-
-    maps: Sequence[Tensor]
-    predictions: Predictions
-    taps: dict[str, Taps]
 
 
 def _outside_graph(function: CallableT) -> CallableT:
@@ -130,23 +112,34 @@ class Distiller(nn.Module):
             )
         self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
         _check_types(self.adapter, teacher, student)
-        self._class_map = _checked_class_map(class_map, *_of_each(self.adapter.num_classes, teacher, student))
+        second = self._second
+        parts: tuple[str, ...] = () if second is None else self.adapter.parts  # type: ignore[attr-defined]
+        named = _named(methods, parts)
+        last = self.adapter if second is None else second
+        classes = _of_each(last.num_classes, teacher, student)
+        self._class_map = _checked_class_map(class_map, *classes, last.recipe.background)
         self.teacher_view = teacher_view
         self.resize_levels = resize_levels
-        strides = _of_each(self.adapter.strides, teacher, student)
-        self._levels = pair_levels(*strides, rescaled=teacher_view is not None)
-        _tell_of_left_out_levels(self._levels, strides[0])
-        self.adapter.check_pair(teacher, student, self._levels)
+        distilled = {method.part for method in named.values()}
+        self._levels = LevelPairs(None)
+        if second is None or parts[0] in distilled:
+            strides = _of_each(self.adapter.strides, teacher, student)
+            self._levels = pair_levels(*strides, rescaled=teacher_view is not None)
+            _tell_of_left_out_levels(self._levels, strides[0])
+            self.adapter.check_pair(teacher, student, self._levels)
+        if second is not None and parts[1] in distilled:
+            second.check_pair(teacher, student)
         _warn_if_shared(teacher, student)
         self.unlabelled_threshold = unlabelled_threshold
         self.student = student
         # In tuples, so that the module machinery (parameters, state_dict, train) doesn't see them.
         self._teacher = (frozen_copy(teacher),)
         self._checked_student = (student,)
-        self.methods = nn.ModuleDict(_named(methods))
-        branches = self._teacher_branches(), self.adapter.branches(student)
-        for method in self._methods().values():
-            method.setup(*branches, self.adapter.recipe)
+        self.methods = nn.ModuleDict(named)
+        for head in self._heads:
+            branches = head.teacher_branches(), head.source.branches(student)
+            for method in head.of(self._methods()).values():
+                method.setup(*branches, head.source.recipe)
         self._checked = False
         scheduled = any(method.schedule is not None for method in self._methods().values())
         # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
@@ -203,7 +196,7 @@ class Distiller(nn.Module):
         for name, method in self._methods().items():
             if name not in active:
                 distillation[name] = _nothing(method, self.student)
-        for name, key, loss in _flat(distillation, losses):
+        for name, key, loss in _flat(distillation, losses, self._methods()):
             losses[key] = loss * factors[name] if factors[name] != 1 else loss
         return losses
 
@@ -214,136 +207,108 @@ class Distiller(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """The student's own losses, and each active method's."""
         inputs, seen = self._prepare(images, targets)
-        if not active:
-            maps = self.adapter.features(self.student, inputs.student_pixels)
-            student, _ = self._run_student(maps, active)
-            losses, _, _ = self._assign(inputs, maps, student, None)
-            return losses, {}
-        # The teacher runs first, so that what it needed is freed; but its features are resized to the
-        # student's, whose sizes must be known for that.
-        first = self.adapter.features(self.student, inputs.student_pixels) if self.resize_levels else None
-        view = self._observe_teacher(seen, active, first)
-        # Where the teacher has pixels of its own, they are as large as the batch.
-        same = seen is inputs
-        inputs = replace(inputs, teacher_pixels=_shape_only(inputs.teacher_pixels))
-        seen = inputs if same else _without_pixels(seen)
-        maps = self.adapter.features(self.student, inputs.student_pixels) if first is None else first
-        _check_levels(self._used(view.maps), maps, self._channels_last(), resized=self.resize_levels)
-        student, taps = self._run_student(maps, active)
-        _check_anchors(view.predictions, student)
-        losses, assignment, locations = self._assign(inputs, maps, student, (seen, view))
-        assert assignment is not None  # without targets the teacher's predictions give one
-        distillation = {
-            name: method(
-                Step(
-                    student=student,
-                    teacher=view.predictions,
-                    assignment=assignment,
-                    teacher_branches=self._teacher_branches(),
-                    student_taps=taps[name],
-                    teacher_taps=view.taps[name],
-                    predict_as_teacher=lambda towers: self._predict_as_teacher(towers, len(maps)),
-                    boxes=lambda predictions: self._decode(predictions, locations),
-                )
+        head = self._heads[0]
+        methods = head.of(active)
+        # The teacher runs first, so that what it needed is freed; but where its features are resized to
+        # the student's, those sizes must be known for it.
+        student_first = self.resize_levels or not active
+        maps = self.adapter.features(self.student, inputs.student_pixels) if student_first else ()
+        teacher_maps, teacher = self._run_teacher(head, seen, active, maps)
+        inputs, seen = _without_teacher_pixels(inputs, seen)
+        maps = maps if student_first else self.adapter.features(self.student, inputs.student_pixels)
+        student = head.run_student(maps, methods)
+        if teacher is not None:
+            last = head.channels_last()
+            check_levels(head.used(teacher_maps), maps, last, resized=self.resize_levels)
+            check_anchors(teacher.predictions, student.predictions)
+        losses, assignment, locations = self._assign(inputs, maps, student, seen, teacher_maps, teacher)
+        distillation = {}
+        if teacher is not None:
+            assert assignment is not None  # without targets the teacher's predictions give one
+            distillation = head.distil(methods, teacher, student, assignment, locations, len(maps))
+        if self._second is not None:
+            before = (student.predictions, locations)
+            own, distilled = self._run_second(
+                self._second, before, (inputs, maps), (seen, teacher_maps), active
             )
-            for name, method in active.items()
-        }
+            losses, distillation = {**losses, **own}, {**distillation, **distilled}
         return losses, distillation
 
-    @torch.no_grad()
-    def _observe_teacher(
-        self, seen: Inputs, active: Mapping[str, Method], student_maps: Sequence[Tensor] | None
-    ) -> _Observed:
-        """The teacher's predictions, and what each method keeps of its features: no more."""
-        maps = self.adapter.features(self.teacher, seen.teacher_pixels)
-        last = self._channels_last()
-        sizes = None if student_maps is None else [_space(m, last) for m in student_maps]
-
-        def keep(name: str, tapped: Tapped) -> Any:
-            return active[name].observe_teacher(tapped.read())
-
-        towers, taps = self._run_towers(self._teacher_branches(), self._used(maps), active, 1, keep)
-        if sizes is not None:
-            towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
-        predictions = self._predict_as_teacher(towers, len(self._used(maps)))
-        return _Observed([_shape_only(m) for m in maps], predictions.detach(), taps)
-
-    def _run_student(
-        self, maps: Sequence[Tensor], active: Mapping[str, Method]
-    ) -> tuple[Predictions, dict[str, Taps]]:
-        branches = self.adapter.branches(self.student)
-        towers, taps = self._run_towers(branches, maps, active, 0, lambda _, tapped: tapped)
-        predictions = join_levels(
-            self.adapter.predict(self.student, level, outputs)
-            for level, outputs in _by_level(towers, range(len(maps)))
-        )
-        return predictions, taps
-
-    def _predict_as_teacher(self, towers: Mapping[str, Iterable[Tensor]], levels: int) -> Predictions:
-        """The teacher's predictors on outputs of its towers, of the student's classes alone.
+    def _run_teacher(
+        self, head: Head, seen: Inputs, active: Mapping[str, Method], student_maps: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Observed | None]:
+        """The teacher's feature maps and what its first head makes of them.
 
         Args:
-            towers: by branch name, one output for each of the student's levels.
-            levels: how many the student has.
+            head: the first.
+            seen: the teacher's images.
+            active: the methods of all heads; without any the teacher isn't run, without one of the first
+                head that isn't.
+            student_maps: the student's, where the teacher's are resized to them.
         """
-        indices = self._levels.of_teacher(levels)
-        return join_levels(
-            self.adapter.predict(self.teacher, level, outputs).of_classes(self._class_map)
-            for level, outputs in _by_level(towers, indices)
-        )
+        if not active:
+            return (), None
+        with torch.no_grad():
+            maps = self.adapter.features(self.teacher, seen.teacher_pixels)
+        methods = head.of(active)
+        if methods:
+            observed = head.observe_teacher(maps, methods, student_maps if self.resize_levels else None)
+        # A second head pools from the maps; otherwise their shapes are all that is still asked for.
+        kept = maps if len(methods) < len(active) else [shape_only(m) for m in maps]
+        return kept, observed if methods else None
 
-    def _run_towers(
+    def _run_second(
         self,
-        branches: Sequence[Branch],
-        maps: Sequence[Tensor],
+        stage: SecondStage,
+        proposed: tuple[Predictions, Any],
+        student: tuple[Inputs, Sequence[Tensor]],
+        teacher: tuple[Inputs, Sequence[Tensor]],
         active: Mapping[str, Method],
-        side: int,
-        keep: Callable[[str, Tapped], Any],
-    ) -> tuple[dict[str, Iterator[Tensor]], dict[str, Taps]]:
-        """Runs a head's towers, tapping them for each method on the way.
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The losses of a second head, for the regions that the student's first head proposes.
 
         Args:
-            branches: of the head.
-            maps: a feature map (batch, channels, height, width) a level.
-            active: the methods that want taps, by name.
-            side: which of a method's two points to tap: 0 the student's, 1 the teacher's.
-            keep: what to make of a method's tapped features.
-
-        Returns:
-            By branch name, the outputs a level, each made when it is asked for; and the taps, which are
-            there once the outputs have been.
+            stage: takes it apart.
+            proposed: the first head's predictions and their locations.
+            student: the student's inputs and feature maps.
+            teacher: the teacher's.
+            active: the methods of all heads.
         """
-        taps: dict[str, Taps] = {name: {} for name in active}
+        head, inputs = self._heads[1], student[0]
+        methods = head.of(active)
+        if inputs.targets is None and not methods:
+            return {}, {}
+        regions = self._regions(stage, *proposed, inputs)
+        observed = None
+        if methods:
+            with torch.no_grad():
+                pooled = stage.features(self.teacher, teacher[1], regions, teacher[0])
+            observed = head.observe_teacher(pooled, methods)
+        pooled = stage.features(self.student, student[1], regions, inputs)
+        run = head.run_student(pooled, methods)
+        losses, assignment = self._assign_regions(stage, run, regions, inputs, observed)
+        if observed is None:
+            return losses, {}
+        assert assignment is not None  # without targets the teacher's predictions give one
+        check_anchors(observed.predictions, run.predictions)
+        return losses, head.distil(methods, observed, run, assignment, regions, len(pooled))
 
-        def outputs(branch: Branch, points: dict[str, TapPoint]) -> Iterator[Tensor]:
-            wanted = set(points.values())
-            for level, feature_map in enumerate(maps):
-                output, noted = branch.tower(level).run(feature_map, wanted)
-                for name, point in points.items():
-                    taps[name].setdefault(branch.name, []).append(keep(name, noted[point]))
-                yield output
-
-        towers = {}
-        for branch in branches:
-            both = {name: method.points(branch.name) for name, method in active.items()}
-            points = {name: pair[side] for name, pair in both.items() if pair is not None}
-            towers[branch.name] = outputs(branch, points)
-        return towers, taps
-
-    def _used(self, of_levels: Sequence[ItemT]) -> list[ItemT]:
-        """Of something for each of the teacher's levels, what is there for the student's."""
-        return [of_levels[level] for level in self._levels.of_teacher(len(of_levels))]
-
-    def _teacher_branches(self) -> tuple[Branch, ...]:
-        """The teacher's head, with towers for the levels that the student has."""
-        return tuple(
-            branch if len(branch.towers) == 1 else replace(branch, towers=tuple(self._used(branch.towers)))
-            for branch in self.adapter.branches(self.teacher)
+    @property
+    def _heads(self) -> tuple[Head, ...]:
+        """The detectors' heads, in the order in which they run."""
+        sides = self.teacher, self.student
+        if self._second is None:
+            return (Head(None, self.adapter, *sides, self._levels, self._class_map),)
+        first, last = self.adapter.parts  # type: ignore[attr-defined]
+        return (
+            Head(first, self.adapter, *sides, self._levels, None),
+            Head(last, self._second, *sides, LevelPairs(None), self._class_map),
         )
 
-    def _channels_last(self) -> bool:
-        """Whether the head takes (batch, …, channels): its first tower tells."""
-        return self._teacher_branches()[0].towers[0].channels_last
+    @property
+    def _second(self) -> SecondStage | None:
+        """What takes a second head apart, of an adapter for detectors that have one."""
+        return getattr(self.adapter, "second", None)
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
@@ -366,7 +331,8 @@ class Distiller(nn.Module):
         if not self._checked:
             _check_devices(self.teacher, self.student)
             for side, detector in (("teacher", self.teacher), ("student", self.student)):
-                _warn_about_hooks(side, detector, self.adapter.branches(detector))
+                branches = [branch for head in self._heads for branch in head.source.branches(detector)]
+                _warn_about_hooks(side, detector, branches)
         inputs = self.adapter.prepare(self.teacher, self.student, images, targets)
         if self.teacher_view is None:
             return inputs, inputs
@@ -378,27 +344,47 @@ class Distiller(nn.Module):
         self,
         inputs: Inputs,
         maps: Sequence[Tensor],
-        student: Predictions,
-        teacher: tuple[Inputs, _Observed] | None,
+        student: Observed,
+        seen: Inputs,
+        teacher_maps: Sequence[Tensor],
+        teacher: Observed | None,
     ) -> tuple[dict[str, Tensor], Assignment | None, Any]:
         """The student's own losses, the assignment that they share with the methods, the locations."""
         locations = self.adapter.locations(self.student, inputs, maps)
-        if teacher is not None and not self._checked:
-            seen, view = teacher
-            if not self.resize_levels:  # else the places differ, as was asked for
-                theirs = self.adapter.locations(self.teacher, seen, view.maps)
-                self.adapter.check_locations(theirs, locations, self._levels)
+        # Where levels are resized the places differ, as was asked for.
+        if teacher is not None and not self._checked and not self.resize_levels:
+            theirs = self.adapter.locations(self.teacher, seen, teacher_maps)
+            self.adapter.check_locations(theirs, locations, self._levels)
         if inputs.targets is not None:
-            losses, assignment = self.adapter.losses(self.student, student, locations, inputs)
+            losses, assignment = self.adapter.losses(self.student, student.predictions, locations, inputs)
             return losses, assignment, locations
         if teacher is None:
             return {}, None, locations
-        by_quality = self.adapter.recipe.quality_normalizer
-        threshold = self.unlabelled_threshold
-        return {}, assignment_from_teacher(teacher[1].predictions, threshold, quality=by_quality), locations
+        return {}, self._assignment_from(teacher, self.adapter), locations
 
-    def _decode(self, predictions: Predictions, locations: Any) -> Tensor:
-        return self.adapter.decode(self.student, predictions, locations)
+    @_outside_graph
+    def _regions(self, stage: SecondStage, predictions: Predictions, locations: Any, inputs: Inputs) -> Any:
+        """The student's regions, which are constants."""
+        with torch.no_grad():
+            return stage.regions(self.student, predictions.detach(), locations, inputs)
+
+    @_outside_graph
+    def _assign_regions(
+        self, stage: SecondStage, student: Observed, regions: Any, inputs: Inputs, teacher: Observed | None
+    ) -> tuple[dict[str, Tensor], Assignment | None]:
+        """The student's own losses of its second head, and the assignment that they share."""
+        if inputs.targets is not None:
+            return stage.losses(self.student, student.predictions, regions, inputs)
+        return {}, None if teacher is None else self._assignment_from(teacher, stage)
+
+    def _assignment_from(self, teacher: Observed, source: Adapter | SecondStage) -> Assignment:
+        """What the teacher makes of images without targets."""
+        own = getattr(source, "assign_unlabelled", None)
+        if own is not None:
+            assignment: Assignment = own(self.student, teacher.predictions, self.unlabelled_threshold)
+            return assignment
+        by_quality = source.recipe.quality_normalizer
+        return assignment_from_teacher(teacher.predictions, self.unlabelled_threshold, quality=by_quality)
 
     @_outside_graph
     def _advance(self) -> dict[str, float]:
@@ -460,38 +446,65 @@ def _warn_if_shared(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _named(methods: Method | Sequence[Method]) -> dict[str, nn.Module]:
-    """Copies of the methods under names that differ."""
+def _named(methods: Method | Sequence[Method], parts: Sequence[str]) -> dict[str, Method]:
+    """Copies of the methods under names that differ, each for one of a detector's heads if it has several."""
     listed = [methods] if isinstance(methods, nn.Module) else list(methods)
     if not listed:
         raise ValueError("methods is empty: there is nothing to distil; pass crosskd.CrossKD()")
-    named: dict[str, nn.Module] = {}
+    named: dict[str, Method] = {}
     for method in listed:
         if not isinstance(method, Method):
             raise TypeError(
                 f"methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
                 f"{type(method).__name__}"
             )
-        name, number = method.name, 2
-        while name in named:
-            name, number = f"{method.name}_{number}", number + 1
-        named[name] = deepcopy(method)
+        for part in _parts_of(method, parts):
+            base = method.name if part is None else f"{method.name}_{part}"
+            name, number = base, 2
+            while name in named:
+                name, number = f"{base}_{number}", number + 1
+            named[name] = deepcopy(method)
+            named[name].part = part
     return named
 
 
+def _parts_of(method: Method, parts: Sequence[str]) -> Sequence[str | None]:
+    """Which of a detector's heads a method distils; ``None`` for a detector's only one."""
+    if method.part is None:
+        return parts or (None,)
+    if method.part not in parts:
+        choice = f"choose from {', '.join(parts)}" if parts else "it has one head alone: leave part= out"
+        raise ValueError(f"{method.name}: part={method.part!r} is none of this detector's; {choice}")
+    return (method.part,)
+
+
+def _of_part(key: str, part: str | None) -> str:
+    """A loss's name with its part in it: ``kd_cls`` of ``"rpn"`` is ``kd_rpn_cls``."""
+    if part is None:
+        return key
+    return f"kd_{part}_{key[3:]}" if key.startswith("kd_") else f"{part}_{key}"
+
+
 def _flat(
-    distillation: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Tensor]
+    distillation: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Tensor], methods: Mapping[str, Method]
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(method, key, loss) of every loss, with the method's name in front of keys that clash.
 
     Args:
         distillation: the losses by method and name.
         own: the student's own losses, whose names are taken.
+        methods: the methods, by name.
     """
-    keys = [*own, *(key for losses in distillation.values() for key in losses)]
-    for name, losses in distillation.items():
-        for key, loss in losses.items():
-            yield name, f"{name}_{key}" if keys.count(key) > 1 else key, loss
+    keys = {
+        (name, key): _of_part(key, methods[name].part)
+        for name, losses in distillation.items()
+        for key in losses
+    }
+    taken = [*own, *keys.values()]
+    for (name, key), full in keys.items():
+        # The key names the part already.
+        prefix = name if methods[name].part is None else name.replace(f"_{methods[name].part}", "", 1)
+        yield name, f"{prefix}_{full}" if taken.count(full) > 1 else full, distillation[name][key]
 
 
 def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
@@ -504,15 +517,15 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     return dict.fromkeys(method.loss_names(), zero)
 
 
-def _without_pixels(inputs: Inputs) -> Inputs:
-    """What the teacher saw, of which no more than shapes are needed once it has run."""
-    shapes = _shape_only(inputs.student_pixels)
-    return replace(inputs, student_pixels=shapes, teacher_pixels=shapes)
-
-
-def _shape_only(tensor: Tensor) -> Tensor:
-    """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
-    return tensor.new_empty(()).expand(tensor.shape)
+def _without_teacher_pixels(inputs: Inputs, seen: Inputs) -> tuple[Inputs, Inputs]:
+    """The student's inputs and the teacher's, of which no more than shapes are needed once it has run."""
+    # Where the teacher has pixels of its own, they are as large as the batch.
+    same = seen is inputs
+    inputs = replace(inputs, teacher_pixels=shape_only(inputs.teacher_pixels))
+    if same:
+        return inputs, inputs
+    shapes = shape_only(seen.student_pixels)
+    return inputs, replace(seen, student_pixels=shapes, teacher_pixels=shapes)
 
 
 def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
@@ -549,8 +562,17 @@ def _check_types(adapter: Adapter, teacher: nn.Module, student: nn.Module) -> No
             )
 
 
-def _checked_class_map(class_map: Sequence[int] | None, teacher: int, student: int) -> tuple[int, ...] | None:
-    """The teacher's class for each of the student's; ``None`` where they are the same ones."""
+def _checked_class_map(
+    class_map: Sequence[int] | None, teacher: int, student: int, background: int | None
+) -> tuple[int, ...] | None:
+    """The teacher's class for each of the student's; ``None`` where they are the same ones.
+
+    Args:
+        class_map: as the user gave it.
+        teacher: how many classes it predicts.
+        student: likewise.
+        background: the class of either that means no object, where there is one.
+    """
     if class_map is None:
         if teacher != student:
             raise ValueError(
@@ -566,6 +588,11 @@ def _checked_class_map(class_map: Sequence[int] | None, teacher: int, student: i
             f"class_map must name a class of the teacher's, 0 to {teacher - 1}, for each of the student's "
             f"{student}, none of them twice; got {len(indices)}: {list(indices)}"
         )
+    if background is not None and indices[background] != background:
+        raise ValueError(
+            f"class {background} means no object, to the teacher and to the student: class_map must "
+            f"leave it where it is, class_map[{background}] = {background}; got {list(indices)}"
+        )
     return None if indices == tuple(range(teacher)) else indices
 
 
@@ -579,15 +606,6 @@ def _tell_of_left_out_levels(levels: LevelPairs, strides: Sequence[float] | None
         )
 
 
-def _by_level(
-    towers: Mapping[str, Iterable[Tensor]], levels: Iterable[int]
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The towers' outputs level by level, each asked for when its turn comes."""
-    outputs = {name: iter(tower) for name, tower in towers.items()}
-    for level in levels:
-        yield level, {name: next(tower) for name, tower in outputs.items()}
-
-
 def _of_each(
     function: Callable[[nn.Module], ItemT], teacher: nn.Module, student: nn.Module
 ) -> tuple[ItemT, ItemT]:
@@ -599,50 +617,6 @@ def _of_each(
         except ValueError as error:
             raise ValueError(f"{side}: {error}") from error
     return answers[0], answers[1]
-
-
-def _space(feature_map: Tensor, channels_last: bool) -> tuple[int, ...]:
-    """A level's size without batch and channels: (height, width), (locations,) or ()."""
-    return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
-
-
-def _resized(
-    outputs: Iterable[Tensor], sizes: Sequence[tuple[int, ...]], channels_last: bool
-) -> Iterator[Tensor]:
-    """Feature maps, resized where they have another (height, width)."""
-    for output, size in zip(outputs, sizes, strict=True):
-        if _space(output, channels_last) == size:
-            yield output
-            continue
-        if output.ndim != 4 or len(size) != 2:
-            raise ValueError(
-                f"resize_levels=True, but the teacher's features {tuple(output.shape)} are no map of "
-                "(height, width): what the student predicts at must be given to the teacher as it is"
-            )
-        features = output.movedim(-1, 1) if channels_last else output
-        features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
-        yield features.movedim(1, -1) if channels_last else features
-
-
-def _check_levels(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool, *, resized: bool
-) -> None:
-    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
-    if theirs != ours and not (resized and len(theirs) == len(ours)):
-        raise ValueError(
-            f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
-            "same strides, and images of the same size; build them with the same pyramid levels, or have the "
-            "teacher's resized by resize_levels=True"
-        )
-
-
-def _check_anchors(teacher: Predictions, student: Predictions) -> None:
-    theirs, ours = (p.regression.shape for p in (teacher, student))
-    if theirs != ours:
-        raise ValueError(
-            f"the teacher's predictions are {tuple(theirs)} and the student's {tuple(ours)}, as (batch, "
-            "anchors, 4 or 4 x bins): both need as many anchors at each location, and as many bins"
-        )
 
 
 def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:

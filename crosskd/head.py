@@ -194,7 +194,7 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
 
     A child with children of its own (torchvision's ``Conv2dNormActivation``, mmdet's ``ConvModule``, a
     user's class) is one block. Among flat layers each convolution or linear layer starts a block, and
-    the normalisations and activations behind it belong to it.
+    the normalisations and activations behind it belong to it; so does an ``nn.Flatten`` in front of it.
 
     Args:
         tower: an ``nn.Sequential``, an ``nn.ModuleList`` or any sequence of modules, run in order.
@@ -228,8 +228,12 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         if any(True for _ in layer.children()):
             close()
             blocks.append(_composite_block(layer))
-        elif _is_weighted_leaf(layer):
+        elif isinstance(layer, nn.Flatten):
             close()
+            flat.append(layer)
+        elif _is_weighted_leaf(layer):
+            if not all(isinstance(before, nn.Flatten) for before in flat):
+                close()
             flat.append(layer)
         elif flat or not blocks:
             flat.append(layer)
@@ -250,7 +254,7 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
 
 def _takes_channels_last(blocks: Iterable[Block]) -> bool:
     layers = (leaf for block in blocks for layer in block.layers for leaf in layer.modules())
-    first = next((leaf for leaf in layers if _is_weighted_leaf(leaf)), None)
+    first = next((leaf for leaf in layers if _is_weighted_leaf(leaf) or isinstance(leaf, nn.Flatten)), None)
     return isinstance(first, nn.Linear | nn.MultiheadAttention)
 
 
@@ -300,7 +304,7 @@ class Tower:
         """
         blocks = split_tower(modules, name)
         if width_in is None:
-            widths = blocks[0].widths if blocks else None
+            widths = blocks[0].widths if blocks and not isinstance(blocks[0].layers[0], nn.Flatten) else None
             if widths is None:
                 raise ValueError(f"{name}: no layer tells its input width; hand in width_in")
             width_in = widths[0]
@@ -314,6 +318,11 @@ class Tower:
             if block.widths is not None:
                 return block.widths[1]
         return self.width_in
+
+    def is_flat(self, position: int) -> bool:
+        """Whether the features after ``position`` blocks are vectors, which an ``nn.Flatten`` has made."""
+        layers = [layer for block in self.blocks[:position] for layer in block.layers]
+        return any(isinstance(leaf, nn.Flatten) for layer in layers for leaf in layer.modules())
 
     def check(self, point: TapPoint) -> None:
         """Raises ``ValueError``, naming the tower and what would fit, unless it can be split there."""

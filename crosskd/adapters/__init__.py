@@ -6,16 +6,23 @@ from torch import nn
 
 from crosskd.adapters.generic import GenericAdapter
 from crosskd.adapters.levels import LevelPairs
-from crosskd.adapters.protocol import Adapter, Inputs
-from crosskd.adapters.torchvision import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
+from crosskd.adapters.protocol import Adapter, Inputs, SecondStage, TwoStageAdapter
+from crosskd.adapters.torchvision import (
+    TorchvisionFasterRCNNAdapter,
+    TorchvisionFCOSAdapter,
+    TorchvisionRetinaNetAdapter,
+)
 
 __all__ = [
     "Adapter",
     "GenericAdapter",
     "Inputs",
     "LevelPairs",
+    "SecondStage",
     "TorchvisionFCOSAdapter",
+    "TorchvisionFasterRCNNAdapter",
     "TorchvisionRetinaNetAdapter",
+    "TwoStageAdapter",
     "find_adapter",
 ]
 
@@ -39,16 +46,20 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
         from crosskd.adapters.mmdet import MMDetAdapter
 
         return MMDetAdapter.for_detectors(*detectors)
-    known: tuple[Adapter, ...] = (TorchvisionRetinaNetAdapter(), TorchvisionFCOSAdapter())
+    known: tuple[Adapter, ...] = (
+        TorchvisionRetinaNetAdapter(),
+        TorchvisionFCOSAdapter(),
+        TorchvisionFasterRCNNAdapter(),
+    )
     for adapter in known:
         if all(adapter.supports(detector) for detector in detectors):
             return adapter
     types = " with ".join(type(detector).__name__ for detector in detectors)
     raise TypeError(
-        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet and FCOS, for "
-        "ultralytics' YOLOs and for mmdet's dense detectors, teacher and student of the same family. For any "
-        "other detector make one with crosskd.adapters.GenericAdapter, or write one, an object with the "
-        "functions of crosskd.adapters.Adapter, and pass it as adapter="
+        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet, FCOS and Faster "
+        "R-CNN, for ultralytics' YOLOs and for mmdet's dense detectors, teacher and student of the same "
+        "family. For any other detector make one with crosskd.adapters.GenericAdapter, or write one, an "
+        "object with the functions of crosskd.adapters.Adapter, and pass it as adapter="
     )
 
 

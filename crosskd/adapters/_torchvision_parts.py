@@ -22,7 +22,9 @@ __all__ = [
     "check_anchor_settings",
     "check_box_coding",
     "check_forwards",
+    "check_image_channels",
     "check_same_anchors",
+    "predict_from_tower",
     "probed_strides",
     "widened",
 ]
@@ -117,6 +119,23 @@ def check_box_coding(teacher: Any, student: Any) -> None:
         )
 
 
+def check_image_channels(teacher: Any, student: Any, levels: LevelPairs) -> None:
+    """Raises ``ValueError`` where one's images have other channels than the other's, whose pixels it gets.
+
+    Args:
+        teacher: the teacher's transform, whose mean and deviation have one value a channel.
+        student: the student's.
+        levels: tell whether the teacher sees images of its own.
+    """
+    channels = [len(transform.image_mean) for transform in (teacher, student)]
+    if channels[0] != channels[1] and not levels.own_view:
+        raise ValueError(
+            f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student), as the "
+            "image_mean of each says. Both get the same pixels: give the teacher images of its own by "
+            "teacher_view=, or train one for the student's"
+        )
+
+
 def check_same_anchors(teacher: Locations, student: Locations, levels: LevelPairs) -> None:
     """Raises ``ValueError`` where the anchors of the two differ."""
     for image, ours in enumerate(student.anchors):
@@ -133,16 +152,17 @@ def check_same_anchors(teacher: Locations, student: Locations, levels: LevelPair
             )
 
 
-def probed_strides(backbone: nn.Module, size: tuple[int, int]) -> list[float] | None:
+def probed_strides(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> list[float] | None:
     """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass.
 
     Args:
         backbone: gives a feature map, or a dict of them, finest first.
         size: (height, width) of the image to probe it with, in pixels.
+        channels: of that image.
     """
     backbone = frozen_copy(backbone)
     parameter = next(backbone.parameters(), torch.empty(0))
-    pixels = parameter.new_zeros(1, 3, *size)
+    pixels = parameter.new_zeros(1, channels, *size)
     try:
         with torch.no_grad():
             maps = as_list(backbone(pixels))
@@ -150,6 +170,24 @@ def probed_strides(backbone: nn.Module, size: tuple[int, int]) -> list[float] | 
         _logger.info("strides not checked at construction, the probe image failed: %s", error)
         return None
     return [size[1] / feature_map.shape[-1] for feature_map in maps]
+
+
+class _PredictorsOnly:
+    """Stands in for one of torchvision's heads in its own forward, as one whose tower is done already."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+
+    def conv(self, tower_output: Tensor) -> Tensor:
+        return tower_output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+
+def predict_from_tower(head: nn.Module, tower_output: Tensor) -> Any:
+    """What one of torchvision's heads, by its own forward, predicts from its tower's output of one level."""
+    return type(head).forward(_PredictorsOnly(head), [tower_output])  # type: ignore[arg-type, unused-ignore]
 
 
 def widened(tensor: Tensor) -> Tensor:

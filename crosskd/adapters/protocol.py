@@ -12,6 +12,13 @@ object serves teacher and student. One training step calls them in this order::
     decode      predictions      → boxes
 
 Before the first step it calls `num_classes`, `strides` and `check_pair`. In eval it calls `detect` alone.
+
+A detector of two stages has a second head, which answers for regions that the first one proposes. Its adapter
+is a `TwoStageAdapter`: an `Adapter` of the first head with a `SecondStage` beside it, whose turn comes next::
+
+    regions     the student's proposals, once
+    features    what each detector pools from its own maps there   (teacher, then student)
+    branches, predict, losses, decode   as above
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ from crosskd.head import Branch
 from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
 
-__all__ = ["Adapter", "Inputs"]
+__all__ = ["Adapter", "Inputs", "SecondStage", "TwoStageAdapter"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,5 +153,106 @@ class Adapter(Protocol):
             teacher: the teacher's locations, of all its levels.
             student: the student's.
             levels: which of the teacher's levels belongs to each of the student's.
+        """
+        ...
+
+
+@runtime_checkable
+class SecondStage(Protocol):
+    """Takes apart a head that answers for regions. Like an adapter it holds no detector and no state.
+
+    Teacher and student answer for the same regions, the student's own, each with features from its own maps.
+    All images' regions stand one behind the other, in one level: towers take (regions, channels, height,
+    width) or (regions, channels), and predictions have the shape (1, regions, …).
+
+    Attributes:
+        recipe: the settings that hold for this head unless others are given.
+    """
+
+    recipe: HeadRecipe
+
+    def num_classes(self, detector: nn.Module) -> int:
+        """How many classes a detector predicts logits for, the background included."""
+        ...
+
+    def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Raises ``ValueError``, saying what differs and what to do, for heads that can't be compared."""
+        ...
+
+    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
+        """The head's branches, in the same order and under the same names for both detectors."""
+        ...
+
+    def regions(self, student: nn.Module, predictions: Predictions, locations: Any, inputs: Inputs) -> Any:
+        """The regions of a batch, which the student proposes, as constants.
+
+        Called after the first head's `Adapter.losses`, so that random numbers are drawn in the detector's
+        own order.
+
+        Args:
+            student: whose first head made the predictions.
+            predictions: the first head's.
+            locations: the first head's.
+            inputs: with targets the regions are those that the student's own losses are made on; without,
+                as many of its best.
+        """
+        ...
+
+    def counts(self, regions: Any) -> Sequence[int]:
+        """How many regions each image has."""
+        ...
+
+    def features(
+        self, detector: nn.Module, maps: Sequence[Tensor], regions: Any, inputs: Inputs
+    ) -> Sequence[Tensor]:
+        """What the head is fed: one level, a tensor (regions, channels, height, width).
+
+        Args:
+            detector: pools it.
+            maps: what `Adapter.features` gave for this detector.
+            regions: the student's.
+            inputs: what this detector's maps were made of. With a view of its own, the teacher's images
+                may be of another size than those that the regions belong to.
+        """
+        ...
+
+    def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the head's predictors on the tower outputs, ``level`` always 0; shape (1, regions, …)."""
+        ...
+
+    def decode(self, detector: nn.Module, predictions: Predictions, regions: Any) -> Tensor:
+        """Boxes of shape (1, regions, 4), or (1, regions, classes, 4): xyxy in resized pixels, unclipped."""
+        ...
+
+    def losses(
+        self, student: nn.Module, predictions: Predictions, regions: Any, inputs: Inputs
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The student's own losses of this head under their own names, and the assignment behind them."""
+        ...
+
+    def assign_unlabelled(self, student: nn.Module, teacher: Predictions, threshold: float) -> Assignment:
+        """The assignment for images without targets; arguments as for `TwoStageAdapter`'s."""
+        ...
+
+
+@runtime_checkable
+class TwoStageAdapter(Adapter, Protocol):
+    """An adapter of a detector's first head, with its second head beside it.
+
+    Attributes:
+        parts: the names of the two heads, by which methods choose one (``CrossKD(part=…)``).
+        second: the second head.
+    """
+
+    parts: tuple[str, str]
+    second: SecondStage
+
+    def assign_unlabelled(self, student: nn.Module, teacher: Predictions, threshold: float) -> Assignment:
+        """The first head's assignment for images without targets, where its losses are means over a sample.
+
+        Args:
+            student: whose sampling to follow.
+            teacher: its predictions.
+            threshold: where the teacher is at least this sure (class probability), there is an object.
         """
         ...

@@ -1,4 +1,4 @@
-"""Adapters for torchvision's RetinaNet and FCOS, any backbone, any head norm."""
+"""Adapters for torchvision's detectors, any backbone: RetinaNet and FCOS here, others in their own files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from crosskd.adapters._torchvision_parts import (
     check_anchor_settings,
     check_box_coding,
     check_forwards,
+    check_image_channels,
     check_same_anchors,
+    predict_from_tower,
     probed_strides,
     widened,
 )
+from crosskd.adapters._torchvision_two_stage import Regions, TorchvisionFasterRCNNAdapter
 from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Inputs
 from crosskd.head import Branch, Tower
@@ -38,7 +41,9 @@ from crosskd.predictions import Assignment, Predictions, mean_over_ranks
 
 __all__ = [
     "Locations",
+    "Regions",
     "TorchvisionFCOSAdapter",
+    "TorchvisionFasterRCNNAdapter",
     "TorchvisionRetinaNetAdapter",
     "prepare_images",
 ]
@@ -60,17 +65,34 @@ class _TorchvisionAdapter(ABC):
     # -- construction -------------------------------------------------------------------------
 
     def num_classes(self, detector: Any) -> int:
-        """How many labels the detector knows, the first of them 0."""
-        return int(detector.head.classification_head.num_classes)
+        """How many labels the detector knows, the first of them 0.
+
+        Raises:
+            ValueError: its predictors give numbers for others.
+        """
+        head = detector.head
+        classes, anchors = int(head.classification_head.num_classes), _anchors_of(detector)
+        for name, values in self._predicted(classes).items():
+            width = getattr(head.get_submodule(name), "out_channels", None)
+            if anchors is not None and width is not None and width != anchors * values:
+                raise ValueError(
+                    f"head.{name} gives {width} numbers a location, but {anchors} anchors there with "
+                    f"{values} each (num_classes is {classes}) need {anchors * values}: build the head with "
+                    "the classes and the anchor_generator that it is for, or set its num_classes"
+                )
+        return classes
 
     def strides(self, detector: Any) -> list[float] | None:
         """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS))
+        channels = len(detector.transform.image_mean)
+        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS), channels)
 
     def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
             check_forwards(side, detector, self._forwards)
+        transforms = [detector.get_submodule("transform") for detector in (teacher, student)]
+        check_image_channels(*transforms, levels)
         theirs, ours = (detector.get_submodule("anchor_generator") for detector in (teacher, student))
         check_anchor_settings(theirs, ours, {"sizes": True, "aspect_ratios": False}, levels)
         check_box_coding(self._coder_settings(teacher), self._coder_settings(student))
@@ -81,9 +103,9 @@ class _TorchvisionAdapter(ABC):
         for name, predictor_names in self._predictors().items():
             head: Any = detector.get_submodule(f"head.{name}_head")
             predictors = {p: getattr(head, p) for p in predictor_names}
-            width = next(iter(predictors.values())).in_channels
             blocks = list(head.conv)
-            tower = Tower.of(blocks, f"{name} tower", width_in=None if blocks else width)
+            width = None if blocks else next(iter(predictors.values())).in_channels
+            tower = Tower.of(blocks, f"{name} tower", width_in=width)
             branches.append(Branch(name, (tower,), predictors))
         return tuple(branches)
 
@@ -131,6 +153,10 @@ class _TorchvisionAdapter(ABC):
         """The predictors' names by branch."""
 
     @abstractmethod
+    def _predicted(self, classes: int) -> dict[str, int]:
+        """How many numbers each predictor, by its path in the head, gives for an anchor."""
+
+    @abstractmethod
     def _coder_settings(self, detector: Any) -> dict[str, Any]:
         """What two detectors must share for the same numbers to mean the same box."""
 
@@ -170,8 +196,8 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
     def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
         head = detector.head
-        logits = _predict(head.classification_head, towers["classification"])
-        regression = _predict(head.regression_head, towers["regression"])
+        logits = predict_from_tower(head.classification_head, towers["classification"])
+        regression = predict_from_tower(head.regression_head, towers["regression"])
         return Predictions(logits, regression, quality=None)
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
@@ -184,9 +210,13 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
     def _predictors(self) -> dict[str, tuple[str, ...]]:
         return {"classification": ("cls_logits",), "regression": ("bbox_reg",)}
 
+    def _predicted(self, classes: int) -> dict[str, int]:
+        return {"classification_head.cls_logits": classes, "regression_head.bbox_reg": 4}
+
     def _coder_settings(self, detector: Any) -> dict[str, Any]:
         coders = (detector.box_coder, detector.head.regression_head.box_coder)
         return {
+            "coder": [type(coder).__qualname__ for coder in coders],
             "weights": [tuple(coder.weights) for coder in coders],
             "bbox_xform_clip": [coder.bbox_xform_clip for coder in coders],
         }
@@ -224,8 +254,8 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
     def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
         head = detector.head
-        logits = _predict(head.classification_head, towers["classification"])
-        regression, centerness = _predict(head.regression_head, towers["regression"])
+        logits = predict_from_tower(head.classification_head, towers["classification"])
+        regression, centerness = predict_from_tower(head.regression_head, towers["regression"])
         return Predictions(logits, regression, quality=centerness.squeeze(-1))
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
@@ -237,9 +267,16 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
     def _predictors(self) -> dict[str, tuple[str, ...]]:
         return {"classification": ("cls_logits",), "regression": ("bbox_reg", "bbox_ctrness")}
 
+    def _predicted(self, classes: int) -> dict[str, int]:
+        boxes = {"regression_head.bbox_reg": 4, "regression_head.bbox_ctrness": 1}
+        return {"classification_head.cls_logits": classes, **boxes}
+
     def _coder_settings(self, detector: Any) -> dict[str, Any]:
         coders = (detector.box_coder, detector.head.box_coder)
-        return {"normalize_by_size": [coder.normalize_by_size for coder in coders]}
+        return {
+            "coder": [type(coder).__qualname__ for coder in coders],
+            "normalize_by_size": [coder.normalize_by_size for coder in coders],
+        }
 
     def _head_outputs(self, predictions: Predictions) -> dict[str, Tensor]:
         assert predictions.quality is not None
@@ -266,29 +303,18 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
         return Assignment(None, positive, mean_over_ranks(total).clamp(min=1))
 
 
+def _anchors_of(detector: Any) -> int | None:
+    """Anchors at a location, where the anchor generator tells; as many on each level, for the head is shared."""
+    counts = getattr(detector.anchor_generator, "num_anchors_per_location", None)
+    return int(counts()[0]) if counts is not None else None
+
+
 def _centerness(sides: Tensor) -> Tensor:
     """FCOS's centerness of a point in its box, from its distances (rows, 4) to left, top, right, bottom."""
     left_right, top_bottom = sides[:, [0, 2]], sides[:, [1, 3]]
     ratios = (left_right.amin(1) / left_right.amax(1)) * (top_bottom.amin(1) / top_bottom.amax(1))
     centerness: Tensor = ratios.sqrt()
     return centerness
-
-
-class _PredictorsOnly:
-    """Stands in for one of torchvision's heads in its own forward, as one whose tower is done already."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self._head = head
-
-    def conv(self, tower_output: Tensor) -> Tensor:
-        return tower_output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._head, name)
-
-
-def _predict(head: nn.Module, tower_output: Tensor) -> Any:
-    return type(head).forward(_PredictorsOnly(head), [tower_output])  # type: ignore[arg-type, unused-ignore]
 
 
 def _losses_and_matches(student: Any, targets: Any, *arguments: Any) -> tuple[dict[str, Tensor], Tensor]:

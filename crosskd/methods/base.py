@@ -30,7 +30,10 @@ class Step:
         teacher_taps: likewise, what `Method.observe_teacher` made of the teacher's features.
         predict_as_teacher: turns outputs of the teacher's towers, by branch name and in level order,
             into predictions; gradients flow through it.
-        boxes: decodes predictions into boxes of shape (batch, anchors, 4), xyxy in pixels.
+        boxes: decodes predictions into boxes of shape (batch, anchors, 4), xyxy in pixels; of shape
+            (batch, anchors, classes, 4) where each class has one.
+        counts: of a head that answers for regions, how many of them each image has: they stand one behind
+            the other in a batch of one.
     """
 
     student: Predictions
@@ -41,6 +44,7 @@ class Step:
     teacher_taps: Mapping[str, Sequence[Any]]
     predict_as_teacher: Callable[[Mapping[str, Iterable[Tensor]]], Predictions]
     boxes: Callable[[Predictions], Tensor]
+    counts: Sequence[int] | None = None
 
 
 class Method(nn.Module, ABC):
@@ -52,12 +56,15 @@ class Method(nn.Module, ABC):
     Args:
         schedule: how strongly the method counts as training goes on; always fully without one.
         name: what stands in front of the method's losses where two methods' would clash.
+        part: of a detector with several heads the one to distil; each of them, by a copy of the method,
+            unless given.
     """
 
-    def __init__(self, *, schedule: Schedule | None = None, name: str) -> None:
+    def __init__(self, *, schedule: Schedule | None = None, name: str, part: str | None = None) -> None:
         super().__init__()
         self.schedule = schedule
         self.name = name
+        self.part = part
 
     def setup(
         self,

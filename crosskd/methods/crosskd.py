@@ -55,6 +55,8 @@ class CrossKD(Method):
         temperature: of the distributions, for ``"distribution_kl"``.
         schedule: how strongly the method counts as training goes on.
         name: what stands in front of the losses' names where two methods' would clash.
+        part: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
+            them, each with its own settings, unless given.
 
     Raises:
         ValueError: a weight, exponent, temperature or tap that is out of range.
@@ -81,8 +83,9 @@ class CrossKD(Method):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
         name: str = "crosskd",
+        part: str | None = None,
     ) -> None:
-        super().__init__(schedule=schedule, name=name)
+        super().__init__(schedule=schedule, name=name, part=part)
         if tap not in ("post", "pre"):
             raise ValueError(f'tap must be "post" or "pre", got {tap!r}')
         if position is not None and not _is_position(position):
@@ -124,7 +127,10 @@ class CrossKD(Method):
         recipe: HeadRecipe,
     ) -> None:
         """Settles position and weights, checks them, and makes a projection where widths differ."""
-        self.position = recipe.position if self.position is None else self.position
+        if self.position is None:
+            self.position = recipe.position
+        if self.position is None:
+            self.position = _last_positions(teacher_branches, student_branches)
         self.comparison = self.comparison.settled(recipe)
         student_point, teacher_point = self.split
         for teacher, student in zip(teacher_branches, student_branches, strict=True):
@@ -134,6 +140,7 @@ class CrossKD(Method):
                     branch.check(point)
                 except ValueError as error:
                     raise ValueError(f"{side}: {error}") from None
+            _check_kinds(teacher, teacher_point, student, student_point)
             self._add_projections(teacher, student)
 
     def _add_projections(self, teacher: Branch, student: Branch) -> None:
@@ -192,3 +199,35 @@ def _is_position(value: Any) -> bool:
     numbers = value if isinstance(value, tuple) else (value,)
     whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
     return whole and (not isinstance(value, tuple) or len(value) == 2)
+
+
+def _last_positions(teacher: tuple[Branch, ...], student: tuple[Branch, ...]) -> tuple[int, int]:
+    """Where to split towers for which no position was published, as (student's, teacher's).
+
+    As late as leaves the teacher's towers a block to run, and at the same distance from the student's end
+    if its features are of the same kind there, maps or vectors; else as near to it as they are.
+    """
+    pairs = list(zip(teacher, student, strict=True))
+    theirs, ours = (min(len(branch.tower(0).blocks) for branch in side) for side in (teacher, student))
+    candidates = [*range(max(ours - 1, 0), -1, -1), ours]
+    for position in range(max(theirs - 1, 0), -1, -1):
+        for own in candidates:
+            if all(t.tower(0).is_flat(position) == s.tower(0).is_flat(own) for t, s in pairs):
+                return own, position
+    return 0, 0
+
+
+def _check_kinds(teacher: Branch, teacher_point: TapPoint, student: Branch, student_point: TapPoint) -> None:
+    """Raises ``ValueError`` where one side's features are vectors at the split and the other's are maps."""
+    theirs, ours = teacher.tower(0), student.tower(0)
+    flat = theirs.is_flat(teacher_point.position), ours.is_flat(student_point.position)
+    if flat[0] == flat[1]:
+        return
+    kinds = ["vectors" if side else "maps" for side in flat]
+    fitting = [n for n in range(len(theirs.blocks) + 1) if theirs.is_flat(n) == flat[1]]
+    after = [f"after block {point.position}" for point in (teacher_point, student_point)]
+    raise ValueError(
+        f"the {student.name} branch is split where features are {kinds[0]} (teacher, {after[0]}) and "
+        f"{kinds[1]} (student, {after[1]}): give position=(student's, teacher's); {fitting} will do for the "
+        f"teacher beside {student_point.position} for the student"
+    )

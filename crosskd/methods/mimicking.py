@@ -28,6 +28,8 @@ class PredictionMimicking(Method):
         temperature: of the distributions, for ``"distribution_kl"``.
         schedule: how strongly the method counts as training goes on.
         name: what stands in front of the losses' names where two methods' would clash.
+        part: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
+            them, each with its own settings, unless given.
 
     Raises:
         ValueError: a weight, exponent or temperature that is out of range.
@@ -51,8 +53,9 @@ class PredictionMimicking(Method):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
         name: str = "mimicking",
+        part: str | None = None,
     ) -> None:
-        super().__init__(schedule=schedule, name=name)
+        super().__init__(schedule=schedule, name=name, part=part)
         self.comparison = Comparison(
             cls_weight=cls_weight,
             reg_weight=reg_weight,
