@@ -44,7 +44,8 @@ class Distiller(nn.Module):
     In training ``distiller(images, targets)`` returns the student's own losses under their own names,
     exactly as the student alone would, and the methods' losses (``kd_cls``, ``kd_reg``,
     ``kd_quality``); ``distiller(images)`` returns the methods' losses alone, for images without labels.
-    In eval it answers what the student alone would.
+    In eval it answers what the student alone would. A detector of two stages has each of the methods'
+    losses twice, under the names of its parts (``kd_rpn_cls``, ``kd_box_cls``).
 
     The student is trained in place and stays the plain detector that it was. The teacher is never
     touched: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
@@ -54,10 +55,12 @@ class Distiller(nn.Module):
     Args:
         teacher: a trained detector.
         student: the detector to train, of the same family.
-        methods: one method or several. They are copied, so one object may serve several distillers.
+        methods: one method or several. They are copied, so one object may serve several distillers. Of a
+            detector of two stages a method distils both, or the one that its ``part`` names.
         adapter: how to take the detectors apart; found from their types unless given.
         class_map: for a teacher that knows more classes, or the same in another order: the teacher's
-            class index for each of the student's. The teacher's other classes are left out.
+            class index for each of the student's, the background included where the classes share a
+            softmax. The teacher's other classes are left out.
         teacher_view: called with (images, targets), gives the images that the teacher sees instead of
             the student's: the same scenes at another resolution, in another modality, without
             augmentation. The teacher preprocesses them itself. Its strides may differ from the student's

@@ -41,10 +41,13 @@ class CrossKD(Method):
     FCOS      2        0.4        0.75 (log IoU)                      0
     ========= ======== ========== =================================== ==============
 
+    For other heads nothing was published; their adapters say which settings they have instead.
+
     Args:
         position: after how many blocks of each tower the teacher's head takes over: from 0, the
             tower's input, to the number of blocks. `crosskd.describe` prints what a detector offers.
-            Two numbers, (student's, teacher's), where the towers differ in length.
+            Two numbers, (student's, teacher's), where the towers differ in length. Of a two-stage detector
+            that it isn't given for, the last place in front of one of the teacher's blocks.
         tap: ``"post"`` hands over the features after the block's activation, with which all published
             results were trained; ``"pre"`` those before it.
         cls_weight: weight of ``kd_cls``.
