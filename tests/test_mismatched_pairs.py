@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import types
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
+from crosskd.predictions import Predictions
+from tests.adapters.test_generic import Fully, PerLevel, Shared, adapter_for, fully_adapter, pixels
 from tests.test_docs import ROOT, python_blocks
 from tests.tiny import STRIDES, TinyBackbone, liven, tiny_batch, tiny_fcos, tiny_retinanet
 
@@ -288,3 +292,187 @@ def test_resizing_changes_nothing_where_sizes_agree(build):
         for resize in (False, True)
     ]
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+METHODS = pytest.mark.parametrize("method", [CrossKD(), PredictionMimicking()], ids=lambda m: m.name)
+
+
+def refused(message: str, teacher: nn.Module, student: nn.Module, *arguments, **options) -> None:
+    """Checks that a pair is refused when the distiller is made."""
+    with pytest.raises(ValueError, match=message):
+        Distiller(teacher, student, *arguments, **options)
+
+
+def with_new_predictor(detector: nn.Module, name: str, numbers: int) -> nn.Module:
+    """As after a change of one predictor that the rest of the head was not told of."""
+    branch = "classification" if name == "cls_logits" else "regression"
+    head = detector.head.get_submodule(f"{branch}_head")
+    setattr(head, name, nn.Conv2d(32, numbers, 3, padding=1))
+    return detector
+
+
+@METHODS
+@pytest.mark.parametrize(("name", "numbers"), [("cls_logits", 24), ("bbox_reg", 36)])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_head_whose_predictors_do_not_fit_its_classes_or_anchors(build, method, name, numbers, side):
+    pair = {"teacher": build(), "student": build(seed=1)}
+    with_new_predictor(pair[side], name, numbers)
+    refused(
+        rf"{side}: head\.\w+\.{name} gives {numbers} numbers a location, but \d anchors",
+        *pair.values(),
+        method,
+    )
+
+
+class DoublingCoder(BoxCoder):
+    def decode_single(self, rel_codes, boxes):
+        return super().decode_single(2 * rel_codes, boxes)
+
+
+class DoublingLinearCoder(BoxLinearCoder):
+    def decode(self, rel_codes, boxes):
+        return super().decode(2 * rel_codes, boxes)
+
+
+@METHODS
+def test_a_box_coder_of_another_class(build, method):
+    teacher = build()
+    if build is tiny_retinanet:
+        coder = teacher.box_coder = teacher.head.regression_head.box_coder = DoublingCoder(
+            (1.0, 1.0, 1.0, 1.0)
+        )
+    else:
+        coder = teacher.box_coder = teacher.head.box_coder = DoublingLinearCoder(normalize_by_size=True)
+    message = (
+        rf"box coding differs: .*{type(coder).__name__}.* \(teacher\), .*'Box(Linear)?Coder'.* \(student\)"
+    )
+    refused(message, teacher, build(seed=1), method)
+
+
+def with_channels(build, channels: int, **options) -> nn.Module:
+    """A detector for images of other channels than three."""
+    detector = build(image_mean=[0.5] * channels, image_std=[0.2] * channels, **options)
+    detector.backbone.stem[0][0] = nn.Conv2d(channels, 8, 3, stride=2, padding=1)
+    return detector
+
+
+@METHODS
+@pytest.mark.parametrize("channels", [(1, 3), (3, 1), (6, 3)])
+def test_images_of_other_channels(build, method, channels):
+    teacher, student = (with_channels(build, n, seed=seed) for seed, n in enumerate(channels))
+    message = rf"channels differ: {channels[0]} \(teacher\), {channels[1]} \(student\).*teacher_view="
+    refused(message, teacher, student, method)
+
+
+def test_a_view_of_other_channels():
+    teacher = with_channels(tiny_retinanet, 1)
+    view = Distiller(
+        teacher, tiny_retinanet(seed=1), CrossKD(), teacher_view=lambda images, _: [i[:1] for i in images]
+    )
+    assert_reaches_the_student(view, view(*tiny_batch()))
+
+
+def test_levels_are_told_whatever_the_channels():
+    teacher, student = (with_channels(tiny_fcos, 6, seed=seed) for seed in range(2))
+    student.backbone.stem[0][0].stride = (4, 4)
+    refused(r"strides differ: \[8.0, 16.0, 32.0\] \(teacher\), \[16.0", teacher, student, CrossKD())
+
+
+# -- what is refused of detectors that are named, not written -------------------------------------
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("teacher", "student", "options", "message"),
+    [
+        (
+            Shared(anchors=3),
+            Shared(seed=1),
+            {},
+            r"differ, .*: \[3\] \(teacher\), \[1\] \(student\).*build both heads",
+        ),
+        # As many boxes in all, 144, but at other places.
+        (
+            PerLevel(anchors=(1, 5)),
+            PerLevel(anchors=(2, 1), seed=1),
+            {"paths": "heads.*."},
+            r"anchors a location differ, level by level: \[1, 5\] \(teacher\), \[2, 1\] \(student\)",
+        ),
+        (
+            PerLevel(levels=3, anchors=(1, 2, 1)),
+            PerLevel(anchors=(1, 1), seed=1),
+            {"paths": "heads.*.", "strides": lambda d: [2, 4, 8] if len(d.heads) == 3 else [4, 8]},
+            r"anchors a location differ, level by level: \[2, 1\] \(teacher\), \[1, 1\] \(student\)",
+        ),
+        (
+            PerLevel(levels=3, anchors=(1, 1, 1)),
+            PerLevel(seed=1),
+            {"paths": "heads.*."},
+            r"levels differ: 3 \(teacher\), 2 \(student\).*Pass strides=",
+        ),
+        (
+            Shared(classes=5),
+            Shared(seed=1),
+            {"num_classes": 3},
+            "teacher: num_classes= is 3 for Shared, whose predictors give 5 classes at each anchor: leave it",
+        ),
+    ],
+)
+def test_predictors_of_named_detectors(method, teacher, student, options, message):
+    refused(message, teacher, student, method, adapter_for(**options))
+
+
+@METHODS
+def test_towers_of_other_kinds_of_layers(method):
+    student = Fully(space=(3, 4), seed=1)
+    student.tower = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
+    student.cls, student.box = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 1)
+    message = r"both tower differs in kind: linear layers, channels last \(teacher\), convolutions \(student"
+    refused(message, Fully(space=(3, 4)), student, method, fully_adapter())
+
+
+@METHODS
+def test_classes_that_only_predict_tells(method):
+    """Seen on the first step, before anything is compared."""
+
+    def predict(detector, level, towers):
+        outputs = detector.head.cls(towers["cls"]), detector.head.box(towers["box"])
+        return Predictions(*(output.flatten(2).mT for output in outputs), None)
+
+    distiller = Distiller(
+        Shared(classes=5), Shared(seed=1), method, adapter_for(predict=predict, num_classes=3)
+    )
+    with pytest.raises(
+        ValueError, match="num_classes= is 3, but Shared gives logits of 5 classes: pass a fun"
+    ):
+        distiller(pixels(), [])
+
+
+@dataclass
+class Places:
+    """Where boxes are, a level."""
+
+    by_level: list[Tensor]
+
+
+@METHODS
+@pytest.mark.parametrize("form", [Places, list, lambda places: {"by_level": places}])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_places_are_compared_in_whatever_form_they_come(method, form, offset):
+    """The teacher has a level more: the others are compared."""
+
+    def places(detector, inputs, features):
+        shift = offset if len(features) == 3 else 0.0
+        return form([torch.full((level[0, 0].numel(), 2), level.shape[-1] + shift) for level in features])
+
+    teacher, student = Shared(levels=3), Shared(seed=1)
+    strides = {3: [2, 4, 8], 2: [2, 4]}
+    adapter = adapter_for(locations=places, strides=lambda d: strides[len(d.backbone.stages)])
+    distiller = Distiller(teacher, student, method, adapter)
+    if not offset:
+        assert distiller(pixels(), [])["kd_cls"] > 0
+        return
+    with pytest.raises(ValueError, match=r"locations of the first batch, \(64, 2\), have other values for"):
+        distiller(pixels(), [])

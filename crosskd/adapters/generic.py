@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ Where = str | Callable[[Any], Any]
 """A module of a detector: its path, ``"head.cls_tower"``, or a function that finds it."""
 
 _ROLES = ("logits", "regression", "quality")
+_WIDTHS_OUT = ("out_channels", "out_features")
 _BOXES = HeadRecipe("own detector", 1, cls_weight=1.0, reg_weight=1.0, regression="giou")
 _DISTRIBUTIONS = HeadRecipe(
     "own detector", 1, cls_weight=1.0, reg_weight=4.0, regression="distribution_kl"
@@ -150,21 +151,39 @@ class GenericAdapter:
         """What was given, or what the widths of the predictors tell.
 
         Raises:
-            ValueError: predictors that aren't there, that tell no width, or whose widths don't fit together.
+            ValueError: predictors that aren't there, that tell no width, or whose widths don't fit together,
+                or don't fit the number that was given.
         """
-        if self._num_classes is not None:
-            return self._num_classes if isinstance(self._num_classes, int) else self._num_classes(detector)
-        by_role = self._named_predictors(detector)
-        counts = set()
-        for level in range(max(len(_as_list(found)) for found in by_role.values())):
-            widths = {role: _width_out(_of_level(found, level)) for role, found in by_role.items()}
-            counts.add(self._classes_of(widths, detector))
+        given = self._num_classes(detector) if callable(self._num_classes) else self._num_classes
+        if given is not None and (self._predict is not None or not self._tells_widths(detector)):
+            return given
+        counts = {self._classes_of(widths, detector) for widths in self._widths(detector)}
         if len(counts) > 1:
             raise ValueError(
                 f"{type(detector).__name__} predicts {sorted(counts)} classes, not as many on each level: "
                 "pass num_classes= and predict="
             )
-        return counts.pop()
+        counted = counts.pop()
+        if given not in (None, counted):
+            raise ValueError(
+                f"num_classes= is {given} for {type(detector).__name__}, whose predictors give {counted} "
+                "classes at each anchor: leave it out, or pass a function of the detector"
+            )
+        return counted
+
+    def _tells_widths(self, detector: nn.Module) -> bool:
+        """Whether each predictor surely gives as many numbers as its last layer says."""
+        found = self._named_predictors(detector).values()
+        return all(_ends_in_a_layer(module) for modules in found for module in _as_list(modules))
+
+    def _widths(self, detector: nn.Module) -> list[dict[str, int]]:
+        """How many numbers the predictors give at a location, by role, a level or for all of them."""
+        by_role = self._named_predictors(detector)
+        levels = max(len(_as_list(found)) for found in by_role.values())
+        return [
+            {role: _width_out(_of_level(found, level)) for role, found in by_role.items()}
+            for level in range(levels)
+        ]
 
     def _classes_of(self, widths: Mapping[str, int], detector: nn.Module) -> int:
         anchors = widths["regression"] // (4 * self.bins)
@@ -182,17 +201,60 @@ class GenericAdapter:
         return self._strides(detector) if callable(self._strides) else self._strides
 
     def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-        """Finds every module that was named, and calls what was given as ``check``."""
+        """Finds every module that was named, compares what they tell, calls what was given as ``check``.
+
+        Raises:
+            ValueError: modules that aren't there, other anchors a location, towers of another kind of layers.
+        """
+        counts = []
         for side, detector in (("teacher", teacher), ("student", student)):
             try:
                 self.branches(detector)
-                self._levels(detector)
+                counts.append(self._levels(detector))
                 if isinstance(self._features, str):
                     _at_path(detector, self._features, "features")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{side}: {error}") from error
+        if levels.teacher is None and None not in counts and counts[0] != counts[1]:
+            raise ValueError(
+                f"the levels differ: {counts[0]} (teacher), {counts[1]} (student), by the modules of each. "
+                "Pass strides=, by which the student's are found among the teacher's, which may have more"
+            )
+        self._check_layouts(teacher, student)
+        self._check_anchors(teacher, student, levels)
         if self._check is not None:
             self._check(teacher, student)
+
+    def _check_layouts(self, teacher: nn.Module, student: nn.Module) -> None:
+        for theirs, ours in zip(self.branches(teacher), self.branches(student), strict=True):
+            last = [branch.tower(0).channels_last for branch in (theirs, ours)]
+            if last[0] != last[1]:
+                kinds = ["linear layers, channels last" if side else "convolutions" for side in last]
+                raise ValueError(
+                    f"the {ours.name} tower differs in kind: {kinds[0]} (teacher), {kinds[1]} (student). "
+                    "Features of one can't be read by the other: build both of the same kind of layers"
+                )
+
+    def _check_anchors(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
+        """Compares how many anchors each location has, where predictors tell; else the first step does."""
+        sides = teacher, student
+        if self._predict is not None or not all(self._tells_widths(detector) for detector in sides):
+            return
+        theirs, ours = (
+            [widths["regression"] // (4 * self.bins) for widths in self._widths(detector)]
+            for detector in sides
+        )
+        pairs = list(levels)
+        if levels.teacher is None:
+            pairs = [(level, level) for level in range(max(len(theirs), len(ours)))]
+        paired = [(theirs[t % len(theirs)], ours[s % len(ours)]) for s, t in pairs]
+        if any(a != b for a, b in paired):
+            counts = [list(side) for side in zip(*paired, strict=True)]
+            raise ValueError(
+                f"anchors a location differ, level by level: {counts[0]} (teacher), {counts[1]} (student), "
+                "by the widths of the predictors of regression. Boxes are compared anchor by anchor: build "
+                "both heads for the same anchors, and train the teacher with them"
+            )
 
     def _levels(self, detector: nn.Module) -> int | None:
         """How many levels a detector has, where strides or modules a level tell."""
@@ -290,8 +352,18 @@ class GenericAdapter:
 
     def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """What was given, or the predictors' outputs as they are."""
-        if self._predict is not None:
-            return self._predict(detector, level, towers)
+        predict = self._predict or self._predicted
+        predictions = predict(detector, level, towers)
+        classes, given = predictions.logits.shape[-1], self._num_classes
+        if isinstance(given, int) and classes != given:
+            raise ValueError(
+                f"num_classes= is {given}, but {type(detector).__name__} gives logits of {classes} classes: "
+                "pass a function of the detector, for teacher and student may differ"
+            )
+        return predictions
+
+    def _predicted(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """The predictors' outputs as they are."""
         rows = {}
         for branch, behind in self._predictors.items():
             for role in behind:
@@ -356,9 +428,13 @@ class GenericAdapter:
         return student(images) if self._detect is None else self._detect(student, images)
 
     def check_locations(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where locations that are tensors differ."""
-        for theirs, ours in zip(_tensors(teacher), _tensors(student), strict=False):
-            # Where levels are left out the teacher has more of them, and nothing tells which these are.
+        """Raises ``ValueError`` where tensors in the locations differ.
+
+        They may stand in sequences, dicts and dataclasses. Of a sequence of one thing a level those of the
+        levels that are used are compared.
+        """
+        for theirs, ours in _pairs(teacher, student, levels):
+            # A tensor of all levels has other rows where levels are left out: nothing tells which these are.
             # Where strides differ by a factor so do places and sizes, but not what else may be counted.
             if theirs.shape != ours.shape or (levels.scale != 1 and not ours.is_floating_point()):
                 continue
@@ -469,7 +545,7 @@ def _kinds(value: Any) -> str:
 
 def _width_out(predictor: nn.Module) -> int:
     """How many numbers a predictor gives at a location."""
-    return _integer_of(predictor, reversed(list(predictor.modules())), "out_channels", "out_features")
+    return _integer_of(predictor, reversed(list(predictor.modules())), *_WIDTHS_OUT)
 
 
 def _width_in(predictor: nn.Module) -> int:
@@ -477,9 +553,19 @@ def _width_in(predictor: nn.Module) -> int:
     return _integer_of(predictor, predictor.modules(), "in_channels", "in_features")
 
 
-def _integer_of(predictor: nn.Module, modules: Iterable[nn.Module], *names: str) -> int:
+def _ends_in_a_layer(predictor: nn.Module) -> bool:
+    while isinstance(predictor, nn.Sequential) and len(predictor):
+        predictor = predictor[-1]
+    return _integer_in([predictor], *_WIDTHS_OUT) is not None
+
+
+def _integer_in(modules: Iterable[nn.Module], *names: str) -> int | None:
     values = (getattr(module, name, None) for module in modules for name in names)
-    found = next((value for value in values if isinstance(value, int)), None)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _integer_of(predictor: nn.Module, modules: Iterable[nn.Module], *names: str) -> int:
+    found = _integer_in(modules, *names)
     if found is None:
         raise ValueError(
             f"the predictor {type(predictor).__name__} has neither {' nor '.join(names)}, nor has a layer of "
@@ -506,12 +592,25 @@ def _by_anchor(rows: Tensor, anchors: int) -> Tensor:
     return rows.reshape(rows.shape[0], rows.shape[1] * anchors, -1)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of sequences and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            yield from _tensors(part)
+def _pairs(teacher: Any, student: Any, levels: LevelPairs) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two nests of sequences, dicts and dataclasses that stand at the same places."""
+    if isinstance(teacher, Tensor) and isinstance(student, Tensor):
+        yield teacher, student
+        return
+    theirs, ours = _parts(teacher), _parts(student)
+    used = levels.teacher or ()
+    if isinstance(student, Sequence) and len(ours) == len(used) and max(used) < len(theirs) != len(ours):
+        theirs = {place: theirs[index] for place, index in enumerate(used)}
+    for place in ours:
+        if place in theirs:
+            yield from _pairs(theirs[place], ours[place], levels)
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What a container holds, by place."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    return dict(enumerate(value)) if listed else {}

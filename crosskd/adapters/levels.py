@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["LevelPairs", "pair_levels"]
 
@@ -18,6 +18,7 @@ class LevelPairs:
             could not be told beforehand, and the two go level by level.
         scale: the teacher's strides over the student's. Other than 1 where the teacher sees the images
             at another resolution.
+        own_view: the teacher sees images of its own (``teacher_view=``), which may have other channels.
 
     Example:
         >>> pairs = pair_levels([8, 16, 32, 64], [16, 32])
@@ -27,6 +28,7 @@ class LevelPairs:
 
     teacher: tuple[int, ...] | None
     scale: float = 1.0
+    own_view: bool = field(default=False, compare=False)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(student level, teacher level), where known."""
@@ -45,23 +47,23 @@ def pair_levels(
     Args:
         teacher: pixels between neighbouring locations, a level; ``None`` where unknown.
         student: likewise.
-        rescaled: the teacher may see the images at another resolution, so that all strides differ by one
-            factor.
+        rescaled: the teacher sees images of its own, maybe at another resolution, so that all strides may
+            differ by one factor.
 
     Raises:
         ValueError: one of the student's levels has no counterpart.
     """
     if teacher is None or student is None:
-        return LevelPairs(None)
+        return LevelPairs(None, own_view=rescaled)
     scales = [1.0, *(stride / student[0] for stride in teacher)] if rescaled else [1.0]
     for scale in scales:
         found = _in_order(teacher, [scale * stride for stride in student])
         if found is not None:
-            return LevelPairs(found, scale)
+            return LevelPairs(found, scale, own_view=rescaled)
     raise ValueError(
         f"strides differ: {list(teacher)} (teacher), {list(student)} (student). Each of the student's levels "
         "needs one of the teacher's with the same stride, while the teacher may have more: build both with "
-        "the same pyramid levels"
+        "the same pyramid levels, and for images of one size where they resize them to a fixed one"
     )
 
 

@@ -73,10 +73,10 @@ class _TorchvisionAdapter(ABC):
         head = detector.head
         classes, anchors = int(head.classification_head.num_classes), _anchors_of(detector)
         for name, values in self._predicted(classes).items():
-            width = getattr(head.get_submodule(name), "out_channels", None)
-            if anchors is not None and width is not None and width != anchors * values:
+            weight = getattr(head.get_submodule(name), "weight", None)
+            if anchors is not None and isinstance(weight, Tensor) and len(weight) != anchors * values:
                 raise ValueError(
-                    f"head.{name} gives {width} numbers a location, but {anchors} anchors there with "
+                    f"head.{name} gives {len(weight)} numbers a location, but {anchors} anchors there with "
                     f"{values} each (num_classes is {classes}) need {anchors * values}: build the head with "
                     "the classes and the anchor_generator that it is for, or set its num_classes"
                 )
@@ -91,8 +91,7 @@ class _TorchvisionAdapter(ABC):
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
             check_forwards(side, detector, self._forwards)
-        transforms = [detector.get_submodule("transform") for detector in (teacher, student)]
-        check_image_channels(*transforms, levels)
+        check_image_channels(teacher.get_submodule("transform"), student.get_submodule("transform"), levels)
         theirs, ours = (detector.get_submodule("anchor_generator") for detector in (teacher, student))
         check_anchor_settings(theirs, ours, {"sizes": True, "aspect_ratios": False}, levels)
         check_box_coding(self._coder_settings(teacher), self._coder_settings(student))
@@ -304,9 +303,11 @@ class TorchvisionFCOSAdapter(_TorchvisionAdapter):
 
 
 def _anchors_of(detector: Any) -> int | None:
-    """Anchors at a location, where the anchor generator tells; as many on each level, for the head is shared."""
-    counts = getattr(detector.anchor_generator, "num_anchors_per_location", None)
-    return int(counts()[0]) if counts is not None else None
+    """Anchors at a location, where the generator tells; as many on each level, which share the head."""
+    generator = detector.anchor_generator
+    if not all(hasattr(generator, name) for name in ("sizes", "aspect_ratios", "num_anchors_per_location")):
+        return None  # of the user's own
+    return int(generator.num_anchors_per_location()[0])
 
 
 def _centerness(sides: Tensor) -> Tensor:
