@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from crosskd.adapters.protocol import Inputs
 
-__all__ = ["Truth", "overlaps", "truth_of"]
+__all__ = ["Truth", "overlaps", "rows_of_images", "truth_of"]
 
 Truth = Callable[[Inputs], Sequence[Mapping[str, Tensor]]]
 """Tells an image's objects: ``boxes`` (objects, 4), xyxy in resized pixels, and ``labels`` (objects,)."""
@@ -57,6 +58,16 @@ def _by_image(targets: Mapping[str, Tensor], pixels: Tensor) -> list[dict[str, T
     return [
         {"boxes": boxes[index == image], "labels": labels[index == image]} for image in range(len(pixels))
     ]
+
+
+def rows_of_images(rows: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, ...]:
+    """What belongs to each image, shape (rows, …).
+
+    Args:
+        rows: shape (batch, anchors, …); with ``counts`` shape (1, regions, …), image after image.
+        counts: how many regions each image has, of a head that answers for regions.
+    """
+    return rows.unbind() if counts is None else torch.split(rows[0], list(counts))
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crosskd._checks import compute_dtype
-from crosskd._conformance.bench import PARTS, Batch, Bench, Finding, Skipped, Taken
+from crosskd._conformance.bench import PARTS, Batch, Bench, Finding, Skipped, Taken, told
 from crosskd._conformance.compare import near, some
 from crosskd._conformance.training import finite_findings, loss_findings, plain_losses, same, state_of
 
@@ -124,14 +124,15 @@ def _elsewhere(device: torch.device) -> torch.device | None:
 
 def _type_findings(taken: Taken) -> Iterator[Finding]:
     """Losses of a smaller type than float32, or than the head's own predictions."""
-    for name in sorted(taken.distilled.keys() & PARTS.keys()):
-        expected, found = compute_dtype(getattr(taken.seen.student, PARTS[name])), taken.distilled[name].dtype
-        if found != expected:
-            yield Finding(
-                f"{name} is {found}, of predictions that are {expected} or narrower",
+    for heard in taken.heard:
+        for name, loss in heard.losses.items():
+            expected = compute_dtype(getattr(heard.seen.student, PARTS[name]))
+            finding = Finding(
+                f"{name} is {loss.dtype}, of predictions that are {expected} or narrower",
                 f"{expected}",
                 "decode() casts to a type of its own",
             )
+            yield from told(heard.part, [finding] if loss.dtype != expected else [])
 
 
 def _first_image(images: Any, targets: Any) -> Batch:

@@ -1,9 +1,9 @@
-"""What the checks of an adapter work on: copies of the detectors, variations of the batch, one step."""
+"""What the checks of an adapter work on: copies of the detectors, their heads, one step."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,31 +13,37 @@ from torch import Tensor, nn
 
 from crosskd._noting import noting
 from crosskd._truth import Truth
-from crosskd.adapters.protocol import Adapter, Inputs
-from crosskd.distiller import Distiller
+from crosskd.adapters.protocol import Adapter, Inputs, SecondStage
+from crosskd.distiller import Distiller, _of_part
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch
 from crosskd.methods.base import Method, Step
-from crosskd.predictions import Predictions
+from crosskd.predictions import Predictions, join_levels
 
 __all__ = [
     "PARTS",
     "Batch",
     "Bench",
     "Finding",
+    "Heard",
+    "Part",
     "Pass",
     "Skipped",
+    "Source",
     "Taken",
     "Variation",
     "backward",
     "cloned",
-    "run_through",
+    "propose",
+    "run_head",
     "same_random_numbers",
+    "told",
 ]
 
 PARTS = {"kd_cls": "logits", "kd_reg": "regression", "kd_quality": "quality"}
 """Which of the predictions a distillation loss compares."""
 
+Source = Adapter | SecondStage
 Batch = tuple[Any, Any]
 Variation = Callable[[Any, Any], Batch]
 
@@ -60,8 +66,14 @@ class Skipped(Exception):  # noqa: N818  # it is no error
     """A check can't be run here; the message says why."""
 
 
+def told(part: str | None, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Findings about one head, with its name in front where there are several."""
+    for finding in findings:
+        yield finding if part is None else finding._replace(found=f"{part}: {finding.found}")
+
+
 class Pass(NamedTuple):
-    """A detector's way through the adapter.
+    """A detector's way through one of its heads.
 
     Attributes:
         maps: a feature map a level.
@@ -70,10 +82,57 @@ class Pass(NamedTuple):
         levels: a level's predictions.
     """
 
-    maps: list[Tensor]
+    maps: Sequence[Tensor]
     branches: tuple[Branch, ...]
     outputs: list[dict[str, Tensor]]
     levels: list[Predictions]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the detectors' heads, and what it is fed.
+
+    Attributes:
+        name: its name among several; ``None`` for the only one.
+        source: takes it apart.
+        inputs: the batch.
+        teacher_maps: the teacher's feature maps, or what it pools at the regions.
+        student_maps: the student's.
+        origin: for what is pooled, the student's maps that it was pooled from.
+        regions: of a head that answers for regions.
+    """
+
+    name: str | None
+    source: Source
+    inputs: Inputs
+    teacher_maps: Sequence[Tensor]
+    student_maps: Sequence[Tensor]
+    origin: Sequence[Tensor] = ()
+    regions: Any = None
+
+    def locations(self, detector: nn.Module, maps: Sequence[Tensor]) -> Any:
+        """Where a detector predicts: its anchors or points, or the regions."""
+        if self.regions is not None:
+            return self.regions
+        return self.source.locations(detector, self.inputs, maps)  # type: ignore[union-attr]
+
+
+class Heard(NamedTuple):
+    """What one head's method has seen and said in a training step.
+
+    Attributes:
+        part: the head's name among several; ``None`` for the only one.
+        source: takes the head apart.
+        method: the method.
+        seen: what it saw.
+        losses: those of `PARTS` that it gave, under these names.
+    """
+
+    part: str | None
+    source: Source
+    method: Method
+    seen: Step
+    losses: dict[str, Tensor]
 
 
 class Taken(NamedTuple):
@@ -81,34 +140,44 @@ class Taken(NamedTuple):
 
     Attributes:
         distiller: it was a new one.
-        method: its method.
         own: the student's own losses.
-        distilled: the method's.
-        seen: what the method saw.
+        distilled: the methods'.
+        heard: by head, what its method has seen and said.
+        parts: which head each of the student's own losses is of.
     """
 
     distiller: Distiller
-    method: Method
     own: dict[str, Tensor]
     distilled: dict[str, Tensor]
-    seen: Step
+    heard: list[Heard]
+    parts: dict[str, str | None]
 
 
-def run_through(adapter: Adapter, detector: nn.Module, pixels: Tensor) -> Pass:
-    """Runs a detector as distillation does, piece by piece.
+def run_head(source: Source, detector: nn.Module, maps: Sequence[Tensor]) -> Pass:
+    """Runs a head as distillation does, piece by piece.
 
     Args:
-        adapter: takes it apart.
+        source: takes it apart.
         detector: in the mode that it is to run in.
-        pixels: shape (batch, channels, height, width).
+        maps: what the head is fed.
     """
-    maps, branches = list(adapter.features(detector, pixels)), adapter.branches(detector)
+    branches = source.branches(detector)
     outputs = [
         {branch.name: branch.tower(level).run(feature_map.clone(), ())[0] for branch in branches}
         for level, feature_map in enumerate(maps)
     ]
-    levels = [adapter.predict(detector, level, cloned(towers)) for level, towers in enumerate(outputs)]
+    levels = [source.predict(detector, level, cloned(towers)) for level, towers in enumerate(outputs)]
     return Pass(maps, branches, outputs, levels)
+
+
+@torch.no_grad()
+def propose(
+    adapter: Adapter, student: nn.Module, predictions: Predictions, locations: Any, inputs: Inputs
+) -> Any:
+    """The regions that follow from a first head's predictions, asked for after its losses as in training."""
+    with same_random_numbers():
+        adapter.losses(student, predictions, locations, inputs)
+        return adapter.second.regions(student, predictions, locations, inputs)  # type: ignore[attr-defined]
 
 
 def cloned(towers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,6 +243,15 @@ class Bench:
         """A copy of images and targets, for a step that may change them."""
         return copy.deepcopy((self.images, self.targets))
 
+    @property
+    def sources(self) -> dict[str | None, Source]:
+        """What takes each head apart, by the head's name, in the order in which they run."""
+        second = getattr(self.adapter, "second", None)
+        if second is None:
+            return {None: self.adapter}
+        names = self.adapter.parts  # type: ignore[attr-defined]
+        return dict(zip(names, (self.adapter, second), strict=True))
+
     def sides(self) -> tuple[tuple[str, nn.Module], ...]:
         """Copies: the teacher in eval mode, the student in train mode."""
         return (
@@ -194,6 +272,27 @@ class Bench:
         with same_random_numbers():
             return self.adapter.prepare(teacher, student, *self.batch)
 
+    def parts(self, teacher: nn.Module, student: nn.Module) -> Iterator[Part]:
+        """Each head of two detectors; a second one is fed when its turn comes, by the first one's student.
+
+        Args:
+            teacher: in the mode that it is to run in.
+            student: likewise.
+        """
+        inputs, adapter = self.prepare(teacher, student), self.adapter
+        theirs = adapter.features(teacher, inputs.teacher_pixels)
+        ours = adapter.features(student, inputs.student_pixels)
+        (first, _), *others = self.sources.items()
+        yield Part(first, adapter, inputs, theirs, ours)
+        for name, second in others:
+            predictions = join_levels(run_head(adapter, student, ours).levels).detach()
+            regions = propose(adapter, student, predictions, adapter.locations(student, inputs, ours), inputs)
+            pooled = [
+                second.features(detector, maps, regions, inputs)  # type: ignore[call-arg, arg-type]
+                for detector, maps in ((teacher, theirs), (student, ours))
+            ]
+            yield Part(name, second, inputs, pooled[0], pooled[1], ours, regions)
+
     def distiller(self, teacher: nn.Module | None = None, adapter: Adapter | None = None) -> Distiller:
         """A distiller of copies, in train mode.
 
@@ -210,20 +309,26 @@ class Bench:
 
     def step(self, batch: Batch | None = None) -> Taken:
         """One training step of a new distiller."""
-        own, seen = set[str](), list[Step]()
+        own, seen, sources = dict[str, str | None](), dict[str, Step](), self.sources
 
         def note(name: str, arguments: tuple[Any, ...], result: Any) -> None:
-            if name == "losses":
-                own.update(result[0])
+            if name in ("losses", "second.losses"):
+                own.update(dict.fromkeys(result[0], list(sources)[name == "second.losses"]))
 
         distiller = self.distiller(adapter=noting(self.adapter, note))
-        (method,) = distiller.methods.values()
-        assert isinstance(method, Method)
-        method.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        for name, method in distiller.methods.items():
+            method.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
         with same_random_numbers():
             losses = distiller(*copy.deepcopy(self.batch if batch is None else batch))
         distilled = {name: losses.pop(name) for name in list(losses) if name not in own}
-        return Taken(distiller, method, own=losses, distilled=distilled, seen=seen[0])
+        heard = []
+        for name, step in seen.items():
+            method = distiller.methods[name]
+            assert isinstance(method, Method)
+            full = {key: _of_part(key, method.part) for key in PARTS}
+            said = {key: distilled[loss] for key, loss in full.items() if loss in distilled}
+            heard.append(Heard(method.part, sources[method.part], method, step, said))
+        return Taken(distiller, losses, distilled, heard, own)
 
     def varied(self, check: str, otherwise: Variation) -> Batch:
         """The batch of a check that wants another one."""

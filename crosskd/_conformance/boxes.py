@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from crosskd._conformance.bench import Bench, Finding, Skipped, run_through, same_random_numbers
-from crosskd._conformance.free_predictions import fit_freely
-from crosskd._truth import overlaps
-from crosskd.predictions import Assignment, join_levels
+from crosskd._conformance.bench import (
+    Bench,
+    Finding,
+    Skipped,
+    Source,
+    propose,
+    run_head,
+    same_random_numbers,
+    told,
+)
+from crosskd._conformance.free_predictions import counts_of, fit_freely, moved_about
+from crosskd._truth import overlaps, rows_of_images
+from crosskd.adapters.protocol import Inputs
+from crosskd.predictions import Assignment, Predictions, join_levels
 
 __all__ = ["decoding_and_classes"]
+
+Objects = Sequence[Mapping[str, Tensor]]
 
 # What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
 # assignment may follow the predictions, and give an anchor another object at the last moment.
@@ -27,43 +40,102 @@ def decoding_and_classes(bench: Bench) -> Iterator[Finding]:
     if not any(len(of_image["labels"]) for of_image in objects):
         raise Skipped("the targets hold no object")
     with torch.no_grad():
-        run = run_through(adapter, student, inputs.student_pixels)
-        start, locations = join_levels(run.levels), adapter.locations(student, inputs, run.maps)
-    with same_random_numbers():
-        predictions, assignment = fit_freely(adapter, student, inputs, start, locations, objects, bench.steps)
-    boxes = adapter.decode(student, predictions, locations)
-    yield from _fit_findings(boxes, predictions.logits, assignment, objects)
+        maps = adapter.features(student, inputs.student_pixels)
+        locations = adapter.locations(student, inputs, maps)
+    (first, _), *others = bench.sources.items()
+    wanted = objects
+    if others and adapter.num_classes(student) == 1:
+        wanted = [
+            {**o, "labels": torch.zeros_like(o["labels"])} for o in objects
+        ]  # an object, whatever class
+    fit = _Fit.of(adapter, student, inputs, maps, locations, wanted, bench.steps)
+    yield from told(first, fit.findings(wanted))
+    for name, second in others:
+        with torch.no_grad(), same_random_numbers():
+            # Proposals that are the objects themselves would leave nothing to decode.
+            proposed = moved_about(adapter, student, fit.predictions, locations, objects)
+            regions = propose(adapter, student, proposed, locations, inputs)
+            pooled = second.features(student, maps, regions, inputs)  # type: ignore[call-arg, arg-type]
+        fit = _Fit.of(second, student, inputs, pooled, regions, objects, bench.steps)
+        yield from told(name, fit.findings(objects))
 
 
-def _fit_findings(
-    boxes: Tensor, logits: Tensor, assignment: Assignment, objects: Sequence[Mapping[str, Tensor]]
-) -> Iterator[Finding]:
-    best, right, shifts = [], [], []
-    for image, of_image in enumerate(objects):
-        positive = assignment.positive[image]
-        if not bool(positive.any()) or not len(of_image["labels"]):
-            continue
-        labels = of_image["labels"].to(logits.device)
-        overlap = overlaps(
-            boxes[image, positive], of_image["boxes"].to(logits.device)
-        )  # (positives, objects)
-        found = logits[image, positive].argmax(dim=-1)
-        best.append(overlap.amax(dim=1))
-        fitting = (overlap >= _OVERLAP) & (found[:, None] == labels)
-        right.append(fitting.any(dim=1))
-        shifts.append((found - labels[overlap.argmax(dim=1)]) % logits.shape[-1])
-    if not best:
-        yield Finding(
-            "no anchor is responsible for any object of the targets",
-            "at least one",
-            "assignment.positive is not that of the losses, or the objects are too small for this detector: "
-            "give targets that it can learn",
-        )
-        return
-    yield from _box_findings(torch.cat(best))
-    # Only where its box is right is it clear whose label an anchor was to learn.
-    sure = torch.cat(best) >= _OVERLAP
-    yield from _class_findings(torch.cat(right)[sure], torch.cat(shifts)[sure])
+class _Fit:
+    """Free predictions, and where they have arrived.
+
+    Args:
+        predictions: they themselves.
+        boxes: decoded, shape (batch, anchors, 4), or (batch, anchors, classes, 4) with a box a class.
+        assignment: that they ended with.
+        counts: how many regions each image has, of a head that answers for regions.
+    """
+
+    def __init__(
+        self, predictions: Predictions, boxes: Tensor, assignment: Assignment, counts: Sequence[int] | None
+    ) -> None:
+        self.predictions, self.boxes = predictions, boxes
+        self.assignment, self.counts = assignment, counts
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        student: nn.Module,
+        inputs: Inputs,
+        maps: Sequence[Tensor],
+        locations: Any,
+        objects: Objects,
+        steps: int,
+    ) -> _Fit:
+        """Fits a head's predictions, for what it is fed at some locations, or regions, to the objects."""
+        with torch.no_grad():
+            start = join_levels(run_head(source, student, maps).levels)
+        with same_random_numbers():
+            predictions, assignment = fit_freely(source, student, inputs, start, locations, objects, steps)
+        boxes = source.decode(student, predictions, locations)
+        return cls(predictions, boxes, assignment, counts_of(source, locations))
+
+    def findings(self, objects: Objects) -> Iterator[Finding]:
+        """What is wrong with boxes and classes at the positive anchors."""
+        seen = [found for found in self._by_image(objects) if found is not None]
+        if not seen:
+            yield Finding(
+                "no anchor is responsible for any object of the targets",
+                "at least one",
+                "assignment.positive is not that of the losses, or the objects are too small for this "
+                "detector: give targets that it can learn",
+            )
+            return
+        best, right, shifts, own = (torch.cat(column) for column in zip(*seen, strict=True))
+        yield from _box_findings(best)
+        # Only where its box is right is it clear whose label an anchor was to learn.
+        sure = best >= _OVERLAP
+        yield from _class_findings(right[sure], shifts[sure])
+        yield from _own_box_findings(own[sure])
+
+    def _by_image(self, objects: Objects) -> Iterator[tuple[Tensor, ...] | None]:
+        """(best overlap, whether the label is right, by how much it is off, the label's box's overlap)."""
+        whole = self.boxes, self.predictions.logits, self.assignment.positive
+        columns = (rows_of_images(rows, self.counts) for rows in whole)
+        for boxes, logits, positive, of_image in zip(*columns, objects, strict=True):
+            labels = of_image["labels"].to(logits.device)
+            if not bool(positive.any()) or not len(labels):
+                yield None
+                continue
+            by_class = _overlaps_by_class(boxes[positive], of_image["boxes"].to(logits.device))
+            overlap = by_class.amax(dim=1)  # (positives, objects)
+            found = logits[positive].argmax(dim=-1)
+            fitting = (overlap >= _OVERLAP) & (found[:, None] == labels)
+            shifts = (found - labels[overlap.argmax(dim=1)]) % logits.shape[-1]
+            columns_of_labels = labels if self.predictions.box_per_class else torch.zeros_like(labels)
+            own = by_class[:, columns_of_labels, torch.arange(len(labels), device=labels.device)]
+            yield overlap.amax(dim=1), fitting.any(dim=1), shifts, own.amax(dim=1)
+
+
+def _overlaps_by_class(boxes: Tensor, objects: Tensor) -> Tensor:
+    """Shape (positives, classes, objects), of boxes (positives, classes, 4), or (positives, 4): one class."""
+    boxes = boxes if boxes.ndim == 3 else boxes[:, None]
+    return overlaps(boxes.flatten(0, 1), objects).view(*boxes.shape[:2], -1)
 
 
 def _box_findings(best: Tensor) -> Iterator[Finding]:
@@ -90,4 +162,15 @@ def _class_findings(right: Tensor, shifts: Tensor) -> Iterator[Finding]:
             "the target's label: logit 0 belongs to label 0",
             "the logits stand in another order than the labels, a background class comes first, or labels "
             "are counted from 1 (truth= tells them as the logits count them)",
+        )
+
+
+def _own_box_findings(own: Tensor) -> Iterator[Finding]:
+    wrong = int((own < _OVERLAP).sum())
+    if wrong > (1 - _SHARE) * len(own):
+        yield Finding(
+            f"classes: where the student's own losses are smallest, it is another class's box than that of "
+            f"the target's label which fits at {wrong} of {len(own)} positive anchors",
+            "the box of the target's label",
+            "predict() or decode() gives the boxes' classes in another order than the labels'",
         )

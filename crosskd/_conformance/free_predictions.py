@@ -14,20 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosskd._truth import overlaps
-from crosskd.adapters.protocol import Adapter, Inputs
+from crosskd._conformance.bench import Source
+from crosskd._truth import overlaps, rows_of_images
+from crosskd.adapters.protocol import Inputs, SecondStage
 from crosskd.predictions import Assignment, Predictions
 
-__all__ = ["fit_freely"]
+__all__ = ["counts_of", "fit_freely", "moved_about"]
 
 # Of Adam's, which makes steps of about this size: in logits, and in a typical object's side.
 _LOGIT_STEP, _BOX_STEP = 0.2, 0.05
 _NUDGE = 1e-2
 _FLATTEST = 1e-3
+# Of an object's side: boxes that far off are still that object's.
+_OFF = 0.15
 
 
 def fit_freely(
-    adapter: Adapter,
+    source: Source,
     student: nn.Module,
     inputs: Inputs,
     start: Predictions,
@@ -38,19 +41,19 @@ def fit_freely(
     """Minimises a detector's own losses over predictions that are free numbers.
 
     Args:
-        adapter: whose losses and decoding are meant.
+        source: whose losses and decoding are meant.
         student: the detector.
         inputs: the batch.
         start: predictions of the detector, for their shapes and as one of the points to start from.
-        locations: where they stand.
+        locations: where they stand, or the regions that they are for.
         objects: ``boxes`` (objects, 4), xyxy in resized pixels, for each image.
         steps: of Adam.
 
     Returns:
         The predictions, and the assignment that they ended with.
     """
-    start = _best_start(adapter, student, start.detach(), locations, objects)
-    scale = _scale(adapter, student, start, locations, objects)
+    start = _best_start(source, student, start.detach(), locations, objects)
+    scale = _scale(source, student, start, locations, objects)
     logits = torch.full_like(start.logits, -2.0).requires_grad_()
     offset = torch.zeros_like(start.regression).requires_grad_()
     free = [logits, offset]
@@ -64,8 +67,9 @@ def fit_freely(
     optimizer = torch.optim.Adam(groups, lr=_BOX_STEP, eps=1e-12)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        predictions = Predictions(logits, start.regression + scale * offset, quality)
-        losses, assignment = adapter.losses(student, predictions, locations, inputs)
+        regression = start.regression + scale * offset
+        predictions = replace(start, logits=logits, regression=regression, quality=quality)
+        losses, assignment = source.losses(student, predictions, locations, inputs)
         total = torch.stack([loss for loss in losses.values() if loss.requires_grad]).sum()
         for leaf, gradient in zip(free, torch.autograd.grad(total, free, allow_unused=True), strict=True):
             leaf.grad = gradient
@@ -74,8 +78,26 @@ def fit_freely(
     return predictions.detach(), assignment
 
 
+def moved_about(
+    source: Source,
+    student: nn.Module,
+    predictions: Predictions,
+    locations: Any,
+    objects: Sequence[Mapping[str, Tensor]],
+) -> Predictions:
+    """The same predictions with each side of their boxes somewhat off, by chance."""
+    scale = _scale(source, student, predictions, locations, objects)
+    offset = torch.empty_like(predictions.regression).uniform_(-_OFF, _OFF)
+    return replace(predictions, regression=predictions.regression + scale * offset)
+
+
+def counts_of(source: Source, locations: Any) -> Sequence[int] | None:
+    """How many regions each image has; ``None`` for a head that does not answer for regions."""
+    return source.counts(locations) if isinstance(source, SecondStage) else None
+
+
 def _best_start(
-    adapter: Adapter,
+    source: Source,
     student: nn.Module,
     start: Predictions,
     locations: Any,
@@ -90,15 +112,16 @@ def _best_start(
     candidates = [torch.zeros_like(regression), torch.ones_like(regression), regression]
 
     def overlap(values: Tensor) -> float:
-        boxes = adapter.decode(student, replace(start, regression=values), locations)
-        best = [overlaps(b, o["boxes"]).sum() for b, o in zip(boxes, objects, strict=True)]
+        boxes = source.decode(student, replace(start, regression=values), locations)
+        of_images = rows_of_images(boxes, counts_of(source, locations))
+        best = [overlaps(b.view(-1, 4), o["boxes"]).sum() for b, o in zip(of_images, objects, strict=True)]
         return float(torch.stack(best).sum())
 
     return replace(start, regression=max(candidates, key=overlap))
 
 
 def _scale(
-    adapter: Adapter,
+    source: Source,
     student: nn.Module,
     start: Predictions,
     locations: Any,
@@ -108,15 +131,15 @@ def _scale(
 
     A head may predict in pixels, strides, anchor sizes or their logarithms; so steps of one size suit all.
     """
-    if start.regression.ndim == 4:
+    if start.regression.ndim == 4 and not start.box_per_class:
         return 1 / _BOX_STEP * _LOGIT_STEP  # the logits of a distribution
     boxes = torch.cat([o["boxes"] for o in objects])
     side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).mean().to(start.regression)
-    at_start = adapter.decode(student, start, locations)
+    at_start = source.decode(student, start, locations)
     slopes = []
     for index in range(4):
         nudged = start.regression.clone()
         nudged[..., index] += _NUDGE
-        moved = adapter.decode(student, replace(start, regression=nudged), locations) - at_start
+        moved = source.decode(student, replace(start, regression=nudged), locations) - at_start
         slopes.append(moved.abs().amax(dim=-1) / _NUDGE)  # (batch, anchors)
     return side / torch.stack(slopes, dim=-1).clamp(min=_FLATTEST).to(start.regression)

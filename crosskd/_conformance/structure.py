@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crosskd._conformance.bench import Bench, Finding, run_through
-from crosskd.adapters.protocol import Adapter
+from crosskd._conformance.bench import Bench, Finding, Part, run_head, told
+from crosskd.adapters.protocol import Adapter, SecondStage, TwoStageAdapter
 from crosskd.head import Branch
 from crosskd.methods.recipes import HeadRecipe
+from crosskd.predictions import Predictions
 
 __all__ = ["functions", "structure"]
 
@@ -19,22 +21,19 @@ __all__ = ["functions", "structure"]
 def functions(bench: Bench) -> Iterator[Finding]:
     """Everything in the protocol is there, and both detectors are supported."""
     adapter = bench.adapter
-    wanted = [name for name in vars(Adapter) if not name.startswith("_")]
-    missing = [name for name in wanted if not callable(getattr(adapter, name, None))]
-    if missing:
-        yield Finding(
-            f"{type(adapter).__name__} has no function {', '.join(missing)}",
-            "every function of crosskd.adapters.Adapter",
-            "it was left out, or has another name",
-        )
-    if not isinstance(getattr(adapter, "recipe", None), HeadRecipe):
-        yield Finding(
-            f"{type(adapter).__name__} has no recipe",
-            "an attribute recipe, a crosskd.methods.HeadRecipe",
-            "it was left out",
-        )
+    second = getattr(adapter, "second", None)
+    yield from _lacks(adapter, Adapter, [] if second is None else [TwoStageAdapter])
+    if second is not None:
+        yield from _lacks(second, SecondStage)
+        parts = getattr(adapter, "parts", None)
+        if not (isinstance(parts, tuple) and len(parts) == 2 and len(set(parts)) == 2):
+            yield Finding(
+                f"{type(adapter).__name__}.parts is {parts!r}",
+                "two names, of the first head and of the second",
+                "it was left out, or names them alike",
+            )
     for side, detector in (("teacher", bench.teacher), ("student", bench.student)):
-        if not missing and not adapter.supports(detector):
+        if callable(getattr(adapter, "supports", None)) and not adapter.supports(detector):
             yield Finding(
                 f"supports() refuses the {side}, a {type(detector).__name__}",
                 "true for both detectors",
@@ -42,17 +41,43 @@ def functions(bench: Bench) -> Iterator[Finding]:
             )
 
 
-def structure(bench: Bench) -> Iterator[Finding]:
+def _lacks(source: Any, protocol: type, further: Sequence[type] = ()) -> Iterator[Finding]:
+    """The functions and the recipe of a protocol that something lacks."""
+    names = [name for kind in (protocol, *further) for name in vars(kind) if not name.startswith("_")]
+    missing = [name for name in names if not callable(getattr(source, name, None))]
+    if missing:
+        yield Finding(
+            f"{type(source).__name__} has no function {', '.join(missing)}",
+            f"every function of crosskd.adapters.{(protocol, *further)[-1].__name__}",
+            "it was left out, or has another name",
+        )
+    if not isinstance(getattr(source, "recipe", None), HeadRecipe):
+        yield Finding(
+            f"{type(source).__name__} has no recipe",
+            "an attribute recipe, a crosskd.methods.HeadRecipe",
+            "it was left out",
+        )
+
+
+@torch.no_grad()
+def structure(bench: Bench) -> list[Finding]:
     """Classes, strides, levels, branches and towers fit each other and the feature maps."""
-    (_, teacher), (_, student) = sides = bench.sides()
-    inputs = bench.prepare(teacher, student)
+    (_, teacher), (_, student) = bench.sides()
+    for part in bench.parts(teacher, student):
+        wrong = list(told(part.name, _structure_of(part, teacher, student)))
+        if wrong:
+            return wrong  # what a second head is fed depends on it
+    return []
+
+
+def _structure_of(part: Part, teacher: nn.Module, student: nn.Module) -> Iterator[Finding]:
     names = []
-    with torch.no_grad():
-        for (side, detector), pixels in zip(
-            sides, (inputs.teacher_pixels, inputs.student_pixels), strict=True
-        ):
-            names.append([branch.name for branch in bench.adapter.branches(detector)])
-            yield from _structure_of(bench.adapter, side, detector, pixels)
+    for side, detector, maps, pixels in (
+        ("teacher", teacher, part.teacher_maps, part.inputs.teacher_pixels),
+        ("student", student, part.student_maps, part.inputs.student_pixels),
+    ):
+        names.append([branch.name for branch in part.source.branches(detector)])
+        yield from _side_findings(part, side, detector, maps, pixels)
     if names[0] != names[1] or len(set(names[0])) < len(names[0]):
         yield Finding(
             f"the branches are {names[0]} (teacher) and {names[1]} (student)",
@@ -61,18 +86,39 @@ def structure(bench: Bench) -> Iterator[Finding]:
         )
 
 
-def _structure_of(adapter: Adapter, side: str, detector: nn.Module, pixels: Tensor) -> Iterator[Finding]:
-    maps, branches = list(adapter.features(detector, pixels)), adapter.branches(detector)
-    last = branches[0].towers[0].channels_last
-    sizes = [tuple(m.shape[1:-1] if last else m.shape[2:]) for m in maps]
-    wrong = [*_level_findings(adapter.strides(detector), side, sizes, tuple(pixels.shape[-2:]))]
+def _side_findings(
+    part: Part, side: str, detector: nn.Module, maps: Sequence[Tensor], pixels: Tensor
+) -> Iterator[Finding]:
+    source, branches = part.source, part.source.branches(detector)
+    if isinstance(source, SecondStage):
+        wrong, rows = list(_region_findings(source, part, side, maps)), [len(m) for m in maps]
+    else:
+        last = branches[0].towers[0].channels_last
+        sizes = [tuple(m.shape[1:-1] if last else m.shape[2:]) for m in maps]
+        wrong = [*_level_findings(source.strides(detector), side, sizes, tuple(pixels.shape[-2:]))]
+        rows = [math.prod(size) for size in sizes]
     for branch in branches:
         wrong += _tower_findings(side, branch, maps)
     yield from wrong
     if wrong:
         return  # the head could not be run on these
-    classes = adapter.num_classes(detector)
-    for level, predictions in enumerate(run_through(adapter, detector, pixels).levels):
+    yield from _prediction_findings(part, side, detector, run_head(source, detector, maps).levels, rows)
+
+
+def _prediction_findings(
+    part: Part, side: str, detector: nn.Module, levels: Sequence[Predictions], rows: Sequence[int]
+) -> Iterator[Finding]:
+    """What is wrong with the predictions of each level.
+
+    Args:
+        part: the head.
+        side: whose.
+        detector: that one.
+        levels: its predictions.
+        rows: how many locations each level has, or how many regions.
+    """
+    classes = part.source.num_classes(detector)
+    for level, predictions in enumerate(levels):
         anchors, found = predictions.logits.shape[1:]
         if found != classes:
             yield Finding(
@@ -80,13 +126,33 @@ def _structure_of(adapter: Adapter, side: str, detector: nn.Module, pixels: Tens
                 "the same number",
                 "one of them counts the background, or the anchors at a location",
             )
-        if anchors % math.prod(sizes[level]) or not anchors:
+        if anchors % rows[level] or not anchors:
             yield Finding(
-                f"{side}: level {level} has {math.prod(sizes[level])} locations and {anchors} rows of "
-                "predictions",
+                f"{side}: level {level} has {rows[level]} locations and {anchors} rows of predictions",
                 "as many rows at each location, one for each anchor",
                 "predict() flattens other dimensions than those of the locations",
             )
+        if predictions.background != part.source.recipe.background:
+            yield Finding(
+                f"{side}: recipe.background is {part.source.recipe.background}, that of the predictions of "
+                f"level {level} {predictions.background}",
+                "the same class, or None in both for a sigmoid a class",
+                "predict() or the recipe leaves it out",
+            )
+
+
+def _region_findings(
+    stage: SecondStage, part: Part, side: str, pooled: Sequence[Tensor]
+) -> Iterator[Finding]:
+    """What is wrong with what is pooled at the regions."""
+    counts, images = list(stage.counts(part.regions)), len(part.inputs.student_pixels)
+    rows = [len(features) for features in pooled]
+    if len(counts) != images or rows != [sum(counts)]:
+        yield Finding(
+            f"{side}: counts() says {counts} regions for {images} images, features() gives {rows}",
+            "one level, whose rows are the regions of all images, one image behind the other",
+            "features() leaves regions out, adds some, or gives several levels",
+        )
 
 
 def _level_findings(

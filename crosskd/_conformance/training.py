@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosskd._conformance.bench import Batch, Bench, Finding, Skipped, Taken, backward, same_random_numbers
+from crosskd._conformance.bench import (
+    Batch,
+    Bench,
+    Finding,
+    Heard,
+    Skipped,
+    Taken,
+    backward,
+    same_random_numbers,
+    told,
+)
 from crosskd._conformance.compare import alike, kinds, near, some
 from crosskd._noting import noting
-from crosskd.methods.base import Method
 
 __all__ = [
     "finite_findings",
@@ -34,7 +43,8 @@ def student_losses(bench: Bench) -> Iterator[Finding]:
         yield from loss_findings(bench, bench.batch)
     except Skipped as reason:
         raise ValueError(f"{reason}: hand in a batch that it can train on, or own_losses=") from reason
-    yield from _assignment_findings(bench)
+    for heard in bench.step().heard:
+        yield from told(heard.part, _assignment_findings(heard))
 
 
 def plain_losses(bench: Bench, batch: Batch, student: nn.Module | None = None) -> Mapping[str, Tensor]:
@@ -65,11 +75,12 @@ def plain_losses(bench: Bench, batch: Batch, student: nn.Module | None = None) -
 def loss_findings(bench: Bench, batch: Batch) -> Iterator[Finding]:
     """What differs between the student's own losses and the distiller's; the losses must be finite."""
     plain, taken = plain_losses(bench, batch), bench.step(batch)
-    yield from _own_loss_findings(plain, taken.own)
+    yield from _own_loss_findings(plain, taken)
     yield from finite_findings(taken)
 
 
-def _own_loss_findings(plain: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Finding]:
+def _own_loss_findings(plain: Mapping[str, Tensor], taken: Taken) -> Iterator[Finding]:
+    own = taken.own
     if plain.keys() != own.keys():
         yield Finding(
             f"the student's own losses are {sorted(own)} through the adapter and {sorted(plain)} alone",
@@ -79,14 +90,15 @@ def _own_loss_findings(plain: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
         )
     for name in plain.keys() & own.keys():
         if not alike([plain[name]], [own[name]]):
-            yield Finding(
+            finding = Finding(
                 f"{name} is {float(own[name].detach()):.6g} through the adapter and "
                 f"{float(plain[name].detach()):.6g} alone",
                 "the same loss: distillation adds losses, it changes none",
                 "predictions, locations or levels stand in another order than the detector's losses want; "
                 "prepare() preprocesses otherwise; a branch is fed something else than in the detector's own "
-                "forward",
+                "forward; or random numbers are drawn that the detector doesn't draw, or in another order",
             )
+            yield from told(taken.parts[name], [finding])
 
 
 def finite_findings(taken: Taken) -> Iterator[Finding]:
@@ -115,9 +127,8 @@ def finite_findings(taken: Taken) -> Iterator[Finding]:
         )
 
 
-def _assignment_findings(bench: Bench) -> Iterator[Finding]:
-    seen = bench.step().seen
-    assignment, shape = seen.assignment, tuple(seen.student.logits.shape[:2])
+def _assignment_findings(heard: Heard) -> Iterator[Finding]:
+    assignment, shape = heard.seen.assignment, tuple(heard.seen.student.logits.shape[:2])
     if tuple(assignment.positive.shape) != shape or assignment.positive.dtype != torch.bool:
         yield Finding(
             f"assignment.positive is {assignment.positive.dtype} {tuple(assignment.positive.shape)}",
@@ -164,14 +175,15 @@ def student_gradients(bench: Bench) -> Iterator[Finding]:
         )
     distiller.student.zero_grad()
     backward(taken.distilled)
-    yield from _tower_gradient_findings(bench, distiller.student, taken.method)
+    for heard in taken.heard:
+        yield from told(heard.part, _tower_gradient_findings(heard, distiller.student))
 
 
-def _tower_gradient_findings(bench: Bench, student: nn.Module, method: Method) -> Iterator[Finding]:
+def _tower_gradient_findings(heard: Heard, student: nn.Module) -> Iterator[Finding]:
     """The distillation's gradient reaches every block before the split and none behind it."""
     missed, strayed = list[str](), list[str]()
-    for branch in bench.adapter.branches(student):
-        points = method.points(branch.name)
+    for branch in heard.source.branches(student):
+        points = heard.method.points(branch.name)
         for tower in () if points is None else branch.towers:
             for number, block in enumerate(tower.blocks, 1):
                 parameters = [p for layer in block.layers for p in layer.parameters() if p.requires_grad]
