@@ -101,7 +101,8 @@ def check_adapter(
 
     Small detectors, small images and a handful of objects will do: what is checked is how the adapter takes
     the detectors apart, for which random weights serve as well as trained ones. All checks are run before
-    anything is raised. The detectors are copied, and stay as they are.
+    anything is raised. The detectors are copied, and stay as they are. Of an adapter with a second stage
+    (`crosskd.adapters.TwoStageAdapter`) both heads are checked; what is found names the part.
 
     ============================== ==============================================================
     check                          what it makes sure of
@@ -237,8 +238,12 @@ def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
 def _raised(error: Exception, bench: Bench) -> Finding:
     """An exception, and which of the adapter's functions it came out of."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    inside = [f.f_code.co_name for f in frames if f.f_locals.get("self") is bench.adapter]
-    where = f"{inside[-1]}() of the adapter" if inside else "the step"
+    names = {id(source): part for part, source in bench.sources.items()}
+    inside = [(f.f_code.co_name, names[of]) for f in frames if (of := id(f.f_locals.get("self"))) in names]
+    where = "the step"
+    if inside:
+        name, part = inside[-1]
+        where = f"{name}() of the adapter" if part is None else f"{part}: {name}() of the adapter"
     return Finding(
         f"{where} raised {type(error).__name__}: {error}",
         "no error",

@@ -249,8 +249,8 @@ class Bench:
         second = getattr(self.adapter, "second", None)
         if second is None:
             return {None: self.adapter}
-        names = self.adapter.parts  # type: ignore[attr-defined]
-        return dict(zip(names, (self.adapter, second), strict=True))
+        first, last = getattr(self.adapter, "parts", ("first", "second"))  # without names it is refused
+        return {first: self.adapter, last: second}
 
     def sides(self) -> tuple[tuple[str, nn.Module], ...]:
         """Copies: the teacher in eval mode, the student in train mode."""
