@@ -296,7 +296,9 @@ def softmax_focal_loss(
         raise ValueError(f"beta must be 0 or more, got {beta}")
     dtype = compute_dtype(student_logits, teacher_logits)
     student = F.log_softmax(student_logits.to(dtype), dim=-1)
-    teacher = F.softmax(teacher_logits.detach().to(dtype), dim=-1)
+    # By the same operators as the student's: where the two agree they are the same to the last bit, and the
+    # distance's slope, which is 1 however small the distance, counts as 0.
+    teacher = F.log_softmax(teacher_logits.detach().to(dtype), dim=-1).exp()
     distance = 0.5 * (student.exp() - teacher).abs().sum(-1)
     rows = _power(distance, beta) * -(teacher * student).sum(-1)
     return _weighted(rows, weight, normalizer)

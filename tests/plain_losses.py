@@ -20,12 +20,19 @@ def quality_focal_row(student: list[float], teacher: list[float], beta: float = 
     )
 
 
-def kl_row(student: list[float], teacher: list[float], temperature: float = 1.0) -> float:
-    def softmax(logits: list[float]) -> list[float]:
-        powers = [math.exp((x - max(logits)) / temperature) for x in logits]
-        return [power / sum(powers) for power in powers]
+def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp((x - max(logits)) / temperature) for x in logits]
+    return [power / sum(powers) for power in powers]
 
-    pairs = zip(softmax(student), softmax(teacher), strict=True)
+
+def softmax_focal_row(student: list[float], teacher: list[float], beta: float = 1.0) -> float:
+    pairs = list(zip(softmax(student), softmax(teacher), strict=True))
+    distance = sum(abs(s - t) for s, t in pairs) / 2
+    return distance**beta * -sum(t * math.log(s) for s, t in pairs)
+
+
+def kl_row(student: list[float], teacher: list[float], temperature: float = 1.0) -> float:
+    pairs = zip(softmax(student, temperature), softmax(teacher, temperature), strict=True)
     return temperature**2 * sum(t * math.log(t / s) for s, t in pairs)
 
 
