@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import distributed
 
-from crosskd.predictions import Predictions, assignment_from_teacher, mean_over_ranks
+from crosskd.predictions import Predictions, assignment_from_teacher, join_levels, mean_over_ranks
 
 
-def predictions(logits: torch.Tensor, quality: torch.Tensor | None = None) -> Predictions:
-    return Predictions(logits, torch.zeros(*logits.shape[:2], 4), quality)
+def predictions(logits: torch.Tensor, quality: torch.Tensor | None = None, **fields) -> Predictions:
+    return Predictions(logits, torch.zeros(*logits.shape[:2], 4), quality, **fields)
+
+
+def with_a_box_a_class(classes: int, background: int | None = 0, anchors: int = 5) -> Predictions:
+    logits, regression = torch.randn(2, anchors, classes), torch.randn(2, anchors, classes, 4)
+    return Predictions(logits, regression, None, background, box_per_class=True)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,87 @@ def test_detach_cuts_the_history_of_all_three():
         assert torch.equal(getattr(detached, name), getattr(whole, name))
         assert not getattr(detached, name).requires_grad
     assert predictions(tensors[0]).detach().quality is None
+
+
+# -- a softmax over all classes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_of_a_softmax_leave_out_the_background(background, dtype):
+    logits = torch.randn(2, 5, 3).to(dtype)
+    found = predictions(logits, background=background)
+    wide = logits.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = wide.softmax(-1)
+    expected[..., background] = 0
+    assert found.probabilities().dtype == wide.dtype
+    torch.testing.assert_close(found.probabilities(), expected)
+    torch.testing.assert_close(found.confidence(), expected.amax(-1))
+    assert torch.equal(found.box_confidence(), found.confidence())
+
+
+def test_an_anchor_that_is_sure_of_the_background_is_confident_of_nothing():
+    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])
+    confidence = predictions(logits, background=0).confidence()
+    assert confidence[0, 0] < 1e-3
+    assert confidence[0, 1] > 0.99
+    assignment = assignment_from_teacher(predictions(logits, background=0), 0.5, quality=False)
+    assert assignment.positive.tolist() == [[False, True]]
+    assert assignment.normalizer == 1
+
+
+def test_probabilities_of_sigmoids():
+    logits = torch.randn(2, 5, 3)
+    assert torch.equal(predictions(logits).probabilities(), logits.sigmoid())
+
+
+def test_each_box_of_a_class_is_as_sure_as_the_class():
+    whole = with_a_box_a_class(3)
+    assert torch.equal(whole.box_confidence(), whole.probabilities())
+    assert whole.confidence().shape == (2, 5)
+    assert not whole.box_confidence()[..., 0].any()
+
+
+def test_classes_may_be_chosen_and_turned_round():
+    whole = with_a_box_a_class(4)
+    chosen = whole.of_classes([3, 0, 1])
+    assert torch.equal(chosen.logits, whole.logits[..., [3, 0, 1]])
+    assert torch.equal(chosen.regression, whole.regression[:, :, [3, 0, 1]])
+    assert chosen.background == 1
+    assert chosen.box_per_class
+    assert whole.of_classes(None) is whole
+    shared = predictions(torch.randn(2, 5, 4)).of_classes((2, 1))
+    assert shared.logits.shape == (2, 5, 2)
+    assert shared.regression.shape == (2, 5, 4)
+    assert shared.background is None
+    with pytest.raises(ValueError, match=r"the classes \[1, 2\] leave out 0, which means no object"):
+        whole.of_classes([1, 2])
+
+
+def test_joined_and_detached_they_stay_of_their_kind():
+    levels = [with_a_box_a_class(3, background=2, anchors=anchors) for anchors in (5, 2)]
+    for level in levels:
+        level.logits.requires_grad_()
+    joined = join_levels(levels)
+    assert joined.logits.shape == (2, 7, 3)
+    assert torch.equal(joined.regression[:, 5:], levels[1].regression)
+    for found in (joined, joined.detach()):
+        assert (found.background, found.box_per_class) == (2, True)
+    assert joined.logits.requires_grad
+    assert not joined.detach().logits.requires_grad
+
+
+@pytest.mark.parametrize("background", [-1, 3])
+def test_error_background(background):
+    with pytest.raises(ValueError, match=f"one of the 3 classes, 0 to 2, got {background}"):
+        predictions(torch.zeros(2, 5, 3), background=background)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 4, 4), (2, 5, 12), (2, 4, 3, 4)])
+def test_error_boxes_of_classes(shape):
+    message = r"regression must have shape \(2, 5, 3, 4\), a box for each class that the logits have, got"
+    with pytest.raises(ValueError, match=message):
+        Predictions(torch.zeros(2, 5, 3), torch.zeros(shape), None, box_per_class=True)
 
 
 @pytest.mark.parametrize(

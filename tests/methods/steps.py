@@ -14,10 +14,13 @@ from crosskd.predictions import Assignment, Predictions
 BATCH, ANCHORS, CLASSES, BINS = 2, 6, 3, 5
 
 
-def make_predictions(*, bins: int | None = None, quality: bool = False) -> Predictions:
+def make_predictions(
+    *, bins: int | None = None, quality: bool = False, box_per_class: bool = False
+) -> Predictions:
     """Random predictions in float64; boxes are regressed as they are."""
-    corner = 10 * torch.rand(BATCH, ANCHORS, 2).double()
-    regression = torch.cat([corner, corner + 2 + 10 * torch.rand(BATCH, ANCHORS, 2).double()], dim=-1)
+    shape = (BATCH, ANCHORS, CLASSES, 2) if box_per_class else (BATCH, ANCHORS, 2)
+    corner = 10 * torch.rand(shape).double()
+    regression = torch.cat([corner, corner + 2 + 10 * torch.rand(shape).double()], dim=-1)
     if bins is not None:
         regression = 2 * torch.randn(BATCH, ANCHORS, 4, bins).double()
     logits = 2 * torch.randn(BATCH, ANCHORS, CLASSES).double()
@@ -25,6 +28,7 @@ def make_predictions(*, bins: int | None = None, quality: bool = False) -> Predi
         logits.requires_grad_(),
         regression.requires_grad_(),
         torch.randn(BATCH, ANCHORS).double().requires_grad_() if quality else None,
+        box_per_class=box_per_class,
     )
 
 

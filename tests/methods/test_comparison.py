@@ -15,7 +15,16 @@ from crosskd.methods import ATSS, FCOS, GFL, RETINANET, Step
 from crosskd.methods.comparison import Comparison
 from crosskd.predictions import Assignment, Predictions
 from tests.methods.steps import ANCHORS, BATCH, BINS, make_assignment, make_predictions, make_step
-from tests.plain_losses import cross_entropy, giou_row, kl_row, log_iou_row, quality_focal_row, sigmoid
+from tests.plain_losses import (
+    cross_entropy,
+    giou_row,
+    kl_row,
+    log_iou_row,
+    quality_focal_row,
+    sigmoid,
+    softmax,
+    softmax_focal_row,
+)
 
 RECIPES = [GFL, RETINANET, ATSS, FCOS]
 
@@ -103,6 +112,58 @@ def test_quality_is_cross_entropy_on_positive_anchors():
     assert found["kd_quality"].item() == pytest.approx(expected / 5, rel=1e-10)
     found["kd_quality"].backward()
     assert torch.equal(step.student.quality.grad != 0, positive)
+
+
+def of_a_softmax(step: Step, **fields: Any) -> Step:
+    """The same step of heads whose classes share a softmax, the first of them the background."""
+    student, teacher = (replace(side, background=0, **fields) for side in (step.student, step.teacher))
+    return replace(step, student=student, teacher=teacher)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_classification_of_a_softmax(counted, beta):
+    step = of_a_softmax(make_step(counted=counted))
+    found = compare(step, cls_weight=0.4, reg_weight=0, beta=beta)
+    rows = rows_of(step, "logits", softmax_focal_row, beta=beta)
+    expected = 0.4 * weighted_sum(step, lambda i, a: 1.0, rows) / 5
+    assert found["kd_cls"].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_boxes_of_a_softmax_count_by_the_classes_that_mean_an_object():
+    step = of_a_softmax(make_step())
+    found = compare(step, cls_weight=0, reg_weight=0.75)
+
+    def sure(image: int, anchor: int) -> float:
+        return max(softmax(step.teacher.logits[image, anchor].tolist())[1:])
+
+    expected = 0.75 * weighted_sum(step, sure, rows_of(step, "regression", giou_row)) / 5
+    assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_each_class_has_a_box_that_counts_by_its_probability(counted):
+    step = of_a_softmax(make_step(counted=counted, box_per_class=True))
+    found = compare(step, cls_weight=0, reg_weight=1)
+    student, teacher = step.student.regression, step.teacher.regression
+
+    def boxes(image: int, anchor: int) -> float:
+        probabilities = softmax(step.teacher.logits[image, anchor].tolist())
+        pairs = zip(student[image, anchor].tolist(), teacher[image, anchor].tolist(), strict=True)
+        rows = [giou_row(ours, theirs) for ours, theirs in pairs]
+        return math.fsum(p * row for p, row in list(zip(probabilities, rows, strict=True))[1:])
+
+    expected = weighted_sum(step, lambda i, a: 1.0, boxes) / 5
+    assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
+    found["kd_reg"].backward()
+    assert not step.student.regression.grad[:, :, 0].any()  # nobody asks for the background's box
+    assert step.student.regression.grad[0, 0, 1:].any(dim=-1).all()
+
+
+def test_error_distributions_of_boxes_a_class():
+    step = of_a_softmax(make_step(box_per_class=True))
+    with pytest.raises(ValueError, match="needs a head that predicts distributions"):
+        compare(step, regression="distribution_kl")
 
 
 def test_own_teacher_has_nearly_no_loss():
