@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
 
 STRIDES = (8, 16, 32)
 SIDE = 64
@@ -23,13 +26,14 @@ class TinyBackbone(nn.Module):
     """Plain convolutions that give levels of strides 8, 16 and 32.
 
     Args:
-        width: channels of each level, the tower's width.
+        width: channels of each level, the tower's width; one number a level, from stride 8 on, for SSD.
         hidden: channels inside, so that teacher and student may differ.
         batch_norm: puts a BatchNorm behind each strided convolution.
     """
 
-    def __init__(self, width: int, hidden: int, batch_norm: bool) -> None:
+    def __init__(self, width: int | Sequence[int], hidden: int, batch_norm: bool) -> None:
         super().__init__()
+        widths = [width] * len(STRIDES) if isinstance(width, int) else width
 
         def stage(channels: int) -> nn.Sequential:
             layers: list[nn.Module] = [nn.Conv2d(channels, hidden, 3, stride=2, padding=1)]
@@ -39,8 +43,8 @@ class TinyBackbone(nn.Module):
 
         self.out_channels = width
         self.stem = nn.Sequential(stage(3), stage(hidden))
-        self.stages = nn.ModuleList(stage(hidden) for _ in STRIDES)
-        self.laterals = nn.ModuleList(nn.Conv2d(hidden, width, 1) for _ in STRIDES)
+        self.stages = nn.ModuleList(stage(hidden) for _ in widths)
+        self.laterals = nn.ModuleList(nn.Conv2d(hidden, of_level, 1) for of_level in widths)
 
     def forward(self, pixels: Tensor) -> OrderedDict[str, Tensor]:
         features = self.stem(pixels)
@@ -144,21 +148,65 @@ def tiny_fcos(
         )
 
 
+def tiny_ssd(
+    num_classes: int = 4,
+    *,
+    widths: Sequence[int] = (16, 24, 8),
+    lite: bool = False,
+    seed: int = 0,
+    side: int = SIDE,
+    hidden: int = 8,
+    batch_norm: bool = False,
+    anchors: DefaultBoxGenerator | None = None,
+    kind: type[SSD] = SSD,
+    **options: Any,
+) -> SSD:
+    """An SSD of 6 anchors a location on the second level and 4 on the others.
+
+    Args:
+        num_classes: classes, of which 0 is the background.
+        widths: channels of the feature maps, of strides 8, 16, 32, 64 and so on.
+        lite: with SSDlite's head.
+        seed: of the weights.
+        side: images are resized to this many pixels.
+        hidden: channels of the backbone.
+        batch_norm: whether the backbone has BatchNorm layers.
+        anchors: other anchors than those.
+        kind: SSD, or a class derived from it.
+        options: further arguments of torchvision's ``SSD``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ratios = [[2, 3] if level == 1 else [2] for level in range(len(widths))]
+        generator = DefaultBoxGenerator(ratios, min_ratio=0.25) if anchors is None else anchors
+        per_location = generator.num_anchors_per_location()
+        head: nn.Module = SSDHead(list(widths), per_location, num_classes)
+        if lite:
+            head = SSDLiteHead(list(widths), per_location, num_classes, nn.BatchNorm2d)
+        for module in head.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias, -0.1, 0.1)
+        backbone = TinyBackbone(widths, hidden, batch_norm)
+        return kind(backbone, generator, (side, side), num_classes, head=head, **options)
+
+
 def _shorten(head: nn.Module, blocks: int) -> None:
     for branch in (head.classification_head, head.regression_head):
         branch.conv = branch.conv[:blocks]
 
 
 def tiny_batch(
-    batch: int = 2, *, num_classes: int = 4, side: int = SIDE, seed: int = 0
+    batch: int = 2, *, num_classes: int = 4, side: int = SIDE, seed: int = 0, first_label: int = 0
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Images of noise with two objects each, in torchvision's form."""
+    """Images of noise with two objects each, in torchvision's form, labelled from ``first_label`` on."""
     generator = torch.Generator().manual_seed(seed)
     images = [torch.rand(3, side, side, generator=generator) for _ in range(batch)]
     targets = []
     for _ in range(batch):
         corner = torch.rand(2, 2, generator=generator) * side / 3
         extent = side / 4 + torch.rand(2, 2, generator=generator) * side / 3
-        labels = torch.randint(num_classes, (2,), generator=generator)
+        labels = torch.randint(first_label, num_classes, (2,), generator=generator)
         targets.append({"boxes": torch.cat([corner, corner + extent], dim=1), "labels": labels})
     return images, targets

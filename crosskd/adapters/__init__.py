@@ -11,6 +11,7 @@ from crosskd.adapters.torchvision import (
     TorchvisionFasterRCNNAdapter,
     TorchvisionFCOSAdapter,
     TorchvisionRetinaNetAdapter,
+    TorchvisionSSDAdapter,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TorchvisionFCOSAdapter",
     "TorchvisionFasterRCNNAdapter",
     "TorchvisionRetinaNetAdapter",
+    "TorchvisionSSDAdapter",
     "TwoStageAdapter",
     "find_adapter",
 ]
@@ -31,13 +33,26 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
     """The adapter that understands all of the given detectors.
 
     Raises:
-        TypeError: none does.
+        ValueError: each is understood, but they are of different families.
+        TypeError: no adapter understands one of them.
 
     Example:
         >>> find_adapter(nn.Linear(2, 2))
         Traceback (most recent call last):
-        TypeError: no adapter understands Linear. There are adapters for torchvision's RetinaNet and ...
+        TypeError: no adapter understands Linear. There are adapters for torchvision's RetinaNet, FCOS, ...
     """
+    known: tuple[Adapter, ...] = (
+        TorchvisionRetinaNetAdapter(),
+        TorchvisionFCOSAdapter(),
+        TorchvisionSSDAdapter(),
+        TorchvisionFasterRCNNAdapter(),
+    )
+    families = [_family_of(detector, known) for detector in detectors]
+    if None not in families and len(set(families)) > 1:
+        raise ValueError(
+            f"the detectors are of different families: {_listed(detectors)}. What one predicts means nothing "
+            "to the other's head: take a teacher of the student's family"
+        )
     if any(_is_of("ultralytics", detector) for detector in detectors):
         from crosskd.adapters.ultralytics import UltralyticsAdapter
 
@@ -46,21 +61,34 @@ def find_adapter(*detectors: nn.Module) -> Adapter:
         from crosskd.adapters.mmdet import MMDetAdapter
 
         return MMDetAdapter.for_detectors(*detectors)
-    known: tuple[Adapter, ...] = (
-        TorchvisionRetinaNetAdapter(),
-        TorchvisionFCOSAdapter(),
-        TorchvisionFasterRCNNAdapter(),
-    )
     for adapter in known:
         if all(adapter.supports(detector) for detector in detectors):
             return adapter
     types = " with ".join(type(detector).__name__ for detector in detectors)
     raise TypeError(
-        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet, FCOS and Faster "
-        "R-CNN, for ultralytics' YOLOs and for mmdet's dense detectors, teacher and student of the same "
-        "family. For any other detector make one with crosskd.adapters.GenericAdapter, or write one, an "
+        f"no adapter understands {types}. There are adapters for torchvision's RetinaNet, FCOS, SSD and "
+        "Faster R-CNN, for ultralytics' YOLOs and for mmdet's dense detectors, teacher and student of the "
+        "same family. For any other detector make one with crosskd.adapters.GenericAdapter, or write one, an "
         "object with the functions of crosskd.adapters.Adapter, and pass it as adapter="
     )
+
+
+def _family_of(detector: nn.Module, known: tuple[Adapter, ...]) -> str | None:
+    """What two detectors must share for one adapter to understand both, as far as types tell."""
+    package = _package_of(detector)
+    if package in ("ultralytics", "mmdet"):
+        return package
+    return next((type(adapter).__name__ for adapter in known if adapter.supports(detector)), None)
+
+
+def _listed(detectors: tuple[nn.Module, ...]) -> str:
+    sides = (" (teacher)", " (student)") if len(detectors) == 2 else ("",) * len(detectors)
+    names = [f"{_package_of(detector)}'s {type(detector).__name__}" for detector in detectors]
+    return ", ".join(name + side for name, side in zip(names, sides, strict=True))
+
+
+def _package_of(detector: nn.Module) -> str | None:
+    return next((p for p in ("ultralytics", "mmdet", "torchvision") if _is_of(p, detector)), None)
 
 
 def _is_of(package: str, detector: nn.Module) -> bool:

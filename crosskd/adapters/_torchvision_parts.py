@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crosskd._checks import compute_dtype
 from crosskd.adapters.levels import LevelPairs
 from crosskd.frozen import frozen_copy
+from crosskd.predictions import Predictions
 
 __all__ = [
     "Forwards",
@@ -24,6 +25,7 @@ __all__ = [
     "check_forwards",
     "check_image_channels",
     "check_same_anchors",
+    "decode_deltas",
     "predict_from_tower",
     "probed_strides",
     "widened",
@@ -41,10 +43,12 @@ class Locations:
     Attributes:
         anchors: one tensor (anchors, 4) an image, xyxy in resized pixels.
         level_sizes: feature locations a level, without counting the anchors at each.
+        per_location: anchors at each location, a level; ``None`` where all levels have as many.
     """
 
     anchors: list[Tensor]
     level_sizes: list[int]
+    per_location: list[int] | None = None
 
     def stacked(self) -> Tensor:
         """All images' anchors, shape (batch, anchors, 4)."""
@@ -53,8 +57,9 @@ class Locations:
     def of_levels(self, image: int, levels: LevelPairs) -> Tensor:
         """An image's anchors (anchors, 4) on the teacher's levels that are used."""
         anchors = self.anchors[image]
-        per_location = len(anchors) // sum(self.level_sizes)
-        by_level = torch.split(anchors, [size * per_location for size in self.level_sizes])
+        alike = [len(anchors) // sum(self.level_sizes)] * len(self.level_sizes)
+        pairs = zip(self.level_sizes, self.per_location or alike, strict=True)
+        by_level = torch.split(anchors, [size * per_location for size, per_location in pairs])
         return torch.cat([by_level[index] for index in levels.of_teacher(len(by_level))])
 
 
@@ -188,6 +193,14 @@ class _PredictorsOnly:
 def predict_from_tower(head: nn.Module, tower_output: Tensor) -> Any:
     """What one of torchvision's heads, by its own forward, predicts from its tower's output of one level."""
     return type(head).forward(_PredictorsOnly(head), [tower_output])  # type: ignore[arg-type, unused-ignore]
+
+
+def decode_deltas(box_coder: Any, predictions: Predictions, locations: Locations) -> Tensor:
+    """Boxes (batch, anchors, 4), xyxy in pixels, by torchvision's ``BoxCoder``, in float32 at least."""
+    deltas = widened(predictions.regression)
+    anchors = locations.stacked().to(deltas.dtype)
+    boxes: Tensor = box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
+    return boxes.view_as(deltas)
 
 
 def widened(tensor: Tensor) -> Tensor:

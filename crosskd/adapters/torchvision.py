@@ -27,10 +27,12 @@ from crosskd.adapters._torchvision_parts import (
     check_forwards,
     check_image_channels,
     check_same_anchors,
+    decode_deltas,
     predict_from_tower,
     probed_strides,
     widened,
 )
+from crosskd.adapters._torchvision_ssd import TorchvisionSSDAdapter
 from crosskd.adapters._torchvision_two_stage import Regions, TorchvisionFasterRCNNAdapter
 from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Inputs
@@ -45,6 +47,7 @@ __all__ = [
     "TorchvisionFCOSAdapter",
     "TorchvisionFasterRCNNAdapter",
     "TorchvisionRetinaNetAdapter",
+    "TorchvisionSSDAdapter",
     "prepare_images",
 ]
 
@@ -201,10 +204,7 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
         """Boxes by the detector's own coder, in float32 at least."""
-        deltas = widened(predictions.regression)
-        anchors = locations.stacked().to(deltas.dtype)
-        boxes = detector.box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
-        return boxes.view_as(deltas)  # type: ignore[no-any-return]
+        return decode_deltas(detector.box_coder, predictions, locations)
 
     def _predictors(self) -> dict[str, tuple[str, ...]]:
         return {"classification": ("cls_logits",), "regression": ("bbox_reg",)}
