@@ -326,6 +326,14 @@ def test_a_head_whose_predictors_do_not_fit_its_classes_or_anchors(build, method
     )
 
 
+@METHODS
+def test_detectors_of_different_families(method):
+    message = (
+        r"families: torchvision's RetinaNet \(teacher\), torchvision's FCOS \(student\).*student's family"
+    )
+    refused(message, tiny_retinanet(), tiny_fcos(seed=1), method)
+
+
 class DoublingCoder(BoxCoder):
     def decode_single(self, rel_codes, boxes):
         return super().decode_single(2 * rel_codes, boxes)
@@ -476,3 +484,92 @@ def test_places_are_compared_in_whatever_form_they_come(method, form, offset):
         return
     with pytest.raises(ValueError, match=r"locations of the first batch, \(64, 2\), have other values for"):
         distiller(pixels(), [])
+
+
+# -- what is refused of mmdet's detectors, and of ultralytics' ------------------------------------
+
+
+def of_mmdet(seed: int, *channels: float) -> nn.Module:
+    """A detector of mmdet's whose images have so many channels, by their mean; none that it normalises."""
+    from tests.mmdet_heads import detector_of, head_settings
+
+    normalising = {"mean": [127.0 for _ in channels], "std": list(channels)} if channels else {}
+    preprocessor = {"type": "DetDataPreprocessor", **normalising}
+    return detector_of(head_settings("gfl"), seed=seed, data_preprocessor=preprocessor)
+
+
+@pytest.mark.mmdet
+def test_one_detector_of_mmdets_and_one_of_torchvisions():
+    message = r"torchvision's RetinaNet \(teacher\), mmdet's SingleStageDetector \(student\)"
+    refused(message, tiny_retinanet(), of_mmdet(2), CrossKD())
+
+
+@pytest.mark.mmdet
+def test_channels_of_mmdets_images():
+    teacher, student = of_mmdet(1, 60.0), of_mmdet(2, 60.0, 60.0, 60.0)
+    refused(r"channels differ: 1 \(teacher\), 3 \(student\).*teacher_view=", teacher, student, CrossKD())
+    Distiller(teacher, student, CrossKD(), teacher_view=lambda images, _: images[:, :1])
+
+
+@pytest.mark.mmdet
+def test_a_teacher_of_mmdets_that_does_not_normalise_alone():
+    with pytest.warns(
+        UserWarning, match="teacher's data preprocessor does not normalise, the student's does"
+    ):
+        Distiller(of_mmdet(1), of_mmdet(2, 60.0, 60.0, 60.0), CrossKD())
+
+
+@pytest.mark.ultralytics
+def test_a_yolo_and_one_of_torchvisions():
+    from tests.yolo import model_of
+
+    message = r"ultralytics's DetectionModel \(teacher\), torchvision's FCOS \(student\)"
+    refused(message, model_of("yolov8n"), tiny_fcos(seed=1), CrossKD())
+
+
+@pytest.mark.ultralytics
+def test_a_yolo_that_sees_other_channels_by_a_view():
+    from tests.yolo import batch_of, model_of
+
+    teacher, student = model_of("yolov8n", ch=1, seed=1).eval(), model_of("yolov8n")
+    refused(r"channels differ: 1 \(teacher\), 3 \(student\).*teacher_view=", teacher, student, CrossKD())
+    distiller = Distiller(teacher, student, CrossKD(), teacher_view=lambda images, _: images[:, :1])
+    assert distiller(*batch_of())["kd_cls"] > 0
+
+
+@pytest.mark.ultralytics
+def test_images_too_small_for_a_coarser_level_of_the_teachers():
+    from tests.yolo import batch_of, model_of
+
+    distiller = Distiller(model_of("yolov8n-p6", seed=1).eval(), model_of("yolov8n"), CrossKD())
+    with pytest.raises(ValueError, match=r"multiples of the coarsest stride, 64, got \(96, 96\)"):
+        distiller(*batch_of(side=96))
+
+
+@pytest.mark.ultralytics
+@pytest.mark.parametrize(
+    ("theirs", "options", "message"),
+    [
+        (
+            ["cat", "dog", "cow"],
+            {},
+            r"class 1 is 'dog' \(teacher\), 'cow' \(student.*range\(3\) if they mean",
+        ),
+        (["cat", "dog", "cow"], {"class_map": [0, 2, 1]}, None),
+        (["Cat", "cow", "dog"], {}, None),
+        (["0", "1", "2"], {}, None),
+    ],
+)
+def test_yolos_classes_of_other_names(theirs, options, message):
+    from crosskd.adapters._ultralytics_trainer import Settings, _distil, _undo
+    from tests.yolo import model_of
+
+    teacher, student = model_of("yolov8n", seed=1).eval(), model_of("yolov8n")
+    teacher.names, student.names = dict(enumerate(theirs)), dict(enumerate(["cat", "cow", "dog"]))
+    settings = Settings(teacher, CrossKD(), options)
+    if message is None:
+        _distil(student, teacher, settings, torch.device("cpu"))
+        _undo(student)
+        return
+    with pytest.raises(ValueError, match=message):
+        _distil(student, teacher, settings, torch.device("cpu"))

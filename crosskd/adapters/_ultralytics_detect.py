@@ -171,8 +171,9 @@ class UltralyticsAdapter:
         Raises:
             TypeError: something else than a detection model with a head that is known.
         """
-        for detector in detectors:
-            _check_type(detector)
+        sides = ("the teacher", "the student") if len(detectors) == 2 else ("the detector",) * len(detectors)
+        for side, detector in zip(sides, detectors, strict=True):
+            _check_type(side, detector)
         return cls(distributions=_head(detectors[-1]).reg_max > 1)
 
     def supports(self, detector: nn.Module) -> bool:
@@ -215,10 +216,11 @@ class UltralyticsAdapter:
                 "end2end in their yaml, or take a teacher of the student's family"
             )
         channels = [_channels(detector) for detector in (teacher, student)]
-        if channels[0] != channels[1]:
+        if channels[0] != channels[1] and not levels.own_view:
             raise ValueError(
-                f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student): train the "
-                "teacher for the student's images"
+                f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student). Both get "
+                "the same pixels: give the teacher images of its own by teacher_view=, or train one for the "
+                "student's"
             )
 
     def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
@@ -247,7 +249,9 @@ class UltralyticsAdapter:
                 f"to 1, got {got}: divide what the data loader gives by 255, as its trainer's "
                 "preprocess_batch does"
             )
-        coarsest = int(max(self.strides(student)))
+        strides, theirs = self.strides(student), self.strides(teacher)
+        # A teacher of other strides sees images of its own.
+        coarsest = int(max(theirs if set(strides) <= set(theirs) else strides))
         if any(side % coarsest for side in images.shape[2:]):
             raise ValueError(
                 f"images must have sides that are multiples of the coarsest stride, {coarsest}, got "
@@ -376,7 +380,7 @@ def _channels(detector: Any) -> int:
     return int(detector.yaml.get("channels", 3))
 
 
-def _check_type(detector: nn.Module) -> None:
+def _check_type(side: str, detector: nn.Module) -> None:
     name = type(detector).__name__
     if not isinstance(detector, DetectionModel):
         inside = getattr(detector, "model", None)
@@ -385,11 +389,11 @@ def _check_type(detector: nn.Module) -> None:
             if isinstance(inside, DetectionModel)
             else "build one from a yaml or a checkpoint for detection"
         )
-        raise TypeError(f"the detector is a {name}, not one of ultralytics' DetectionModels: {advice}")
+        raise TypeError(f"{side} is a {name}, not one of ultralytics' DetectionModels: {advice}")
     head = type(detector.model[-1])
     if head not in _HEADS:
         raise TypeError(
-            f"{name} ends in a {head.__name__}; ultralytics' adapter knows the heads "
+            f"{side}, a {name}, ends in a {head.__name__}; ultralytics' adapter knows the heads "
             f"{', '.join(known.__name__ for known in _HEADS)}. For another one write an adapter "
             "(crosskd.adapters.Adapter) and pass it as adapter="
         )

@@ -263,6 +263,8 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
 
 def _distil(student: nn.Module, teacher: nn.Module, settings: Settings, device: torch.device) -> None:
     """Makes a student one that distils, in place."""
+    if settings.options.get("class_map") is None:
+        _check_names(teacher, student)
     adapter = _NotingAdapter.for_detectors(teacher, student)
     distiller = Distiller(teacher, student, settings.methods, adapter, **settings.options).to(device)
     student.__class__ = _DistilledModel
@@ -271,6 +273,24 @@ def _distil(student: nn.Module, teacher: nn.Module, settings: Settings, device: 
     # What the methods train belongs to the model, so that optimizer and processes treat it as the rest.
     student.add_module(_EXTRAS, distiller.methods)
     student.train(student.training)
+
+
+def _check_names(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises ``ValueError`` where one index is the name of two classes: the student has its data's by now."""
+    theirs, ours = (
+        {int(index): str(name) for index, name in cast(Any, side).names.items()}
+        for side in (teacher, student)
+    )
+    unnamed = any(all(name == str(index) for index, name in side.items()) for side in (theirs, ours))
+    if unnamed or len(theirs) != len(ours):
+        return
+    for index, name in ours.items():
+        if theirs.get(index, "").casefold() != name.casefold():
+            raise ValueError(
+                f"the names of the classes differ: class {index} is {theirs.get(index)!r} (teacher), "
+                f"{name!r} (student, by its data). Give class_map=, the teacher's class index for each of "
+                f"the student's; class_map=range({len(ours)}) if they mean the same"
+            )
 
 
 def _undo(student: nn.Module) -> None:

@@ -6,6 +6,7 @@ detectors only.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -64,14 +65,16 @@ class MMDetAdapter:
         """The adapter for detectors whose heads are all of one family.
 
         Raises:
-            TypeError: heads that differ, or that none of the families fits.
+            ValueError: heads of different families.
+            TypeError: heads that none of the families fits.
         """
         families = [_family_of(detector) for detector in detectors]
         if len(set(families)) > 1:
-            names = " and ".join(family.name for family in families)
-            raise TypeError(
-                f"the detectors have heads of different families, {names}: cross-head distillation needs the "
-                "same family for teacher and student"
+            names = [family.name for family in families]
+            shown = f"{names[0]} (teacher), {names[1]} (student)" if len(names) == 2 else ", ".join(names)
+            raise ValueError(
+                f"the heads are of different families: {shown}. What one predicts means nothing to the "
+                "other's predictors: take a teacher with a head of the student's family"
             )
         return cls(families[0])
 
@@ -95,6 +98,8 @@ class MMDetAdapter:
             self._check_head(side, cast(Any, detector).bbox_head)
         theirs, ours = cast(Any, teacher).bbox_head, cast(Any, student).bbox_head
         _check_trainable(ours)
+        if not levels.own_view:
+            _check_pixels(cast(Any, teacher).data_preprocessor, cast(Any, student).data_preprocessor)
         _check_priors(theirs.prior_generator, ours.prior_generator, levels)
         if levels.scale != 1 and self.family.in_pixels(ours):
             raise ValueError(
@@ -222,6 +227,29 @@ def _check_trainable(head: Any) -> None:
         raise ValueError(
             f"student: {type(head).__name__} was built without a train_cfg, so it can't assign labels: build "
             "it with the train_cfg of its config"
+        )
+
+
+def _check_pixels(teacher: Any, student: Any) -> None:
+    """Looks at what each detector's preprocessor makes of the same images.
+
+    Raises:
+        ValueError: images of other channels.
+    """
+    means = [getattr(side, "mean", None) for side in (teacher, student)]
+    normalised = [bool(getattr(side, "_enable_normalize", False)) for side in (teacher, student)]
+    channels = [len(mean) for mean in means if mean is not None]
+    if len(channels) == 2 and channels[0] != channels[1]:
+        raise ValueError(
+            f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student), as each "
+            "data_preprocessor's mean says. Both get the same pixels: give the teacher images of its own by "
+            "teacher_view=, or train one for the student's"
+        )
+    if normalised == [False, True]:
+        warnings.warn(
+            "the teacher's data preprocessor does not normalise, the student's does: the teacher gets pixels "
+            "from 0 to 255. If it was trained on others, build it with the data_preprocessor of its config",
+            stacklevel=5,
         )
 
 

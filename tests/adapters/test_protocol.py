@@ -34,18 +34,10 @@ def test_adapter_is_found_from_the_type_or_a_class_derived_from_it(build, adapte
     assert isinstance(find_adapter(detector), Adapter)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "names"),
-    [
-        (tiny_retinanet, tiny_fcos, "RetinaNet with FCOS"),
-        (tiny_fcos, tiny_retinanet, "FCOS with RetinaNet"),
-        (tiny_fcos, lambda: nn.Conv2d(1, 1, 1), "FCOS with Conv2d"),
-    ],
-)
-def test_types_that_no_adapter_understands_are_refused(teacher, student, names):
-    message = f"no adapter understands {names}.*RetinaNet and FCOS.*write one.*pass it as adapter="
+def test_types_that_no_adapter_understands_are_refused():
+    message = "no adapter understands FCOS with Conv2d.*RetinaNet, FCOS.*write one.*pass it as adapter="
     with pytest.raises(TypeError, match=message):
-        Distiller(teacher(), student(), CrossKD())
+        Distiller(tiny_fcos(), nn.Conv2d(1, 1, 1), CrossKD())
 
 
 class Segmenter(nn.Module):

@@ -376,9 +376,9 @@ def test_other_models_are_refused():
         TypeError, match=r"a YOLO, not one of ultralytics' DetectionModels: hand in .* YOLO.model"
     ):
         Distiller(YOLO("yolo11n.yaml"), model_of("yolo11n"), CrossKD())
-    with pytest.raises(TypeError, match="SegmentationModel ends in a Segment"):
+    with pytest.raises(TypeError, match="the teacher, a SegmentationModel, ends in a Segment"):
         Distiller(SegmentationModel("yolo11n-seg.yaml", verbose=False), model_of("yolo11n"), CrossKD())
-    with pytest.raises(TypeError, match="the detector is a Linear"):
+    with pytest.raises(TypeError, match="the student is a Linear"):
         Distiller(teacher_of("yolo11n"), torch.nn.Linear(2, 2), CrossKD())
 
 
