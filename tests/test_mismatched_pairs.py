@@ -519,6 +519,17 @@ def test_a_teacher_of_mmdets_that_does_not_normalise_alone():
         Distiller(of_mmdet(1), of_mmdet(2, 60.0, 60.0, 60.0), CrossKD())
 
 
+@pytest.mark.mmdet
+def test_a_config_says_what_bridges_a_pair():
+    from tests.adapters.test_mmdet_detector import build, config_of, model_of
+
+    settings = {"teacher": model_of(num_classes=7)}
+    with pytest.raises(ValueError, match="the teacher predicts 7 classes and the student 5: give class_map="):
+        build(config_of(**settings))
+    bridged = build(config_of(**settings, class_map=[6, 0, 1, 2, 3], resize_levels=True)).distiller
+    assert (bridged._class_map, bridged.resize_levels) == ((6, 0, 1, 2, 3), True)
+
+
 @pytest.mark.ultralytics
 def test_a_yolo_and_one_of_torchvisions():
     from tests.yolo import model_of

@@ -51,6 +51,9 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
             dict of `Schedule`'s arguments. CrossKD as published unless given.
         data_preprocessor: for a student whose config has none.
         unlabelled_threshold: as for `Distiller`.
+        class_map: likewise, for a teacher that knows more classes, or the same in another order.
+        teacher_view: likewise: the teacher's images, as its own data preprocessor would make them.
+        resize_levels: likewise.
 
     Raises:
         ValueError: a pair that can't be distilled, no checkpoint named, or one that doesn't fit.
@@ -79,6 +82,9 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         methods: Mapping[str, Any] | Method | Sequence[Mapping[str, Any] | Method] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
         unlabelled_threshold: float = 0.5,
+        class_map: Sequence[int] | None = None,
+        teacher_view: Callable[[Any, Any], Any] | None = None,
+        resize_levels: bool = False,
     ) -> None:
         if teacher_checkpoint == _NOT_GIVEN:
             raise ValueError(
@@ -92,6 +98,9 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
             built,
             _methods(methods),
             unlabelled_threshold=unlabelled_threshold,
+            class_map=class_map,
+            teacher_view=teacher_view,
+            resize_levels=resize_levels,
         )
         # In a tuple, where the module machinery sees neither a second copy of the student nor the teacher.
         self._distiller = (distiller,)
