@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from crosskd._heads import Head
 from crosskd._noting import noting
-from crosskd._truth import Truth, overlaps, truth_of
-from crosskd.adapters import Adapter, Inputs
+from crosskd._truth import Truth, overlaps, rows_of_images, truth_of
+from crosskd.adapters import Adapter, Inputs, SecondStage
+from crosskd.adapters.levels import LevelPairs
 from crosskd.align import ChannelProjection
 from crosskd.distiller import Distiller
-from crosskd.head import TapPoint
+from crosskd.head import Branch, TapPoint
 from crosskd.methods import CrossKD, Method, Step
 from crosskd.predictions import Predictions
 
@@ -39,7 +41,8 @@ class Split:
         branch: the branch's.
         student: where the student's tower is tapped.
         teacher: where the teacher's is.
-        student_shapes: the student's features a level, (batch, channels, height, width).
+        student_shapes: the student's features a level, (batch, channels, height, width); of a head that
+            answers for regions (regions, channels, height, width) or (regions, channels).
         teacher_widths: the channels of the teacher's, a level.
     """
 
@@ -85,7 +88,7 @@ class Confidence:
 
     Attributes:
         highest: each image's largest class probability.
-        sure: how many anchors of each image have one of at least 0.5.
+        sure: how many anchors, or regions, of each image have one of at least 0.5.
     """
 
     highest: tuple[float, ...]
@@ -101,12 +104,14 @@ class Fit:
         found: how many of them overlap a prediction of their class by an IoU of at least 0.5.
         found_in_any_class: how many overlap one of whatever class.
         best_iou: each object's largest IoU with a prediction of its class, on average.
+        classless: the head that is distilled knows no classes, so that any counts as the right one.
     """
 
     objects: int
     found: int
     found_in_any_class: int
     best_iou: float
+    classless: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class CheckReport:
 
     Attributes:
         adapter: the adapter's name.
-        head: the head type whose published settings hold.
+        head: the head type whose settings hold; of a detector of two stages those that are distilled.
         teacher: the teacher's type and size.
         student: the student's.
         splits: where features are read, by method and branch.
@@ -150,7 +155,7 @@ class CheckReport:
         lines = [
             f"teacher: {self.teacher}",
             f"student: {self.student}",
-            f"adapter: {self.adapter}, published settings of {self.head}",
+            f"adapter: {self.adapter}, settings of {self.head}",
             *self._split_lines(),
             *_section("differences", self.differences or ("none",)),
             f"{'losses':<26} {'value':>10} {'gradient':>10}",
@@ -181,13 +186,18 @@ class CheckReport:
         highest, sure = self.confidence.highest, self.confidence.sure
         yield (
             f"the teacher's largest class probability: {min(highest):.3f} to {max(highest):.3f} an image; "
-            f"anchors of {_SURE} or more: {min(sure)} to {max(sure)} an image"
+            f"predictions of {_SURE} or more: {min(sure)} to {max(sure)} an image"
         )
         if self.fit is not None:
             fit = self.fit
+            classes = (
+                "whatever the class, for what is distilled knows none)"
+                if fit.classless
+                else f"right class), {fit.found_in_any_class} whatever the class"
+            )
             yield (
-                f"the teacher finds {fit.found} of {fit.objects} objects (IoU {_OVERLAP} or more, right "
-                f"class), {fit.found_in_any_class} whatever the class; mean best IoU {fit.best_iou:.3f}"
+                f"the teacher finds {fit.found} of {fit.objects} objects (IoU {_OVERLAP} or more, {classes}; "
+                f"mean best IoU {fit.best_iou:.3f}"
             )
 
 
@@ -209,7 +219,9 @@ def check(
     """Looks at a pair before a long run: runs one batch and tells what distillation would do.
 
     Both detectors are copied for it and stay as they are: no gradient, buffer or mode changes. Schedules
-    are left out of account: the losses are those of full strength.
+    are left out of account: the losses are those of full strength. Of a detector of two stages both heads
+    are looked at. How good the teacher is, is read off the last one that is distilled: the second head at the
+    teacher's own proposals, or the first one's proposals whatever their class.
 
     Args:
         teacher: as for `Distiller`.
@@ -263,6 +275,20 @@ def _copy(distiller: Distiller) -> Distiller:
     return twin.train()
 
 
+class _Answer(NamedTuple):
+    """What the teacher answers to the images.
+
+    Attributes:
+        predictions: of its last head that is distilled.
+        boxes: decodes them, into the student's resized pixels.
+        counts: how many regions each image has, of a head that answers for regions.
+    """
+
+    predictions: Predictions
+    boxes: Callable[[], Tensor]
+    counts: Sequence[int] | None
+
+
 class _Look:
     """One step of a distiller that may be used up, watched.
 
@@ -287,7 +313,7 @@ class _Look:
     def _note(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
         if name == "prepare":
             self.prepared.append(result)
-        elif name == "losses":
+        elif name in ("losses", "second.losses"):
             self.own.update(result[0])
 
     def report(self, images: Any, targets: Any) -> CheckReport:
@@ -296,23 +322,31 @@ class _Look:
         sizes = {name: _size(loss, self.distiller.student) for name, loss in losses.items()}
         own = {name: sizes[name] for name in losses if name in self.own}
         distilled = {name: sizes[name] for name in losses if name not in self.own}
-        step = next(iter(self.steps.values()))
-        fit = None if targets is None else self._fit(step)
+        heads = self._heads()
+        last, step = heads[-1]
+        answer = _answer(step) if step.counts is None else self._answer_of_two_stages(last)
+        fit = None if targets is None else self._fit(last, answer)
         self._remark_on(own, distilled, fit)
         return CheckReport(
             adapter=type(self.adapter).__name__,
-            head=self.adapter.recipe.head,
+            head=" and ".join(head.source.recipe.head for head, _ in heads),
             teacher=_kind(self.distiller.teacher),
             student=_kind(self.distiller.student),
             splits=tuple(self._splits()),
             projections=tuple(self._projections()),
-            differences=tuple(self._differences(step)),
+            differences=tuple(self._differences(heads)),
             own_losses=own,
             distillation_losses=distilled,
-            confidence=_confidence(step.teacher),
+            confidence=_confidence(answer),
             fit=fit,
             remarks=tuple(self.remarks),
         )
+
+    def _heads(self) -> list[tuple[Head, Step]]:
+        """The heads that are distilled, in the order in which they run, each with what a method saw."""
+        methods = self.distiller._methods()
+        seen = {methods[name].part: step for name, step in self.steps.items()}
+        return [(head, seen[head.part]) for head in self.distiller._heads if head.part in seen]
 
     # -- where features are read ----------------------------------------------------------------
 
@@ -335,23 +369,20 @@ class _Look:
 
     # -- what differs ---------------------------------------------------------------------------
 
-    def _differences(self, step: Step) -> Iterator[str]:
-        ours = self.adapter.branches(self.distiller.student)
-        for theirs, own in zip(step.teacher_branches, ours, strict=True):
-            depths = len(theirs.tower(0).blocks), len(own.tower(0).blocks)
-            if depths[0] != depths[1]:
-                yield f"{own.name} tower: {depths[0]} blocks (teacher), {depths[1]} (student)"
-            widths = theirs.tower(0).width_in, own.tower(0).width_in
-            if widths[0] != widths[1]:
-                yield f"{own.name} tower: {widths[0]} channels (teacher), {widths[1]} (student)"
-        yield from self._class_differences(step)
+    def _differences(self, heads: Sequence[tuple[Head, Step]]) -> Iterator[str]:
+        for head, step in heads:
+            ours = head.source.branches(self.distiller.student)
+            for theirs, own in zip(step.teacher_branches, ours, strict=True):
+                yield from _tower_differences(theirs, own)
+        for head, step in heads:
+            yield from self._class_differences(head, step)
         yield from self._level_differences()
         yield from self._pixel_differences()
 
-    def _class_differences(self, step: Step) -> Iterator[str]:
-        class_map = self.distiller._class_map
+    def _class_differences(self, head: Head, step: Step) -> Iterator[str]:
+        class_map = head.class_map
         if class_map is not None:
-            classes = self.adapter.num_classes(self.distiller.teacher)
+            classes = head.source.num_classes(self.distiller.teacher)
             yield (
                 f"classes: {classes} (teacher), {len(class_map)} (student), which are the teacher's "
                 f"{_shortened(class_map)}"
@@ -379,11 +410,35 @@ class _Look:
 
     # -- the teacher's worth --------------------------------------------------------------------
 
-    def _fit(self, step: Step) -> Fit | None:
+    @torch.no_grad()
+    def _answer_of_two_stages(self, last: Head) -> _Answer:
+        """What the teacher answers for the regions that it proposes itself.
+
+        In training there are the objects themselves among the student's regions, which any teacher finds.
+        """
+        adapter, teacher = self.adapter, self.distiller.teacher
+        seen = replace(self.prepared[-1], targets=None)
+        maps = adapter.features(teacher, seen.teacher_pixels)
+        first = replace(self.distiller._heads[0], levels=LevelPairs(None))
+        proposed = first.observe_teacher(maps, {}).predictions, adapter.locations(teacher, seen, maps)
+        stage = cast(SecondStage, last.source)
+        regions = stage.regions(teacher, *proposed, seen)
+        predictions = last.observe_teacher(stage.features(teacher, maps, regions, seen), {}).predictions
+
+        def boxes() -> Tensor:
+            decoded = stage.decode(teacher, predictions, regions)
+            # Of another size with a view of the teacher's own.
+            height, width = self.prepared[0].student_pixels.shape[-2:]
+            their_height, their_width = seen.student_pixels.shape[-2:]
+            return decoded * decoded.new_tensor([width / their_width, height / their_height] * 2)
+
+        return _Answer(predictions, boxes, stage.counts(regions))
+
+    def _fit(self, head: Head, answer: _Answer) -> Fit | None:
         """How well the teacher's predictions fit the objects, where both can be told."""
         try:
             objects = self.truth(self.prepared[0])
-            boxes = step.boxes(step.teacher).detach()
+            boxes = answer.boxes().detach()
         except ValueError as error:
             self.remarks.append(f"the teacher could not be held against the targets: {error}")
             return None
@@ -392,7 +447,14 @@ class _Look:
                 "the targets hold no object, so nothing tells how well the teacher finds them"
             )
             return None
-        return _fit_of(boxes, step.teacher.logits.float().sigmoid(), objects)
+        # The first of two heads tells objects from none: its one class is that of all labels.
+        last = self.distiller._heads[-1].part
+        classless = head.part != last and answer.predictions.logits.shape[-1] == 1
+        if classless:
+            objects = [{**o, "labels": torch.zeros_like(o["labels"])} for o in objects]
+        whole = boxes, answer.predictions.probabilities()
+        boxes_of, likely = (rows_of_images(rows, answer.counts) for rows in whole)
+        return replace(_fit_of(boxes_of, likely, objects), classless=classless)
 
     def _remark_on(
         self, own: Mapping[str, LossSize], distilled: Mapping[str, LossSize], fit: Fit | None
@@ -408,6 +470,15 @@ class _Look:
                 f"the teacher finds {fit.found} of {fit.objects} objects, less than half: the student will "
                 "learn to miss the others"
             )
+
+
+def _tower_differences(theirs: Branch, own: Branch) -> Iterator[str]:
+    depths = len(theirs.tower(0).blocks), len(own.tower(0).blocks)
+    if depths[0] != depths[1]:
+        yield f"{own.name} tower: {depths[0]} blocks (teacher), {depths[1]} (student)"
+    widths = theirs.tower(0).width_in, own.tower(0).width_in
+    if widths[0] != widths[1]:
+        yield f"{own.name} tower: {widths[0]} channels (teacher), {widths[1]} (student)"
 
 
 def _size(loss: Tensor, student: nn.Module) -> LossSize:
@@ -436,22 +507,37 @@ def _pixel_text(pixels: Tensor) -> str:
     return f"mean ({numbers[0]}), deviation ({numbers[1]})"
 
 
-def _confidence(teacher: Predictions) -> Confidence:
-    confidence = teacher.confidence()  # (batch, anchors)
-    sure = (confidence >= _SURE).sum(dim=1)
-    return Confidence(tuple(confidence.amax(dim=1).tolist()), tuple(sure.tolist()))
+def _answer(step: Step) -> _Answer:
+    return _Answer(step.teacher, lambda: step.boxes(step.teacher), None)
 
 
-def _fit_of(boxes: Tensor, probabilities: Tensor, objects: Sequence[Mapping[str, Tensor]]) -> Fit:
-    """Holds boxes (batch, anchors, 4) and class probabilities (batch, anchors, classes) against objects."""
+def _confidence(answer: _Answer) -> Confidence:
+    of_images = rows_of_images(answer.predictions.confidence(), answer.counts)
+    highest = [float(confidence.max()) if len(confidence) else 0.0 for confidence in of_images]
+    return Confidence(tuple(highest), tuple(int((c >= _SURE).sum()) for c in of_images))
+
+
+def _fit_of(
+    boxes: Sequence[Tensor], probabilities: Sequence[Tensor], objects: Sequence[Mapping[str, Tensor]]
+) -> Fit:
+    """Holds predictions against objects, image by image.
+
+    Args:
+        boxes: shape (anchors, 4), or (anchors, classes, 4) with a box for each class.
+        probabilities: shape (anchors, classes).
+        objects: ``boxes`` and ``labels``.
+    """
     right, any_class = [], []
-    for image, of_image in enumerate(objects):
-        labels = of_image["labels"].to(probabilities.device)
-        found = overlaps(boxes[image], of_image["boxes"].to(boxes.device))  # (anchors, objects)
-        sure = probabilities[image][:, labels] >= _LEAST_SURE
-        sure_of_any = probabilities[image].amax(dim=1, keepdim=True) >= _LEAST_SURE
-        right.append((found * sure).amax(dim=0))
-        any_class.append((found * sure_of_any).amax(dim=0))
+    for of_anchors, of_classes, of_image in zip(boxes, probabilities, objects, strict=True):
+        # Where each class has a box, each box is a prediction, of that class alone.
+        likely = of_classes if of_anchors.ndim == 2 else torch.diag_embed(of_classes).flatten(0, 1)
+        labels = of_image["labels"].to(likely.device)
+        theirs = of_image["boxes"].to(of_anchors.device)
+        found = overlaps(of_anchors.reshape(-1, 4), theirs)  # (predictions, objects)
+        sure = likely[:, labels] >= _LEAST_SURE
+        sure_of_any = likely.amax(dim=1, keepdim=True) >= _LEAST_SURE
+        right.append(_largest(found * sure))
+        any_class.append(_largest(found * sure_of_any))
     best, best_in_any = torch.cat(right), torch.cat(any_class)
     return Fit(
         objects=len(best),
@@ -459,6 +545,11 @@ def _fit_of(boxes: Tensor, probabilities: Tensor, objects: Sequence[Mapping[str,
         found_in_any_class=int((best_in_any >= _OVERLAP).sum()),
         best_iou=float(best.mean()),
     )
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Each column's largest number; 0 where there are no rows."""
+    return rows.amax(dim=0) if len(rows) else rows.sum(dim=0)
 
 
 def _refuse(report: CheckReport) -> None:

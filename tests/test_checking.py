@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import types
 
 import pytest
@@ -19,6 +20,7 @@ from crosskd.head import TapPoint
 from tests.test_mismatched_pairs import larger_teacher, same, with_levels
 from tests.test_teacher_untouched import digest, flags
 from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.two_stages import POOLED, REGIONS, tiny_faster_rcnn, two_stage_batch
 
 BUILD = {"retinanet": tiny_retinanet, "fcos": tiny_fcos}
 families = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD)
@@ -143,7 +145,7 @@ def test_the_text_says_what_the_fields_do():
     text = str(report)
     teacher = sum(parameter.numel() for parameter in tiny_fcos(width=64).parameters())
     assert f"teacher: FCOS, {teacher / 1e6:.2f} million parameters\nstudent: FCOS" in text
-    assert "adapter: TorchvisionFCOSAdapter, published settings of FCOS" in text
+    assert "adapter: TorchvisionFCOSAdapter, settings of FCOS" in text
     assert "crosskd, regression branch: student after block 2, teacher after block 2 (post)" in text
     assert "  level 2: (2, 32, 2, 2), the teacher's of 64 channels" in text
     assert "projection crosskd.regression: 32 to 64 channels" in text
@@ -184,6 +186,22 @@ def test_the_fit_by_hand():
     ]
     fit = _fit_of(boxes, probabilities, objects)
     assert fit == Fit(objects=3, found=1, found_in_any_class=2, best_iou=pytest.approx(0.5 / 3))
+
+
+def test_the_fit_of_a_box_for_each_class_by_hand():
+    """Each class's box counts with its own probability alone, and an image may have no region at all."""
+    exact, off = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 1.0, 1.0]
+    # (regions, classes, 4) an image, class 0 the background, whose probability is given as 0.
+    boxes = [torch.tensor([[exact, off, exact], [off, exact, off]]), torch.zeros(0, 3, 4)]
+    probabilities = [torch.tensor([[0.0, 0.9, 0.3], [0.0, 0.05, 0.6]]), torch.zeros(0, 3)]
+    square = torch.tensor([exact])
+    objects = [
+        {"boxes": square.repeat(2, 1), "labels": torch.tensor([1, 2])},
+        {"boxes": square, "labels": torch.tensor([1])},
+    ]
+    fit = _fit_of(boxes, probabilities, objects)
+    # Of class 1 the sure box fits 1 of 100 pixels, and the one that fits is not sure; class 2's is both.
+    assert fit == Fit(objects=3, found=1, found_in_any_class=2, best_iou=pytest.approx((0.01 + 1) / 3))
 
 
 def sure_of(detector: nn.Module, *labels: int) -> nn.Module:
@@ -388,6 +406,103 @@ def test_nothing_of_the_detectors_changes(build, training):
     expected = tiny_batch()
     assert all(map(torch.equal, images, expected[0]))
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, expected[1], strict=True))
+
+
+# -- two stages ----------------------------------------------------------------------------------
+
+
+def sure_in_two_stages(label: int = 1, size: float = 1.0, **options) -> nn.Module:
+    """Sure of one class at whatever region, and proposing all of its anchors, changed in size."""
+    detector = tiny_faster_rcnn(box_batch_size_per_image=2000, **options)
+    rpn, predictor = detector.rpn.head, detector.roi_heads.box_predictor
+    for layer in (rpn.cls_logits, rpn.bbox_pred, predictor.bbox_pred, predictor.cls_score):
+        nn.init.normal_(layer.weight, std=1e-4)
+        nn.init.zeros_(layer.bias)
+    predictor.cls_score.bias.data[label] = 3.0
+    rpn.bbox_pred.bias.data[:] = torch.tensor([0.0, 0.0, math.log(size), math.log(size)]).repeat(3)
+    return detector
+
+
+def anchor_batch(label: int):
+    """Objects that are anchors of the tiny detectors, about (24, 24) and (32, 16) of the first two levels."""
+    images, _ = two_stage_batch()
+    boxes = torch.tensor([[16.0, 16.0, 32.0, 32.0], [16.0, 0.0, 48.0, 32.0]])
+    return images, [{"boxes": boxes, "labels": torch.tensor([label, label])} for _ in images]
+
+
+def test_both_parts_of_a_detector_of_two_stages_are_told():
+    teacher = sure_in_two_stages(width=24, vector=32, v2=True)
+    student = tiny_faster_rcnn(seed=1)
+    report = check(teacher, student, *anchor_batch(1))
+    assert [(split.method, split.branch) for split in report.splits] == [
+        ("crosskd_rpn", "rpn"),
+        ("crosskd_box", "box"),
+    ]
+    rpn, box = report.splits
+    assert (rpn.student, rpn.teacher) == (TapPoint(0, "post"), TapPoint(1, "post"))
+    assert rpn.student_shapes == ((2, 16, 8, 8), (2, 16, 4, 4), (2, 16, 2, 2))
+    assert (box.student, box.teacher) == (TapPoint(0, "post"), TapPoint(2, "post"))
+    assert box.student_shapes == ((2 * REGIONS, 16, POOLED, POOLED),)
+    assert (rpn.teacher_widths, box.teacher_widths) == ((24, 24, 24), (24,))
+    assert [dataclasses.astuple(projection) for projection in report.projections] == [
+        ("crosskd_rpn.rpn", 16, 24),
+        ("crosskd_box.box", 16, 24),
+    ]
+    assert report.differences == (
+        "rpn tower: 2 blocks (teacher), 1 (student)",
+        "rpn tower: 24 channels (teacher), 16 (student)",
+        "box tower: 3 blocks (teacher), 2 (student)",
+        "box tower: 24 channels (teacher), 16 (student)",
+    )
+    own = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+    assert report.own_losses.keys() == own
+    assert report.distillation_losses.keys() == {"kd_rpn_cls", "kd_rpn_reg", "kd_box_cls", "kd_box_reg"}
+    assert all(loss.gradient > 0 for loss in report.losses.values())
+    text = str(report)
+    assert "settings of Faster R-CNN's RPN and Faster R-CNN's box head" in text
+    assert "crosskd_box, box branch: student after block 0, teacher after block 2 (post)" in text
+
+
+def test_the_box_head_is_held_against_the_objects_at_the_teachers_own_proposals():
+    report = check(sure_in_two_stages(), tiny_faster_rcnn(seed=1), *anchor_batch(1))
+    sure = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]).softmax(0)[1].item()
+    assert report.confidence.highest == pytest.approx((sure, sure), abs=1e-2)
+    assert min(report.confidence.sure) > REGIONS
+    assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2))
+    # Among the regions that the student trains on are the objects themselves, which this one never proposes.
+    with pytest.raises(ValueError, match="the teacher finds none of the 4 objects"):
+        check(sure_in_two_stages(size=0.2), tiny_faster_rcnn(seed=1), *anchor_batch(1))
+    with pytest.raises(
+        ValueError, match="Of other classes its predictions fit 4 of them: check the order of"
+    ):
+        check(sure_in_two_stages(label=2), tiny_faster_rcnn(seed=1), *anchor_batch(1))
+
+
+def test_proposals_alone_are_held_against_objects_of_any_class():
+    for label in (1, 3):
+        batch = anchor_batch(label)
+        report = check(sure_in_two_stages(), tiny_faster_rcnn(seed=1), *batch, CrossKD(part="rpn"))
+        assert report.distillation_losses.keys() == {"kd_rpn_cls", "kd_rpn_reg"}
+        assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2), classless=True)
+        text = "the teacher finds 4 of 4 objects (IoU 0.5 or more, whatever the class, for what is distilled"
+        assert text in str(report)
+
+
+def test_a_larger_view_of_two_stages_and_images_without_labels():
+    def doubled(images, targets):
+        return [nn.functional.interpolate(image[None], scale_factor=2)[0] for image in images]
+
+    teacher = sure_in_two_stages(min_size=128, max_size=128)
+    student = tiny_faster_rcnn(seed=1)
+    settings = {"methods": CrossKD(part="box"), "teacher_view": doubled}
+    images, targets = anchor_batch(1)
+    for target in targets:  # half of a side of any anchor, which the teacher's are in the student's pixels
+        target["boxes"] = torch.tensor([[20.0, 20.0, 28.0, 28.0], [4.0, 36.0, 12.0, 44.0]])
+    report = check(teacher, student, images, targets, **settings)
+    assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2))
+    report = check(teacher, student, images, **settings)
+    assert report.fit is None
+    assert report.own_losses == {}
 
 
 def test_weights_that_are_shared_are_warned_of():

@@ -12,6 +12,7 @@ from crosskd import describe
 from crosskd.head import Branch, Tower
 from crosskd.methods import GFL, HeadRecipe
 from tests.tiny import tiny_fcos, tiny_retinanet
+from tests.two_stages import tiny_faster_rcnn
 
 RETINANET_TABLE = """\
 RetinaNet (published settings: RetinaNet)
@@ -43,6 +44,37 @@ def test_table_of_an_fcos():
     assert lines[7] == "         4        64  post, pre  Conv2d, GroupNorm, ReLU"
     assert lines[-2] == "  predictors: bbox_reg (4 channels), bbox_ctrness (1 channels)"
     assert lines[-1] == "published position: 2"
+
+
+FASTER_RCNN_TABLE = """\
+FasterRCNN (published settings: Faster R-CNN's RPN)
+part rpn
+branch rpn: 2 blocks, shared by all levels, valid positions 0 to 2
+  position  channels  taps       features after
+         0        16  post       (the tower's input)
+         1        16  post, pre  Conv2d, ReLU
+         2        16  post, pre  Conv2d, ReLU
+  predictors: cls_logits (3 channels), bbox_pred (12 channels)
+position unless given: the last that leaves the teacher's tower a block
+part box
+branch box: 3 blocks, shared by all levels, valid positions 0 to 3
+  position  channels  taps       features after
+         0        16  post       (the tower's input)
+         1        16  post, pre  Conv2d, ReLU
+         2        16  post, pre  Conv2d, ReLU
+         3        24  post, pre  Flatten, Linear, ReLU
+  predictors: cls_score (5 channels), bbox_pred (20 channels)
+position unless given: the last that leaves the teacher's tower a block"""
+
+
+def test_both_parts_of_a_detector_of_two_stages():
+    assert describe(tiny_faster_rcnn(v2=True)) == FASTER_RCNN_TABLE
+    lines = describe(tiny_faster_rcnn()).splitlines()
+    assert lines[2] == "branch rpn: 1 blocks, shared by all levels, valid positions 0 to 1"
+    assert lines[-4:-2] == [
+        "         1        24  post, pre  Flatten, Linear, ReLU",
+        "         2        24  post, pre  Linear, ReLU",
+    ]
 
 
 def test_head_without_towers():
