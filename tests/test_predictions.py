@@ -81,7 +81,7 @@ def test_each_box_of_a_class_is_as_sure_as_the_class():
 def test_classes_may_be_chosen_and_turned_round():
     whole = with_a_box_a_class(4)
     chosen = whole.of_classes([3, 0, 1])
-    assert torch.equal(chosen.logits, whole.logits[..., [3, 0, 1]])
+    assert torch.equal(chosen.logits[..., [0, 2]], whole.logits[..., [3, 1]])
     assert torch.equal(chosen.regression, whole.regression[:, :, [3, 0, 1]])
     assert chosen.background == 1
     assert chosen.box_per_class
@@ -92,6 +92,17 @@ def test_classes_may_be_chosen_and_turned_round():
     assert shared.background is None
     with pytest.raises(ValueError, match=r"the classes \[1, 2\] leave out 0, which means no object"):
         whole.of_classes([1, 2])
+
+
+@pytest.mark.parametrize("listed", [[0, 2], [3, 0], [2, 4, 0, 1], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_that_are_left_out_of_a_softmax_count_as_background(listed, dtype):
+    whole = predictions(torch.randn(2, 5, 5).to(dtype), background=0)
+    chosen = whole.of_classes(listed)
+    assert chosen.logits.dtype == dtype
+    torch.testing.assert_close(chosen.probabilities(), whole.probabilities()[..., listed])
+    if len(listed) == 5:
+        assert torch.equal(chosen.logits, whole.logits[..., listed])
 
 
 def test_joined_and_detached_they_stay_of_their_kind():

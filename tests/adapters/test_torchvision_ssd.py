@@ -332,7 +332,9 @@ def test_a_teacher_of_more_classes():
     with torch.no_grad():
         inputs = ADAPTER.prepare(teacher, student, batch()[0], None)
         own = teacher.head(ADAPTER.features(teacher, inputs.teacher_pixels))["cls_logits"]
-    assert torch.equal(step.teacher.logits, own[..., [0, 5, 2]])
+    assert torch.equal(step.teacher.logits[..., 1:], own[..., [5, 2]])
+    # Of its other classes the student is to see no object.
+    torch.testing.assert_close(step.teacher.probabilities()[..., 1:], own.softmax(-1)[..., [5, 2]])
     assert_reaches_the_student(distiller, losses)
     with pytest.raises(ValueError, match="class_map=, the"):
         Distiller(teacher, student, CrossKD())
