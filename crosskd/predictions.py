@@ -89,6 +89,9 @@ class Predictions:
     def of_classes(self, indices: Sequence[int] | None) -> Predictions:
         """The same with some classes alone, in the given order; ``None`` for all.
 
+        Where the classes share a softmax the others count as background, and those that are kept have the
+        probabilities that they had.
+
         Raises:
             ValueError: the background is left out.
         """
@@ -102,10 +105,21 @@ class Predictions:
             )
         return replace(
             self,
-            logits=self.logits[..., listed],
+            logits=self._logits_of(listed),
             regression=self.regression[..., listed, :] if self.box_per_class else self.regression,
             background=None if self.background is None else listed.index(self.background),
         )
+
+    def _logits_of(self, listed: list[int]) -> Tensor:
+        """The logits of some classes, with whatever else there is in the background's."""
+        kept = self.logits[..., listed]
+        others = sorted(set(range(self.logits.shape[-1])) - set(listed))
+        if self.background is None or not others:
+            return kept
+        together = self.logits[..., [self.background, *others]]
+        together = together.to(compute_dtype(together)).logsumexp(dim=-1, keepdim=True)
+        place = listed.index(self.background)
+        return torch.cat([kept[..., :place], together.to(kept.dtype), kept[..., place + 1 :]], dim=-1)
 
     def detach(self) -> Predictions:
         """The same numbers without their history."""
