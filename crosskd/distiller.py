@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from crosskd._heads import Head, Observed, check_anchors, check_levels, shape_only
+from crosskd._heads import Head, Observed, check_anchors, check_levels, same_sizes, shape_only
 from crosskd.adapters import Adapter, Inputs, SecondStage, find_adapter
 from crosskd.adapters.levels import LevelPairs, pair_levels
 from crosskd.frozen import frozen_copy
@@ -115,24 +115,12 @@ class Distiller(nn.Module):
             )
         self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
         _check_types(self.adapter, teacher, student)
-        second = self._second
-        parts: tuple[str, ...] = () if second is None else self.adapter.parts  # type: ignore[attr-defined]
+        parts: tuple[str, ...] = () if self._second is None else self.adapter.parts  # type: ignore[attr-defined]
         named = _named(methods, parts)
-        last = self.adapter if second is None else second
-        classes = _of_each(last.num_classes, teacher, student)
-        self._class_map = _checked_class_map(class_map, *classes, last.recipe.background)
         self.teacher_view = teacher_view
         self.resize_levels = resize_levels
-        distilled = {method.part for method in named.values()}
-        self._levels = LevelPairs(None)
-        if second is None or parts[0] in distilled:
-            strides = _of_each(self.adapter.strides, teacher, student)
-            self._levels = pair_levels(*strides, rescaled=teacher_view is not None)
-            _tell_of_left_out_levels(self._levels, strides[0])
-            self.adapter.check_pair(teacher, student, self._levels)
-        if second is not None and parts[1] in distilled:
-            second.check_pair(teacher, student)
-        _warn_if_shared(teacher, student)
+        self._pair_up(teacher, student, {method.part for method in named.values()}, class_map)
+        _check_shared(teacher, student)
         self.unlabelled_threshold = unlabelled_threshold
         self.student = student
         # In tuples, so that the module machinery (parameters, state_dict, train) doesn't see them.
@@ -140,15 +128,51 @@ class Distiller(nn.Module):
         self._checked_student = (student,)
         self.methods = nn.ModuleDict(named)
         for head in self._heads:
-            branches = head.teacher_branches(), head.source.branches(student)
             for method in head.of(self._methods()).values():
-                method.setup(*branches, head.source.recipe)
+                method.setup(head.teacher_branches(), head.source.branches(student), head.source.recipe)
         self._checked = False
         scheduled = any(method.schedule is not None for method in self._methods().values())
         # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
         self.register_buffer("progress", torch.tensor([0, -1]) if scheduled else None)
         parameter = next(student.parameters())
         self.methods.to(device=parameter.device, dtype=parameter.dtype)
+
+    def _pair_up(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        distilled: set[str | None],
+        class_map: Sequence[int] | None,
+    ) -> None:
+        """Settles levels and classes of the pair; raises ``ValueError`` for heads that can't be compared.
+
+        A head that no method distils is run for the student alone, which is then held against itself.
+
+        Args:
+            teacher: as the user gave it.
+            student: the detector to train.
+            distilled: the parts that methods distil; ``None`` stands for the only one.
+            class_map: as the user gave it.
+        """
+        second = self._second
+        first_part, last_part = (None, None) if second is None else self.adapter.parts  # type: ignore[attr-defined]
+        self._levels, self._class_map = LevelPairs(None), None
+        if first_part in distilled:
+            strides = _of_each(self.adapter.strides, teacher, student)
+            self._levels = pair_levels(*strides, rescaled=self.teacher_view is not None)
+            _tell_of_left_out_levels(self._levels, strides[0])
+        last = self.adapter if second is None else second
+        if last_part in distilled:
+            classes = _of_each(last.num_classes, teacher, student)
+            self._class_map = _checked_class_map(class_map, *classes, last.recipe.background)
+        elif class_map is not None:
+            raise ValueError(
+                f"class_map= is for the {last_part!r} head, which no method distils: the {first_part!r} head "
+                "has no classes of its own; leave it out"
+            )
+        self.adapter.check_pair(teacher if first_part in distilled else student, student, self._levels)
+        if second is not None:
+            second.check_pair(teacher if last_part in distilled else student, student)
 
     # -- the module's face ----------------------------------------------------------------------
 
@@ -333,13 +357,19 @@ class Distiller(nn.Module):
             )
         if not self._checked:
             _check_devices(self.teacher, self.student)
-            for side, detector in (("teacher", self.teacher), ("student", self.student)):
-                branches = [branch for head in self._heads for branch in head.source.branches(detector)]
+            distilled = [head for head in self._heads if head.of(self._methods())]
+            for side, detector, heads in (
+                ("teacher", self.teacher, distilled),
+                ("student", self.student, self._heads),
+            ):
+                branches = [branch for head in heads for branch in head.source.branches(detector)]
                 _warn_about_hooks(side, detector, branches)
-        inputs = self.adapter.prepare(self.teacher, self.student, images, targets)
         if self.teacher_view is None:
+            inputs = self.adapter.prepare(self.teacher, self.student, images, targets)
             return inputs, inputs
+        # Neither sees the other's images, which may even have other channels.
         view = self.teacher_view(images, targets)
+        inputs = self.adapter.prepare(self.student, self.student, images, targets)
         return inputs, self.adapter.prepare(self.teacher, self.teacher, view, None)
 
     @_outside_graph
@@ -354,16 +384,22 @@ class Distiller(nn.Module):
     ) -> tuple[dict[str, Tensor], Assignment | None, Any]:
         """The student's own losses, the assignment that they share with the methods, the locations."""
         locations = self.adapter.locations(self.student, inputs, maps)
-        # Where levels are resized the places differ, as was asked for.
-        if teacher is not None and not self._checked and not self.resize_levels:
+        if teacher is not None and not self._checked and not self._resizes(teacher_maps, maps):
             theirs = self.adapter.locations(self.teacher, seen, teacher_maps)
             self.adapter.check_locations(theirs, locations, self._levels)
+            if self._levels.scale == 1:
+                self._heads[0].check_decoding(teacher.predictions, locations)
         if inputs.targets is not None:
             losses, assignment = self.adapter.losses(self.student, student.predictions, locations, inputs)
             return losses, assignment, locations
         if teacher is None:
             return {}, None, locations
         return {}, self._assignment_from(teacher, self.adapter), locations
+
+    def _resizes(self, teacher_maps: Sequence[Tensor], maps: Sequence[Tensor]) -> bool:
+        """Whether levels of the teacher's are resized, so that the two predict at other places."""
+        head = self._heads[0]
+        return self.resize_levels and not same_sizes(head.used(teacher_maps), maps, head.channels_last())
 
     @_outside_graph
     def _regions(self, stage: SecondStage, predictions: Predictions, locations: Any, inputs: Inputs) -> Any:
@@ -376,6 +412,8 @@ class Distiller(nn.Module):
         self, stage: SecondStage, student: Observed, regions: Any, inputs: Inputs, teacher: Observed | None
     ) -> tuple[dict[str, Tensor], Assignment | None]:
         """The student's own losses of its second head, and the assignment that they share."""
+        if teacher is not None and not self._checked:
+            self._heads[1].check_decoding(teacher.predictions, regions)
         if inputs.targets is not None:
             return stage.losses(self.student, student.predictions, regions, inputs)
         return {}, None if teacher is None else self._assignment_from(teacher, stage)
@@ -439,7 +477,12 @@ def _bare(side: str, detector: nn.Module) -> nn.Module:
     return compiled if isinstance(compiled, nn.Module) else detector
 
 
-def _warn_if_shared(teacher: nn.Module, student: nn.Module) -> None:
+def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
+    if teacher is student:
+        raise ValueError(
+            "teacher and student are one object, so there is nothing to distil: to distil a detector into "
+            "itself pass copy.deepcopy(student) as the teacher"
+        )
     theirs = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
     if any(parameter.data_ptr() in theirs for parameter in student.parameters()):
         warnings.warn(
@@ -505,8 +548,9 @@ def _flat(
     }
     taken = [*own, *keys.values()]
     for (name, key), full in keys.items():
+        part = methods[name].part
         # The key names the part already.
-        prefix = name if methods[name].part is None else name.replace(f"_{methods[name].part}", "", 1)
+        prefix = name if part is None else "".join(name.rpartition(f"_{part}")[::2])
         yield name, f"{prefix}_{full}" if taken.count(full) > 1 else full, distillation[name][key]
 
 
@@ -532,10 +576,16 @@ def _without_teacher_pixels(inputs: Inputs, seen: Inputs) -> tuple[Inputs, Input
 
 
 def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
-    theirs, ours = (next(detector.parameters()).device for detector in (teacher, student))
-    if theirs != ours:
+    theirs, ours = (next(detector.parameters()) for detector in (teacher, student))
+    if theirs.device != ours.device:
         raise ValueError(
-            f"the teacher is on {theirs} and the student on {ours}: move both with distiller.to(device)"
+            f"the teacher is on {theirs.device} and the student on {ours.device}: move both with "
+            "distiller.to(device)"
+        )
+    if theirs.dtype != ours.dtype and not torch.is_autocast_enabled(ours.device.type):
+        raise ValueError(
+            f"the teacher's weights are {theirs.dtype} and the student's {ours.dtype}: cast both with "
+            "distiller.to(dtype), or run the step under torch.autocast"
         )
 
 

@@ -22,6 +22,7 @@ from crosskd.adapters._torchvision_parts import (
     check_anchor_settings,
     check_box_coding,
     check_forwards,
+    check_image_channels,
     check_same_anchors,
     predict_from_tower,
     probed_strides,
@@ -114,13 +115,15 @@ class TorchvisionFasterRCNNAdapter:
 
     def strides(self, detector: Any) -> list[float] | None:
         """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS))
+        channels = len(detector.transform.image_mean)
+        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS), channels)
 
     def check_pair(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for two region proposal networks that can't be compared."""
-        for side, detector in (("teacher", teacher), ("student", student)):
+        for side, detector in (("student", student), ("teacher", teacher)):
             _check_box_detector(side, detector)
             check_forwards(side, detector, [("rpn.head", RPNHead)])
+        check_image_channels(teacher.transform, student.transform, levels)
         settings = {"sizes": True, "aspect_ratios": False}
         check_anchor_settings(teacher.rpn.anchor_generator, student.rpn.anchor_generator, settings, levels)
         check_box_coding(_coder_settings(teacher.rpn), _coder_settings(student.rpn))
@@ -180,6 +183,12 @@ class TorchvisionFasterRCNNAdapter:
         view.__dict__["fg_bg_sampler"] = noting
         flat = predictions.logits.flatten(0, 1), predictions.regression.flatten(0, 1)
         objectness, box = view.compute_loss(*flat, labels, targets)
+        if not noting.chosen:
+            raise ValueError(
+                f"student: {type(rpn).__name__}.compute_loss did not call fg_bg_sampler, so the sample of "
+                "anchors can't be shared: write an adapter for this detector "
+                "(crosskd.adapters.TwoStageAdapter) and pass it as adapter="
+            )
         losses = {"loss_objectness": objectness, "loss_rpn_box_reg": box}
         return losses, _sampled(torch.stack(labels), noting.sampled())
 
@@ -226,7 +235,7 @@ class _BoxHead:
 
     def check_pair(self, teacher: Any, student: Any) -> None:
         """Raises ``ValueError`` for two box heads that can't be compared."""
-        for side, detector in (("teacher", teacher), ("student", student)):
+        for side, detector in (("student", student), ("teacher", teacher)):
             _check_box_detector(side, detector)
             check_forwards(side, detector, [("roi_heads.box_predictor", FastRCNNPredictor)])
             head = detector.roi_heads.box_head
@@ -321,16 +330,16 @@ class _NotingSampler:
 
     def __init__(self, sampler: Any) -> None:
         self._sampler = sampler
-        self._chosen: list[Tensor] = []
+        self.chosen: list[Tensor] = []
 
     def __call__(self, labels: list[Tensor]) -> Any:
         positive, negative = self._sampler(labels)
-        self._chosen = [a.bool() | b.bool() for a, b in zip(positive, negative, strict=True)]
+        self.chosen = [a.bool() | b.bool() for a, b in zip(positive, negative, strict=True)]
         return positive, negative
 
     def sampled(self) -> Tensor:
         """Which anchors were chosen, shape (batch, anchors)."""
-        return torch.stack(self._chosen)
+        return torch.stack(self.chosen)
 
 
 def _sampled(labels: Tensor, sampled: Tensor) -> Assignment:

@@ -176,7 +176,10 @@ class SecondStage(Protocol):
         ...
 
     def check_pair(self, teacher: nn.Module, student: nn.Module) -> None:
-        """Raises ``ValueError``, saying what differs and what to do, for heads that can't be compared."""
+        """Raises ``ValueError``, saying what differs and what to do, for heads that can't be compared.
+
+        Where no method distils this head, or the first one, its check gets the student as both.
+        """
         ...
 
     def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
