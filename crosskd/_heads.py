@@ -16,7 +16,7 @@ from crosskd.head import Branch, Tapped, TapPoint
 from crosskd.methods.base import Method, Step
 from crosskd.predictions import Assignment, Predictions, join_levels
 
-__all__ = ["Head", "Observed", "Taps", "check_anchors", "check_levels", "shape_only"]
+__all__ = ["Head", "Observed", "Taps", "check_anchors", "check_levels", "same_sizes", "shape_only"]
 
 Taps = dict[str, list[Any]]
 """One method's taps: by branch name, one entry a level."""
@@ -74,6 +74,25 @@ class Head:
     def channels_last(self) -> bool:
         """Whether the head takes (batch, …, channels): its first tower tells."""
         return self.teacher_branches()[0].towers[0].channels_last
+
+    def check_decoding(self, predictions: Predictions, locations: Any) -> None:
+        """Raises ``ValueError`` where one prediction is another box to the teacher than to the student."""
+        try:
+            theirs, ours = (
+                self.source.decode(d, predictions, locations).flatten(0, -2)
+                for d in (self.teacher, self.student)
+            )
+        except ValueError:
+            return  # nothing decodes here; a method that asks for boxes is told so
+        if torch.allclose(theirs, ours, rtol=1e-3, atol=1e-2, equal_nan=True):
+            return
+        at = int((theirs - ours).abs().amax(dim=-1).argmax())
+        boxes = [[round(value, 2) for value in side[at].tolist()] for side in (theirs, ours)]
+        raise ValueError(
+            f"box coding differs: one prediction is the box {boxes[0]} (teacher) and {boxes[1]} (student), "
+            "xyxy in pixels. Give both the same means, deviations, scale or strides, and train the teacher "
+            "with them"
+        )
 
     # -- one training step ------------------------------------------------------------------------
 
@@ -233,6 +252,12 @@ def _resized(
         features = output.movedim(-1, 1) if channels_last else output
         features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
         yield features.movedim(1, -1) if channels_last else features
+
+
+def same_sizes(teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool) -> bool:
+    """Whether the levels of the two are as many and as large."""
+    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
+    return theirs == ours
 
 
 def check_levels(

@@ -374,12 +374,15 @@ def test_images_of_other_channels(build, method, channels):
     refused(message, teacher, student, method)
 
 
-def test_a_view_of_other_channels():
-    teacher = with_channels(tiny_retinanet, 1)
-    view = Distiller(
-        teacher, tiny_retinanet(seed=1), CrossKD(), teacher_view=lambda images, _: [i[:1] for i in images]
-    )
-    assert_reaches_the_student(view, view(*tiny_batch()))
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (3, 1)])
+def test_a_view_of_other_channels(theirs, ours):
+    def view(images, targets):
+        return [image[:1].expand(theirs, -1, -1) for image in images]
+
+    pair = with_channels(tiny_retinanet, theirs), with_channels(tiny_retinanet, ours, seed=1)
+    distiller = Distiller(*pair, CrossKD(), teacher_view=view)
+    images, targets = tiny_batch()
+    assert_reaches_the_student(distiller, distiller([image[:ours] for image in images], targets))
 
 
 def test_levels_are_told_whatever_the_channels():
@@ -496,6 +499,39 @@ def of_mmdet(seed: int, *channels: float) -> nn.Module:
     normalising = {"mean": [127.0 for _ in channels], "std": list(channels)} if channels else {}
     preprocessor = {"type": "DetDataPreprocessor", **normalising}
     return detector_of(head_settings("gfl"), seed=seed, data_preprocessor=preprocessor)
+
+
+# -- what the first step sees -----------------------------------------------------------------------
+
+
+def test_boxes_that_the_two_decode_otherwise():
+    def decode(detector, regression, locations):
+        return (
+            adapter_for().decode(detector, Predictions(regression, regression, None), locations)
+            * detector.scale
+        )
+
+    teacher, student = Shared(), Shared(seed=1)
+    teacher.scale, student.scale = 2.0, 1.0
+    distiller = Distiller(teacher, student, CrossKD(), adapter_for(decode=decode))
+    with pytest.raises(
+        ValueError, match=r"box coding differs: one prediction is the box .* \(teacher\) and .*"
+    ):
+        distiller(pixels())
+
+
+def test_numbers_of_another_type():
+    distiller = Distiller(tiny_retinanet().double(), tiny_retinanet(seed=1), CrossKD())
+    message = r"the teacher's weights are torch.float64 and the student's torch.float32: cast both"
+    with pytest.raises(ValueError, match=message):
+        distiller(*tiny_batch())
+
+
+def test_a_frozen_student_of_another_width():
+    distiller = Distiller(tiny_retinanet(width=16), tiny_retinanet(width=8, seed=1), CrossKD())
+    distiller.student.requires_grad_(False)
+    with pytest.raises(ValueError, match="tower, position 3 depend on no trainable parameter, so distilling"):
+        distiller(*tiny_batch())
 
 
 @pytest.mark.mmdet

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crosskd._statistics import FeatureStatistics, feature_statistics
@@ -193,6 +194,12 @@ class CrossKD(Method):
             features = tap.read()
             for key in (branch.name, f"{branch.name}_level{level}"):
                 if key in self.projections:
+                    # The projection itself would train on.
+                    if torch.is_grad_enabled() and not features.requires_grad:
+                        raise ValueError(
+                            f"the student's features at {tap.place} depend on no trainable parameter, so "
+                            "distilling them has no effect: they are frozen or detached before the split"
+                        )
                     features = self.projections[key](features)
             yield branch.tower(level).tail(align_statistics(features, teacher), self.split[1])
 
