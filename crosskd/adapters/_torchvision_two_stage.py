@@ -24,6 +24,7 @@ from crosskd.adapters._torchvision_parts import (
     check_forwards,
     check_image_channels,
     check_same_anchors,
+    decode_deltas,
     predict_from_tower,
     probed_strides,
     widened,
@@ -165,10 +166,7 @@ class TorchvisionFasterRCNNAdapter:
 
     def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
         """Boxes by the detector's own coder, in float32 at least."""
-        deltas = widened(predictions.regression)
-        anchors = locations.stacked().to(deltas.dtype)
-        boxes = detector.rpn.box_coder.decode_single(deltas.flatten(0, 1), anchors.flatten(0, 1))
-        return boxes.view_as(deltas)  # type: ignore[no-any-return]
+        return decode_deltas(detector.rpn.box_coder, predictions, locations)
 
     def losses(
         self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
