@@ -368,6 +368,55 @@ def test_a_tower_of_no_layers_is_told_where_its_channels_are():
 
 
 # ---------------------------------------------------------------------------------------------
+# Maps that become vectors
+
+
+def flattening(*, composite: bool = False) -> nn.Sequential:
+    """As in torchvision's second box head: convolutions, then linear layers."""
+    linear = [nn.Flatten(), nn.Linear(WIDTH * 3 * 3, 5), nn.ReLU(inplace=True)]
+    behind = [nn.Sequential(*linear)] if composite else linear
+    return nn.Sequential(convolution(), nn.ReLU(), *behind, nn.Linear(5, 6), nn.ReLU(inplace=True))
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_a_flatten_belongs_to_the_linear_layer_behind_it(composite):
+    modules = flattening(composite=composite)
+    tower = Tower.of(modules, "box tower")
+    assert [len(block.layers) for block in tower.blocks] == [1, 2, 1]
+    assert not tower.channels_last
+    assert tower.width_in == WIDTH
+    assert [tower.width(position) for position in range(4)] == [WIDTH, WIDTH, 5, 6]
+    assert [tower.is_flat(position) for position in range(4)] == [False, False, True, True]
+    features = torch.randn(2, WIDTH, 3, 3)
+    output, taps = tower.run(features, points_of(tower))
+    assert torch.equal(output, plain(modules, features))
+    for position, shape in enumerate([(WIDTH, 3, 3), (WIDTH, 3, 3), (5,), (6,)]):
+        tapped = taps[TapPoint(position, "post")].read()
+        assert tapped.shape == (2, *shape)
+        assert torch.equal(tower.tail(tapped, TapPoint(position, "post")), output)
+
+
+def test_a_tower_that_starts_with_a_flatten_is_told_its_width():
+    layers = [nn.Flatten(), nn.Linear(WIDTH * 3 * 3, 5), nn.ReLU()]
+    with pytest.raises(ValueError, match="box tower: no layer tells its input width; hand in width_in"):
+        Tower.of(layers, "box tower")
+    tower = Tower.of(layers, "box tower", width_in=WIDTH)
+    assert (tower.width(0), tower.width(1)) == (WIDTH, 5)
+    assert (tower.is_flat(0), tower.is_flat(1)) == (False, True)
+    assert not tower.channels_last
+    features = torch.randn(2, WIDTH, 3, 3)
+    output, taps = tower.run(features, points_of(tower))
+    assert torch.equal(taps[TapPoint(0, "post")].read(), features)
+    assert torch.equal(tower.tail(features, TapPoint(0, "post")), output)
+
+
+def test_towers_without_a_flatten_are_never_flat():
+    for modules in (torchvision_blocks(), linear_tower()):
+        tower = Tower.of(modules, "tower")
+        assert not any(tower.is_flat(position) for position in range(len(tower.blocks) + 1))
+
+
+# ---------------------------------------------------------------------------------------------
 # Errors
 
 
