@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
 STRIDES = (8, 16, 32, 64, 128)
+TWO_STAGE_STRIDES = (4, 8, 16, 32, 64)
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -29,9 +30,10 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
 class PlainP6P7(ExtraFPNBlock):
     """P6 and P7 by strided convolutions, without the ReLU that torchvision has before P7."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
-        self.p6, self.p7 = (nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(2))
+        self.p6 = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
@@ -45,11 +47,11 @@ def build_backbone(
     name: str,
     pretrained: bool,
     width: int,
-    style: Literal["torchvision", "mmdet"] = "torchvision",
+    style: Literal["torchvision", "mmdet", "two_stage"] = "torchvision",
     *,
     fixed_norm: bool | None = None,
 ) -> BackboneWithFPN:
-    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128.
+    """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128, or P2 to P6.
 
     Args:
         name: one of ``BACKBONES``.
@@ -57,26 +59,29 @@ def build_backbone(
             ResNet frozen; from random numbers otherwise, with batch norm that trains.
         width: channels of each level.
         style: ``"torchvision"`` fixes the weights of pretrained batch norm too and has a ReLU before P7;
-            ``"mmdet"`` trains them and has none.
+            ``"mmdet"`` trains them and has none. ``"two_stage"`` is torchvision's for Faster R-CNN: strides
+            4 to 64, the last level a pooled one.
         fixed_norm: fixed batch statistics and a frozen first stage, whatever ``pretrained`` says: for
             weights that are loaded afterwards.
     """
     fixed = pretrained if fixed_norm is None else fixed_norm
-    fixed_type = FrozenBatchNorm2d if style == "torchvision" else FixedBatchNorm2d
+    fixed_type = FixedBatchNorm2d if style == "mmdet" else FrozenBatchNorm2d
     norm = fixed_type if fixed else nn.BatchNorm2d
-    pyramid_top = LastLevelP6P7(width, width) if style == "torchvision" else PlainP6P7(width)
+    tops = {"torchvision": LastLevelP6P7, "mmdet": PlainP6P7}
+    pyramid_top = LastLevelMaxPool() if style == "two_stage" else tops[style](width, width)
     if name == "mobilenet_v3_large":
         weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
         layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
-        # The last layers at strides 8, 16 and 32.
-        levels = {"6": "0", "12": "1", "16": "2"}
-        widths = [40, 112, 960]
-        return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
-    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-    layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
-    if fixed:
-        for part in (layers.conv1, layers.bn1, layers.layer1):
-            part.requires_grad_(False)
-    widths = [layers.inplanes // 4, layers.inplanes // 2, layers.inplanes]
-    levels = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    return BackboneWithFPN(layers, levels, widths, width, extra_blocks=pyramid_top)
+        # The last layers at strides 4, 8, 16 and 32, and their channels.
+        stages = [("3", 24), ("6", 40), ("12", 112), ("16", 960)]
+    else:
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
+        layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
+        if fixed:
+            for part in (layers.conv1, layers.bn1, layers.layer1):
+                part.requires_grad_(False)
+        stages = [(f"layer{n}", layers.inplanes // 2 ** (4 - n)) for n in range(1, 5)]
+    if style != "two_stage":
+        del stages[0]
+    levels = {layer: str(level) for level, (layer, _) in enumerate(stages)}
+    return BackboneWithFPN(layers, levels, [w for _, w in stages], width, extra_blocks=pyramid_top)

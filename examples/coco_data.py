@@ -31,7 +31,8 @@ class CocoFolder(Dataset[Sample]):
         images: the folder that file names are relative to.
         annotations: a JSON file in COCO form.
         raw_labels: labels are the category ids themselves, as torchvision's published weights have them;
-            otherwise categories are numbered from 0 in the order of their ids.
+            otherwise categories are numbered in the order of their ids.
+        first_label: where that begins: 1 for detectors that keep 0 for the background.
         seed: of the horizontal flips, which depend on it, the epoch and the image alone.
         flip: how likely a training image is flipped; 0 for evaluation.
         keep_empty: keep images without boxes.
@@ -43,6 +44,7 @@ class CocoFolder(Dataset[Sample]):
         annotations: Path,
         *,
         raw_labels: bool = False,
+        first_label: int = 0,
         seed: int = 0,
         flip: float = 0.0,
         keep_empty: bool = True,
@@ -55,7 +57,7 @@ class CocoFolder(Dataset[Sample]):
         self.images, self.seed, self.flip, self.epoch = images, seed, flip, 0
         categories = sorted(self.coco.getCatIds())
         self.names = [category["name"] for category in self.coco.loadCats(categories)]
-        self.label_of = {c: c if raw_labels else n for n, c in enumerate(categories)}
+        self.label_of = {c: c if raw_labels else n for n, c in enumerate(categories, first_label)}
         self.category_of = {label: category for category, label in self.label_of.items()}
         self.num_classes = max(self.category_of) + 1
         self.ids = sorted(self.coco.getImgIds())

@@ -1,4 +1,4 @@
-"""Detectors by name, on the backbones that torchvision has, with the same five levels each."""
+"""Detectors by name, on the backbones that torchvision has, with the same five levels in each family."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import Any
 
 import torch
 import torchvision
-from backbones import BACKBONES, STRIDES, build_backbone
+from backbones import BACKBONES, STRIDES, TWO_STAGE_STRIDES, build_backbone
 from dense_heads import ATSS, GFL, load_mmdet_checkpoint
 from torch import Tensor, nn
 from torchvision.models.detection import (
     FCOS,
+    FasterRCNN,
+    FasterRCNN_ResNet50_FPN_Weights,
     FCOS_ResNet50_FPN_Weights,
     RetinaNet,
     RetinaNet_ResNet50_FPN_Weights,
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from weights import misfit
 
 DENSE_HEADS = {"gfl": GFL, "atss": ATSS}
-FAMILIES = ("retinanet", "fcos", *DENSE_HEADS)
+FAMILIES = ("retinanet", "fcos", "fasterrcnn", *DENSE_HEADS)
 MODEL_NAMES = tuple(f"{family}_{backbone}" for family in FAMILIES for backbone in BACKBONES)
 # Names of torchvision's builders, and their weights, by the names used here.
 PUBLISHED = {
     "retinanet_resnet50": ("retinanet_resnet50_fpn", RetinaNet_ResNet50_FPN_Weights.COCO_V1),
     "fcos_resnet50": ("fcos_resnet50_fpn", FCOS_ResNet50_FPN_Weights.COCO_V1),
+    "fasterrcnn_resnet50": ("fasterrcnn_resnet50_fpn", FasterRCNN_ResNet50_FPN_Weights.COCO_V1),
 }
 
 
@@ -40,6 +44,7 @@ def build_detector(
     width: int = 256,
     head_norm: str = "none",
     anchor_scale: float = 1.0,
+    regions: int = 512,
     short_side: list[int] | None = None,
     long_side: int = 1333,
 ) -> nn.Module:
@@ -47,23 +52,32 @@ def build_detector(
 
     Args:
         name: one of ``MODEL_NAMES``.
-        num_classes: how many labels there are, the first of them 0.
+        num_classes: how many labels there are, from 0 on; see ``first_label``.
         pretrained_backbone: ImageNet weights in the backbone.
-        width: channels of the pyramid's levels and of the head's towers, a multiple of 32.
+        width: channels of the pyramid's levels and of the head's towers, a multiple of 32; Faster R-CNN's box
+            head is four times as wide.
         head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
             the other families always have it.
         anchor_scale: multiplies the anchors' sizes (FCOS: the size ranges); small images have small objects.
+        regions: how many of an image's regions train Faster R-CNN's box head.
         short_side: images are resized to this; several for scale jitter, the last for evaluation.
         long_side: but their longer side is at most this.
     """
     if name not in MODEL_NAMES:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
     family, _, backbone_name = name.partition("_")
-    style = "mmdet" if family in DENSE_HEADS else "torchvision"
+    style = "mmdet" if family in DENSE_HEADS else "two_stage" if family == "fasterrcnn" else "torchvision"
     backbone = build_backbone(backbone_name, pretrained_backbone, width, style)
     sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
     if family in DENSE_HEADS:
         return DENSE_HEADS[family](backbone, num_classes, anchor_scale=8 * anchor_scale, **sizes)
+    if family == "fasterrcnn":
+        bases = tuple((int(8 * stride * anchor_scale),) for stride in TWO_STAGE_STRIDES)
+        anchors = AnchorGenerator(bases, ((0.5, 1.0, 2.0),) * len(bases))
+        head = TwoMLPHead(width * 7**2, 4 * width)
+        predictor = FastRCNNPredictor(4 * width, num_classes)
+        parts = {"rpn_anchor_generator": anchors, "box_head": head, "box_predictor": predictor}
+        return FasterRCNN(backbone, None, box_batch_size_per_image=regions, **parts, **sizes)
     if family == "fcos":
         anchors = AnchorGenerator(tuple((s * anchor_scale,) for s in STRIDES), ((1.0,),) * len(STRIDES))
         return FCOS(backbone, num_classes, anchor_generator=anchors, **sizes)
@@ -73,6 +87,11 @@ def build_detector(
     norm = partial(nn.GroupNorm, 32) if head_norm == "group" else None
     head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sizes)
+
+
+def first_label(name: str) -> int:
+    """The smallest label of an object: torchvision's Faster R-CNN keeps 0 for the background."""
+    return 1 if name.startswith("fasterrcnn") else 0
 
 
 def load_published(name: str, options: argparse.Namespace) -> nn.Module:

@@ -1,4 +1,4 @@
-r"""Distils a RetinaNet, FCOS, GFL or ATSS: trains or loads a teacher, trains students, compares them.
+r"""Distils a RetinaNet, FCOS, Faster R-CNN, GFL or ATSS: trains or loads a teacher, then students.
 
 Without options it makes a small data set of textured shapes, trains a teacher, the student alone and the
 student distilled by CrossKD, and writes metrics, curves and pictures to ``runs/shapes``::
@@ -37,6 +37,7 @@ from models import (
     MODEL_NAMES,
     PUBLISHED,
     build_detector,
+    first_label,
     is_of_mmdet,
     load_mmdet,
     load_published,
@@ -116,6 +117,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data coco needs --root, the folder that holds images and annotations")
     if options.teacher_weights == "published" and options.teacher not in PUBLISHED:
         parser.error(f"torchvision publishes detection weights for {', '.join(PUBLISHED)} only")
+    if options.method != ["none"] and first_label(options.teacher) != first_label(options.student):
+        parser.error(f"{options.student} can't learn from {options.teacher}: take two of one family")
     if len(set(options.method)) < len(options.method):
         parser.error("--method names a method twice")
     options.output = options.output or Path("runs") / options.data
@@ -155,6 +158,9 @@ def _add_model_options(group: Any) -> None:
     group.add_argument("--width", type=int, help="channels of pyramid and towers")
     group.add_argument("--anchor-scale", type=float, help="multiplies the anchors' sizes")
     group.add_argument(
+        "--regions", type=int, default=512, help="an image's that train Faster R-CNN's box head"
+    )
+    group.add_argument(
         "--short-side", type=int, nargs="+", help="pixels; several for scale jitter, the last to test"
     )
     group.add_argument("--long-side", type=int, default=1333, help="pixels, at most")
@@ -164,7 +170,7 @@ def _add_distillation_options(group: Any) -> None:
     group.add_argument(
         "--method", nargs="+", choices=METHODS, default=["none", "crosskd"], help="one student each"
     )
-    group.add_argument("--position", type=int, help="of the split; the published one without it")
+    group.add_argument("--position", type=int, help="of the split; without it the published or the last one")
     group.add_argument("--tap", choices=("post", "pre"), default="post")
     group.add_argument("--cls-weight", type=float)
     group.add_argument("--reg-weight", type=float)
@@ -222,17 +228,20 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
             write_shapes(root, train=options.shapes_train, val=options.shapes_val, seed=options.seed)
         processes.wait()
         names = {split: (split, f"annotations/{split}.json") for split in names}
-    raw_labels = options.teacher_weights == "published"
+    labels: dict[str, Any] = {
+        "raw_labels": options.teacher_weights == "published",
+        "first_label": first_label(options.student),
+    }
     (train_images, train_file), (val_images, val_file) = names["train"], names["val"]
     train = CocoFolder(
         root / train_images,
         root / train_file,
-        raw_labels=raw_labels,
+        **labels,
         seed=options.seed,
         flip=options.flip,
         keep_empty=not options.drop_empty,
     )
-    val = CocoFolder(root / val_images, root / val_file, raw_labels=raw_labels)
+    val = CocoFolder(root / val_images, root / val_file, **labels)
     if train.names != val.names:
         raise ValueError(f"training data knows the categories {train.names}, validation data {val.names}")
     processes.say(f"training   {train.summary()}\nvalidation {val.summary()}")
@@ -249,6 +258,7 @@ def new_detector(name: str, options: argparse.Namespace, classes: int) -> nn.Mod
         width=options.width,
         head_norm=options.head_norm,
         anchor_scale=options.anchor_scale,
+        regions=options.regions,
         short_side=options.short_side,
         long_side=options.long_side,
     )

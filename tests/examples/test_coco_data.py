@@ -29,6 +29,10 @@ def test_labels_are_numbered_or_the_category_ids_themselves(files):
     assert (numbered.labels[1].tolist(), numbered.num_classes) == ([1], 2)
     assert (raw.labels[1].tolist(), raw.num_classes) == ([7], 8)
     assert numbered.category_of[1] == raw.category_of[7] == 7
+    behind_the_background = CocoFolder(*files, first_label=1)
+    assert (behind_the_background.labels[1].tolist(), behind_the_background.num_classes) == ([2], 3)
+    assert behind_the_background.category_of == {1: 3, 2: 7}
+    assert torch.equal(CocoFolder(*files, raw_labels=True, first_label=1).labels[1], raw.labels[1])
 
 
 def test_images_without_objects_stay_unless_they_are_not_wanted(files):

@@ -9,12 +9,13 @@ from dense_heads import adapter_of
 from models import (
     MODEL_NAMES,
     build_detector,
+    first_label,
     is_of_mmdet,
     load_mmdet,
     load_published,
     load_weights,
 )
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
 from crosskd import CrossKD, Distiller
 from tests.examples.mmdet_state import mmdet_state
@@ -28,20 +29,26 @@ def small(name: str, **options) -> torch.nn.Module:
 def test_every_model_has_five_levels_and_fits_its_family(name):
     detector = small(name).eval()
     levels = detector.backbone(torch.rand(1, 3, 128, 128))
-    assert [128 // level.shape[-1] for level in levels.values()] == [8, 16, 32, 64, 128]
+    finest = 4 if name.startswith("fasterrcnn") else 8
+    assert [128 // level.shape[-1] for level in levels.values()] == [finest * 2**n for n in range(5)]
     assert {level.shape[1] for level in levels.values()} == {32}
     anchor = small(f"{name.split('_')[0]}_resnet18")
     Distiller(detector, anchor, CrossKD(), adapter_of(detector, anchor))
 
 
-def test_the_full_size_retinanet_has_torchvisions_own_keys_and_anchors():
-    ours = build_detector("retinanet_resnet50", 91)
-    theirs = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("retinanet_resnet50", retinanet_resnet50_fpn), ("fasterrcnn_resnet50", fasterrcnn_resnet50_fpn)],
+)
+def test_the_full_size_detectors_have_torchvisions_own_keys_and_anchors(name, published):
+    ours, theirs = build_detector(name, 91), published(weights=None, weights_backbone=None)
     names, others = dict(ours.named_parameters()), dict(theirs.named_parameters())
     fc = {"backbone.body.fc.weight", "backbone.body.fc.bias"}
     assert names.keys() - fc == others.keys()
     assert all(names[name].shape == others[name].shape for name in others)
-    assert ours.anchor_generator.sizes == theirs.anchor_generator.sizes
+    anchors = [getattr(d, "rpn", d).anchor_generator for d in (ours, theirs)]
+    assert anchors[0].sizes == anchors[1].sizes
+    assert anchors[0].aspect_ratios == anchors[1].aspect_ratios
 
 
 def test_group_norm_and_anchor_scale():
@@ -49,6 +56,19 @@ def test_group_norm_and_anchor_scale():
     assert any(isinstance(m, torch.nn.GroupNorm) for m in detector.head.modules())
     assert detector.anchor_generator.sizes[0] == (16, 20, 25)
     assert small("fcos_resnet18", anchor_scale=0.5).anchor_generator.sizes[0] == (4.0,)
+
+
+def test_faster_rcnn_counts_the_background_and_samples_as_many_regions_as_it_is_told():
+    detector = small("fasterrcnn_resnet18", anchor_scale=0.5, regions=32)
+    assert detector.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))
+    assert detector.roi_heads.fg_bg_sampler.batch_size_per_image == 32
+    assert detector.roi_heads.box_predictor.cls_score.out_features == 3
+    assert detector.roi_heads.box_head.fc7.out_features == 4 * 32
+    assert [first_label(name) for name in ("fasterrcnn_resnet18", "retinanet_resnet18", "gfl_resnet18")] == [
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("family", ["gfl", "atss"])

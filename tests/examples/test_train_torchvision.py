@@ -58,6 +58,10 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         ),
         (["--method", "none", "none"], "names a method twice"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
+        (
+            ["--student", "fasterrcnn_resnet18"],
+            "fasterrcnn_resnet18 can't learn from retinanet_resnet18: take two of one family",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
@@ -141,6 +145,27 @@ def test_a_student_trains_from_a_file_of_mmdets(tmp_path, family):
         "losses"
     ].keys()
     plain = build_detector(f"{family}_mobilenet_v3_large", 2, width=64)
+    plain.load_state_dict(torch.load(tmp_path / "run" / "crosskd.pt", weights_only=True))
+
+
+@pytest.mark.slow
+def test_faster_rcnns_train_on_labels_that_leave_0_to_the_background(tmp_path):
+    """And what they detect is measured as the categories that it is."""
+    teacher = build_detector("fasterrcnn_resnet18", 3, width=64)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    models = ("--teacher", "fasterrcnn_resnet18", "--student", "fasterrcnn_mobilenet_v3_large")
+    metrics = main(
+        [
+            *coco_arguments(tmp_path / "coco"),
+            *("--output", str(tmp_path / "run"), "--method", "mimic", "crosskd", "--epochs", "1"),
+            *(*models, "--teacher-weights", str(tmp_path / "teacher.pt"), "--regions", "32"),
+        ]
+    )
+    own = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+    distilled = {f"kd_{part}_{kind}" for part in ("rpn", "box") for kind in ("cls", "reg")}
+    assert metrics["histories"]["crosskd"][0]["losses"].keys() == {*own, *distilled}
+    assert metrics["results"]["crosskd"]["images"] == 5
+    plain = build_detector("fasterrcnn_mobilenet_v3_large", 3, width=64)
     plain.load_state_dict(torch.load(tmp_path / "run" / "crosskd.pt", weights_only=True))
 
 
