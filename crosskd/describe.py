@@ -31,7 +31,7 @@ def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
         FCOS ...
     """
     adapter = find_adapter(detector) if adapter is None else adapter
-    lines = [f"{type(detector).__name__} (published settings: {adapter.recipe.head})"]
+    lines = [f"{type(detector).__name__} (settings: {adapter.recipe.head})"]
     second = getattr(adapter, "second", None)
     parts = [("", adapter)] if second is None else zip(adapter.parts, (adapter, second), strict=True)  # type: ignore[attr-defined]
     for part, source in parts:
@@ -47,7 +47,7 @@ def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
 def _position_text(position: int | None) -> str:
     if position is None:
         return "position unless given: the last that leaves the teacher's tower a block"
-    return f"published position: {position}"
+    return f"position unless given: {position}"
 
 
 def _branch_lines(branch: Branch) -> list[str]:

@@ -15,7 +15,7 @@ from tests.tiny import tiny_fcos, tiny_retinanet
 from tests.two_stages import tiny_faster_rcnn
 
 RETINANET_TABLE = """\
-RetinaNet (published settings: RetinaNet)
+RetinaNet (settings: RetinaNet)
 branch classification: 2 blocks, shared by all levels, valid positions 0 to 2
   position  channels  taps       features after
          0        32  post       (the tower's input)
@@ -28,7 +28,7 @@ branch regression: 2 blocks, shared by all levels, valid positions 0 to 2
          1        32  post, pre  Conv2d, GroupNorm, ReLU
          2        32  post, pre  Conv2d, GroupNorm, ReLU
   predictors: bbox_reg (12 channels)
-published position: 3"""
+position unless given: 3"""
 
 
 def test_table_of_a_retinanet(capsys):
@@ -39,15 +39,15 @@ def test_table_of_a_retinanet(capsys):
 
 def test_table_of_an_fcos():
     lines = describe(tiny_fcos(width=64)).splitlines()
-    assert lines[0] == "FCOS (published settings: FCOS)"
+    assert lines[0] == "FCOS (settings: FCOS)"
     assert lines[1] == "branch classification: 4 blocks, shared by all levels, valid positions 0 to 4"
     assert lines[7] == "         4        64  post, pre  Conv2d, GroupNorm, ReLU"
     assert lines[-2] == "  predictors: bbox_reg (4 channels), bbox_ctrness (1 channels)"
-    assert lines[-1] == "published position: 2"
+    assert lines[-1] == "position unless given: 2"
 
 
 FASTER_RCNN_TABLE = """\
-FasterRCNN (published settings: Faster R-CNN's RPN)
+FasterRCNN (settings: Faster R-CNN's RPN)
 part rpn
 branch rpn: 2 blocks, shared by all levels, valid positions 0 to 2
   position  channels  taps       features after
@@ -105,7 +105,7 @@ class PerLevelAdapter:
 def test_towers_of_each_level_and_an_adapter_of_ones_own():
     lines = describe(nn.Linear(2, 2), PerLevelAdapter()).splitlines()
     assert lines == [
-        "Linear (published settings: GFL)",
+        "Linear (settings: GFL)",
         "branch sides: 1 blocks, level 0, valid positions 0 to 1",
         "  position  channels  taps       features after",
         "         0         8  post       (the tower's input)",
@@ -116,7 +116,7 @@ def test_towers_of_each_level_and_an_adapter_of_ones_own():
         "         1         4  post       Gate",
         "         2         6  post, pre  Conv2d, ReLU",
         "  predictors: bins (? channels)",
-        "published position: 3",
+        "position unless given: 3",
     ]
 
 

@@ -68,7 +68,7 @@ class TorchvisionSSDAdapter:
     """
 
     recipe = HeadRecipe(
-        "SSD, our settings",
+        "SSD",
         0,
         cls_weight=1.0,
         reg_weight=1.0,

@@ -44,7 +44,7 @@ if _numbers(ultralytics.__version__) < _numbers(_OLDEST):
 # Ours, not published: each weight is that of the head's own loss of the same kind in ultralytics' defaults
 # (``cls``, ``dfl``, ``box``), so that the teacher counts as much as the ground truth does.
 _DISTRIBUTIONS = HeadRecipe(
-    "YOLO with distributions, our settings",
+    "YOLO with distributions",
     1,
     cls_weight=0.5,
     reg_weight=1.5,
@@ -52,7 +52,7 @@ _DISTRIBUTIONS = HeadRecipe(
     times_batch=True,
 )
 _DISTANCES = HeadRecipe(
-    "YOLO with distances, our settings",
+    "YOLO with distances",
     1,
     cls_weight=0.5,
     reg_weight=7.5,
