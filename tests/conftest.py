@@ -8,3 +8,12 @@ import torch
 def _same_random_numbers() -> None:
     """Each test draws the same random numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """On a CPU that other work keeps busy, threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -27,15 +27,16 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: fence.start(1)].count("\n"), fence.group(1)) for fence in fences]
 
 
-def without_downloads(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def without_downloads(build: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
     """A torchvision builder that makes the same detector for small images, with random weights.
 
-    Its classes are likely everywhere, and its boxes about the anchors, so that it is sure of something.
+    A RetinaNet's classes are likely everywhere, and its boxes about the anchors: it is sure of something.
     """
 
     def build_small(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
-        detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64)
-        nn.init.zeros_(detector.head.classification_head.cls_logits.bias)
+        detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64, **options)
+        if isinstance(detector, detection.RetinaNet):
+            nn.init.zeros_(detector.head.classification_head.cls_logits.bias)
         return detector
 
     return build_small
@@ -54,6 +55,21 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
         source = "\n" * line + block  # so that a traceback tells the page's own line
         exec(compile(source, str(ROOT / page), "exec"), shown)
     assert "losses" in shown
+
+
+def test_python_of_two_stages_runs(monkeypatch, tmp_path):
+    for name in ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"):
+        build = without_downloads(getattr(detection, name), box_batch_size_per_image=8)
+        monkeypatch.setattr(detection, name, build)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/two_stages.md"
+    shown: dict[str, Any] = {"loader": [tiny_batch(first_label=1)], "__name__": page.name}
+    losses = []
+    for line, block in python_blocks(page):
+        exec(compile("\n" * line + block, str(page), "exec"), shown)
+        losses.append({name for name in shown["losses"] if "kd" in name})
+    rpn, box = ({f"kd_{part}_{kind}" for kind in ("cls", "reg")} for part in ("rpn", "box"))
+    assert losses == [rpn | box, rpn | {f"{name}_{key}" for name in ("crosskd", "mimic") for key in box}]
 
 
 @pytest.mark.mmdet

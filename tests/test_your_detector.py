@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import statistics
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller
-from tests.examples import conftest  # noqa: F401  # so that the examples' modules are found
-from tests.reference_files import bccd_folder
+from tests.blood_cells import average_precision, cells
 from tests.test_docs import ROOT, python_blocks
 
 PAGE = ROOT / "docs/your_detector.md"
@@ -60,40 +56,6 @@ def test_the_page_keeps_what_it_promises():
 
 
 # -- on real images --------------------------------------------------------------------------------
-
-SIZE = (96, 128)  # of images of 480 x 640
-
-
-def cells(split: str, count: int) -> tuple[Any, Tensor, list[dict[str, Tensor]]]:
-    """Blood cells: the data set, the images (count, 3, height, width), their targets."""
-    folder = bccd_folder()
-    data = importlib.import_module("coco_data")
-    dataset = data.CocoFolder(folder / "images", folder / "annotations" / f"{split}.json")
-    dataset.ids = dataset.ids[:count]
-    images = [dataset.read(index).float()[None] / 255 for index in range(count)]
-    assert {image.shape[2:] for image in images} == {torch.Size((480, 640))}
-    resized = [F.interpolate(image, SIZE, mode="bilinear", antialias=True) for image in images]
-    scale = SIZE[1] / 640
-    targets = [{"boxes": scale * dataset.boxes[i], "labels": dataset.labels[i]} for i in dataset.ids]
-    return dataset, torch.cat(resized), targets
-
-
-@torch.no_grad()
-def average_precision(detector: nn.Module, dataset: Any, images: Tensor) -> dict[str, float]:
-    evaluation = importlib.import_module("evaluation")
-    results = []
-    for image_id, output in zip(dataset.ids, detector.eval()(images), strict=True):
-        at_full_size = {**output, "boxes": output["boxes"] * 640 / SIZE[1]}
-        results += evaluation.coco_results(dataset, image_id, at_full_size)
-    return evaluation.coco_metrics(dataset, results)
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import types
 from typing import Any
@@ -25,6 +26,7 @@ from torchvision.ops import roi_align
 
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionFasterRCNNAdapter, find_adapter
+from tests.blood_cells import average_precision, cells
 from tests.test_teacher_untouched import digest, flags
 from tests.tiny import STRIDES, tiny_retinanet
 from tests.two_stages import ANCHORS, CLASSES, POOLED, REGIONS, tiny_faster_rcnn, two_stage_batch
@@ -686,6 +688,14 @@ def test_levels_of_twice_the_stride_at_twice_the_size():
     assert_distils(teacher, tiny_faster_rcnn(levels=(0, 1), seed=1), teacher_view=same)
 
 
+def test_levels_of_another_size_are_resized_if_asked():
+    """The RPN's features are resized to the student's; regions are scaled to the teacher's images."""
+    teacher = tiny_faster_rcnn(side=96, hidden=12)
+    with pytest.raises(ValueError, match="levels differ: .* or have the teacher's resized by resize_levels"):
+        assert_distils(teacher, tiny_faster_rcnn(seed=1), teacher_view=same)
+    assert_distils(teacher, tiny_faster_rcnn(seed=1), teacher_view=same, resize_levels=True)
+
+
 @pytest.mark.slow
 def test_torchvisions_own_builders():
     """Full-size backbones with random weights: v2 on a ResNet-50 from MobileNet's, the box head alone."""
@@ -734,6 +744,12 @@ def test_anchors_that_differ():
     student = tiny_faster_rcnn()
     student.rpn.anchor_generator.aspect_ratios = ((1.0,),) * 3
     refused(tiny_faster_rcnn(), student, r"anchor aspect_ratios differ: .* \(teacher\), .* \(student\)")
+
+
+def test_channels_of_images_that_differ():
+    student = tiny_faster_rcnn(image_mean=[0.5], image_std=[0.5])
+    student.backbone.backbone.stem[0][0] = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+    refused(tiny_faster_rcnn(), student, r"images' channels differ: 3 \(teacher\), 1 \(student\)")
 
 
 class ShiftedAnchors(AnchorGenerator):
@@ -889,3 +905,49 @@ def test_compiled_it_gives_the_same_losses():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-6, msg=name)
     sum(losses.values()).backward()
     assert has_gradient(student.backbone)
+
+
+# -- on real images -----------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]], steps: int) -> nn.Module:
+    """A model after some steps of four images each."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        batch = torch.randint(len(images), (4,)).tolist()
+        optimizer.zero_grad()
+        losses = model(images[batch], [targets[index] for index in batch])
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_student_gets_better_on_real_images():
+    """From random weights, on 64 images, measured on 36 others; docs/two_stages.md has the numbers."""
+    _, images, targets = cells("train", 64, first_label=1)
+    dataset, test_images, _ = cells("test", 36, first_label=1)
+    build_detector = importlib.import_module("models").build_detector
+
+    def build(width: int) -> nn.Module:
+        torch.manual_seed(0)
+        options = {"anchor_scale": 0.25, "regions": 32, "short_side": [96]}
+        return build_detector("fasterrcnn_resnet18", 4, width=width, **options)
+
+    teacher = trained(build(64), images, targets, steps=160)
+    student = build(32)
+    measured = {"teacher": average_precision(teacher, dataset, test_images)}
+    measured["start"] = average_precision(student, dataset, test_images)
+    alone = trained(copy.deepcopy(student), images, targets, steps=80)
+    measured["alone"] = average_precision(alone, dataset, test_images)
+    trained(Distiller(teacher, student, CrossKD()), images, targets, steps=80)
+    measured["distilled"] = average_precision(student, dataset, test_images)
+    for name, metrics in measured.items():
+        print(name, {key: round(metrics[key], 1) for key in ("AP", "AP50")})
+    assert measured["distilled"]["AP50"] > measured["start"]["AP50"] + 5
