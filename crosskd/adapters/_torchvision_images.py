@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from crosskd.adapters._torchvision_parts import check_image_channels
+from crosskd.adapters.levels import LevelPairs
 from crosskd.adapters.protocol import Inputs
 
 __all__ = ["prepare_images"]
@@ -35,9 +37,10 @@ def prepare_images(
 
     Raises:
         ValueError: images or targets in another form, labels that the student doesn't know, boxes
-            without area.
+            without area, a teacher for images of other channels.
         TypeError: images that are no tensors.
     """
+    check_image_channels(teacher, student, LevelPairs(None))
     _check_images(images)
     if targets is not None:
         _check_targets(targets, len(images), num_classes, first_label)

@@ -749,7 +749,13 @@ def test_anchors_that_differ():
 def test_channels_of_images_that_differ():
     student = tiny_faster_rcnn(image_mean=[0.5], image_std=[0.5])
     student.backbone.backbone.stem[0][0] = nn.Conv2d(1, 8, 3, stride=2, padding=1)
-    refused(tiny_faster_rcnn(), student, r"images' channels differ: 3 \(teacher\), 1 \(student\)")
+    message = r"images' channels differ: 3 \(teacher\), 1 \(student\)"
+    refused(tiny_faster_rcnn(), student, message)
+    # For the box head alone the two networks needn't fit each other, but the pixels must: seen with the first.
+    images, targets = two_stage_batch()
+    distiller = Distiller(tiny_faster_rcnn(seed=1), student, CrossKD(part="box"))
+    with pytest.raises(ValueError, match=message):
+        distiller([image[:1] for image in images], targets)
 
 
 class ShiftedAnchors(AnchorGenerator):
