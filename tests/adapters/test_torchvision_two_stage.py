@@ -751,7 +751,7 @@ def test_channels_of_images_that_differ():
     student.backbone.backbone.stem[0][0] = nn.Conv2d(1, 8, 3, stride=2, padding=1)
     message = r"images' channels differ: 3 \(teacher\), 1 \(student\)"
     refused(tiny_faster_rcnn(), student, message)
-    # For the box head alone the two networks needn't fit each other, but the pixels must: seen with the first.
+    # For the box head alone anchors needn't agree, but the pixels must: seen with the first of them.
     images, targets = two_stage_batch()
     distiller = Distiller(tiny_faster_rcnn(seed=1), student, CrossKD(part="box"))
     with pytest.raises(ValueError, match=message):
