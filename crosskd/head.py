@@ -201,7 +201,8 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         name: what to call the tower in an error.
 
     Raises:
-        ValueError: a single module of its own kind, or layers before the first convolution.
+        ValueError: a single module of its own kind, layers before the first convolution, or an
+            ``nn.Flatten`` behind the last.
         TypeError: something in the sequence that is not a module.
 
     Example:
@@ -248,6 +249,11 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         raise ValueError(
             f"{name} starts with {type(first[0]).__name__}, before any convolution or "
             "linear layer: move it out of the tower, or hand in the blocks yourself"
+        )
+    if blocks and all(isinstance(layer, nn.Flatten) for layer in blocks[-1].layers):
+        raise ValueError(
+            f"{name} ends in an nn.Flatten, with no convolution or linear layer behind it: leave it to the "
+            "predictors"
         )
     return tuple(blocks)
 

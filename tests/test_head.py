@@ -410,6 +410,11 @@ def test_a_tower_that_starts_with_a_flatten_is_told_its_width():
     assert torch.equal(tower.tail(features, TapPoint(0, "post")), output)
 
 
+def test_a_tower_that_ends_in_a_flatten_is_refused():
+    with pytest.raises(ValueError, match=r"box tower ends in an nn\.Flatten, .*: leave it to the predictors"):
+        Tower.of([convolution(), nn.ReLU(), nn.Flatten()], "box tower")
+
+
 def test_towers_without_a_flatten_are_never_flat():
     for modules in (torchvision_blocks(), linear_tower()):
         tower = Tower.of(modules, "tower")
