@@ -22,11 +22,10 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from measure import processor
+from measure import CLOCKS, processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = {"none": "student alone", "builtin": "ultralytics' `distill_model=`", "crosskd": "CrossKD"}
@@ -55,6 +54,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0 for as many as cores")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: the seconds that the process worked, to be used with --threads 1 where others work too",
+    )
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)  # the settings of one run's process
     return parser.parse_args(arguments)
 
@@ -111,11 +116,8 @@ def peak_mebibytes(device: str) -> float:
 
 def train_one(one: dict[str, Any]) -> None:
     """Trains, or goes on, and writes metrics.json."""
-    import torch
     from ultralytics import YOLO
 
-    if one["threads"]:
-        torch.set_num_threads(one["threads"])
     folder = Path(one["folder"])
     further: dict[str, Any] = {}
     if one["method"] == "builtin":
@@ -126,35 +128,53 @@ def train_one(one: dict[str, Any]) -> None:
         further["trainer"] = trainer(teacher=one["teacher"])
     last = folder / "weights" / "last.pt"
     yolo = YOLO(last if last.exists() else one["model"])
+    set_threads(yolo, one["threads"])
     note_costs(yolo, folder / "costs.jsonl", one["settings"]["device"])
+    place = {"project": str(folder.parent), "exist_ok": True}
     if last.exists():
         if yolo.ckpt["epoch"] >= 0:  # else it was killed between its last epoch and metrics.json
             yolo.train(resume=True, device=one["settings"]["device"], **further)
     else:
-        yolo.train(**one["settings"], **further, project=str(folder.parent), name=folder.name, exist_ok=True)
+        yolo.train(**one["settings"], **further, **place, name=folder.name)
     settings = {name: one["settings"][name] for name in ("data", "imgsz", "batch", "device")}
-    found = YOLO(last).val(**settings, split=one["split"], plots=False, verbose=False).box
+    reported = {"split": one["split"], "plots": False, "verbose": False, "name": f"{folder.name}/reported"}
+    found = YOLO(last).val(**settings, **reported, **place).box
     costs = [json.loads(line) for line in (folder / "costs.jsonl").read_text().splitlines()]
     metrics = {
         **{
             name: 100 * float(value)
             for name, value in zip(COLUMNS, (found.map, found.map50, found.map75), strict=True)
         },
-        "seconds": statistics.median(epoch["seconds"] for epoch in costs),
+        **{clock: statistics.median(epoch[clock] for epoch in costs) for clock in CLOCKS},
         "mebibytes": max(epoch["mebibytes"] for epoch in costs),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def note_costs(yolo: Any, path: Path, device: str) -> None:
-    """Writes down each epoch's training time and the peak of memory, so that they outlive the process."""
-    started = [0.0]
+def set_threads(yolo: Any, threads: int) -> None:
+    """Sets the CPU threads once training starts: before, ultralytics sets its own number."""
 
     def start(trainer: Any) -> None:
-        started[0] = time.perf_counter()
+        import torch
+
+        torch.set_num_threads(threads)
+
+    if threads:
+        yolo.add_callback("on_train_start", start)
+
+
+def note_costs(yolo: Any, path: Path, device: str) -> None:
+    """Writes down each epoch's training time and the peak of memory, so that they outlive the process."""
+    import torch
+
+    started: dict[str, float] = {}
+
+    def start(trainer: Any) -> None:
+        started.update({name: now() for name, now in CLOCKS.items()})
 
     def end(trainer: Any) -> None:
-        entry = {"seconds": time.perf_counter() - started[0], "mebibytes": peak_mebibytes(device)}
+        seconds = {name: now() - started[name] for name, now in CLOCKS.items()}
+        entry = {**seconds, "mebibytes": peak_mebibytes(device), "threads": torch.get_num_threads()}
         with path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -178,6 +198,7 @@ def run(
         "imgsz": options.size,
         "epochs": epochs,
         "batch": options.batch_size,
+        "nbs": options.batch_size,  # a step for each batch: by default ultralytics would take 3 an epoch
         "device": options.device,
         "seed": seed,
         "fraction": options.fraction,
@@ -217,11 +238,10 @@ def run_all(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     return results
 
 
-def mean_and_deviation(values: list[float], digits: int = 1) -> str:
+def mean_and_deviation(values: list[float], sign: str = "") -> str:
     """As it stands in a table."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespace, command: str) -> str:
@@ -235,21 +255,22 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
     heading = ("", "seeds", *COLUMNS, "seconds an epoch", "peak memory, MiB")
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for name, runs in results.items():
-        cells = [mean_and_deviation([one[column] for one in runs]) for column in (*COLUMNS, "seconds")]
+        cells = [mean_and_deviation([one[column] for one in runs]) for column in (*COLUMNS, options.clock)]
         peak = max(one["mebibytes"] for one in runs)
         lines.append(f"| {names[name]} | {len(runs)} | {' | '.join(cells)} | {peak:.0f} |")
-    gains = paired_gains(results)
+    clock = {"wall": "by the wall clock", "cpu": "in seconds that the process worked"}[options.clock]
     memory = "the process's" if options.device == "cpu" else "CUDA's"
     return "\n".join(
         [
             f"BCCD {options.split} split, {options.student} from {options.teacher}, all from scratch, images "
-            f"of {options.size} pixels, batches of {options.batch_size}, {options.epochs} epochs (teacher "
-            f"{options.teacher_epochs}); after the last epoch; mean ± standard deviation over seeds. "
-            f"Seconds: the median epoch's training alone. Memory: {memory}, the highest of all seeds.",
+            f"of {options.size} pixels, a step for each batch of {options.batch_size}, {options.epochs} "
+            f"epochs (teacher {options.teacher_epochs}); after the last epoch; AP as ultralytics computes "
+            "it; mean ± standard deviation over seeds. Seconds: the median epoch's training alone, "
+            f"{clock}. Memory: {memory} peak in training, the highest of all seeds.",
             "",
             *lines,
             "",
-            *([gains, ""] if gains else []),
+            *paired_differences(results, options.clock),
             "Made by",
             "",
             f"    {command}",
@@ -262,20 +283,51 @@ def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespac
     )
 
 
-def paired_gains(results: dict[str, list[dict[str, float]]]) -> str:
-    """CrossKD's AP over the others' with the same seed."""
-    gains = []
-    for other, label in METHODS.items():
-        if other != "crosskd" and other in results and "crosskd" in results:
-            pairs = zip(results["crosskd"], results[other], strict=True)
-            gains.append(
-                f"{mean_and_deviation([ours['AP'] - its['AP'] for ours, its in pairs])} AP over {label}"
-            )
-    return "Seed by seed CrossKD is ahead by " + " and by ".join(gains) + "." if gains else ""
+def paired_differences(results: dict[str, list[dict[str, float]]], clock: str) -> list[str]:
+    """Each distillation against the others with the same seed, a line each: AP in points, time as a ratio."""
+    lines = []
+    for method, other in (("builtin", "none"), ("crosskd", "none"), ("crosskd", "builtin")):
+        if method not in results or other not in results:
+            continue
+        pairs = list(zip(results[method], results[other], strict=True))
+        differences = [ours["AP"] - its["AP"] for ours, its in pairs]
+        each = ", ".join(f"{difference:+.1f}" for difference in differences)
+        mean = mean_and_deviation(differences, sign="+")
+        times = mean_and_deviation([ours[clock] / its[clock] for ours, its in pairs])
+        names = f"{METHODS[method]} against {METHODS[other]}"
+        lines.append(f"- {names}: {mean} AP ({each}), {times} times the seconds")
+    return ["Seed by seed:", "", *lines, ""] if lines else []
+
+
+def draw(results: dict[str, list[dict[str, float]]], path: Path, options: argparse.Namespace) -> None:
+    """The AP of every seed and their mean, and the seconds an epoch, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [name for name in METHODS if name in results]
+    colours = {"none": "#1f77b4", "builtin": "#ff7f0e", "crosskd": "#d62728"}
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    teacher = results["teacher"][0]["AP"]
+    precision = f"AP on BCCD {options.split} (dashed: the teacher, {teacher:.1f})"
+    halves = (("AP", precision), (options.clock, "seconds an epoch"))
+    for axes, (column, title) in zip(both, halves, strict=True):
+        for place, name in enumerate(shown):
+            values = [one[column] for one in results[name]]
+            axes.bar(place, statistics.mean(values), color=colours[name], alpha=0.35, width=0.65)
+            axes.scatter([place] * len(values), values, color=colours[name], zorder=3, s=22)
+        axes.set_xticks(range(len(shown)), [METHODS[name].replace("`", "") for name in shown], fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].axhline(teacher, color="#7f7f7f", ls="--", lw=1.2)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs everything that has not been run yet, then writes the table."""
+    """Runs everything that has not been run yet, then writes the table and the figure."""
     options = parse(arguments)
     if options.one is not None:
         train_one(options.one)
@@ -289,6 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = table(results, options, " ".join(["python benchmarks/yolo_bccd.py --root data/bccd", *rest]))
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(text)
+    draw(results, options.results.with_suffix(".png"), options)
     print(text)
 
 
