@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.predictions import mean_over_ranks
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
+from tests.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
 
 pytestmark = pytest.mark.slow
 RANKS = 2
@@ -195,6 +196,44 @@ def test_unlabelled_images(tmp_path):
     first, second = on_two_ranks(tmp_path, unlabelled_job)
     assert first.abs().max() > 0
     assert torch.equal(first, second)
+
+
+def faster_rcnns() -> Distiller:
+    torch.manual_seed(3)
+    teacher, student = (tiny_faster_rcnn(width=width, seed=width) for width in (24, 16))
+    return Distiller(teacher, student, CrossKD())
+
+
+def ssds() -> Distiller:
+    torch.manual_seed(3)
+    teacher, student = (
+        tiny_ssd(CLASSES, widths=widths, seed=widths[0]) for widths in ((24, 24, 8), (16, 8, 8))
+    )
+    return Distiller(teacher, student, CrossKD())
+
+
+def softmax_job(rank: int, build) -> dict[str, Any]:
+    """One step of a head whose labels start at 1; the second rank's images have no object."""
+    distiller = build()
+    parallel = DistributedDataParallel(distiller)
+    images, targets = two_stage_batch(batch=2, seed=rank)
+    if rank == 1:
+        targets = [{name: tensor[:0] for name, tensor in target.items()} for target in targets]
+    torch.manual_seed(rank)  # each rank draws samples of its own
+    losses = parallel(images, targets)
+    sum(losses.values()).backward()
+    return {"losses": {n: v.detach() for n, v in losses.items()}, "gradients": gradients(distiller)}
+
+
+@pytest.mark.parametrize("build", [faster_rcnns, ssds])
+def test_heads_with_a_softmax(tmp_path, build):
+    first, second = on_two_ranks(tmp_path, softmax_job, build)
+    for rank in (first, second):
+        assert all(loss.isfinite() for loss in rank["losses"].values())
+        assert all(loss > 0 for name, loss in rank["losses"].items() if name.startswith("kd_"))
+    assert len(first["gradients"]) == len(list(build().parameters()))
+    for name, gradient in first["gradients"].items():
+        assert torch.equal(gradient, second["gradients"][name]), name
 
 
 def wrapped_job(rank: int) -> str:
