@@ -96,7 +96,6 @@ class Head:
 
     # -- one training step ------------------------------------------------------------------------
 
-    @torch.no_grad()
     def observe_teacher(
         self,
         maps: Sequence[Tensor],
@@ -110,17 +109,19 @@ class Head:
             methods: those of this head.
             student_maps: whose sizes the teacher's features are to be resized to; ``None`` not to.
         """
-        last = self.channels_last()
+        # No decorator: the compiler doesn't follow a decorated method of an object that it made itself.
+        with torch.no_grad():
+            last = self.channels_last()
 
-        def keep(name: str, tapped: Tapped) -> Any:
-            return methods[name].observe_teacher(tapped.read())
+            def keep(name: str, tapped: Tapped) -> Any:
+                return methods[name].observe_teacher(tapped.read())
 
-        towers, taps = _run_towers(self.teacher_branches(), self.used(maps), methods, 1, keep)
-        if student_maps is not None:
-            sizes = [_space(m, last) for m in student_maps]
-            towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
-        predictions = self.predict_as_teacher(towers, len(self.used(maps)))
-        return Observed(predictions.detach(), taps)
+            towers, taps = _run_towers(self.teacher_branches(), self.used(maps), methods, 1, keep)
+            if student_maps is not None:
+                sizes = [_space(m, last) for m in student_maps]
+                towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
+            predictions = self.predict_as_teacher(towers, len(self.used(maps)))
+            return Observed(predictions.detach(), taps)
 
     def run_student(self, maps: Sequence[Tensor], methods: Mapping[str, Method]) -> Observed:
         """The student's predictions, and its features where each method taps them."""

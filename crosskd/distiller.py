@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -533,7 +533,7 @@ def _of_part(key: str, part: str | None) -> str:
 
 def _flat(
     distillation: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Tensor], methods: Mapping[str, Method]
-) -> Iterator[tuple[str, str, Tensor]]:
+) -> list[tuple[str, str, Tensor]]:
     """(method, key, loss) of every loss, with the method's name in front of keys that clash.
 
     Args:
@@ -541,17 +541,19 @@ def _flat(
         own: the student's own losses, whose names are taken.
         methods: the methods, by name.
     """
-    keys = {
-        (name, key): _of_part(key, methods[name].part)
+    named = [
+        (name, _of_part(key, methods[name].part), loss)
         for name, losses in distillation.items()
-        for key in losses
-    }
-    taken = [*own, *keys.values()]
-    for (name, key), full in keys.items():
+        for key, loss in losses.items()
+    ]
+    taken = [*own, *(full for _, full, _ in named)]
+    flat = []
+    for name, full, loss in named:
         part = methods[name].part
         # The key names the part already.
         prefix = name if part is None else "".join(name.rpartition(f"_{part}")[::2])
-        yield name, f"{prefix}_{full}" if taken.count(full) > 1 else full, distillation[name][key]
+        flat.append((name, f"{prefix}_{full}" if taken.count(full) > 1 else full, loss))
+    return flat
 
 
 def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:

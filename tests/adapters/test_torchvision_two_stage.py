@@ -911,6 +911,7 @@ def test_compiled_it_gives_the_same_losses():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-6, msg=name)
     sum(losses.values()).backward()
     assert has_gradient(student.backbone)
+    torch._dynamo.reset()
 
 
 # -- on real images -----------------------------------------------------------------------------------
