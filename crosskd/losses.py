@@ -299,8 +299,9 @@ def softmax_focal_loss(
     # By the same operators as the student's: where the two agree they are the same to the last bit, and the
     # distance's slope, which is 1 however small the distance, counts as 0.
     teacher = F.log_softmax(teacher_logits.detach().to(dtype), dim=-1).exp()
-    distance = 0.5 * (student.exp() - teacher).abs().sum(-1)
-    rows = _power(distance, beta) * -(teacher * student).sum(-1)
+    rows = -(teacher * student).sum(-1)
+    if beta != 0:  # with 0 rows count in full even where the two agree
+        rows = _power(0.5 * (student.exp() - teacher).abs().sum(-1), beta) * rows
     return _weighted(rows, weight, normalizer)
 
 
