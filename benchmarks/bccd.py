@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import processor
+from measure import mean_and_deviation, processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
@@ -140,13 +140,6 @@ def run_all(options: argparse.Namespace, further: list[str]) -> dict[str, list[d
 def final(run: dict[str, Any]) -> dict[str, float]:
     """The metrics of the model that a run trained."""
     return dict(next(value for name, value in run["results"].items() if name != "teacher"))
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """As it stands in a table."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def table(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, command: str) -> str:

@@ -157,6 +157,12 @@ def tensor_bytes_alive() -> int:
     return sum(storages.values())
 
 
+def mean_and_deviation(values: list[float], sign: str = "") -> str:
+    """As it stands in a table."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that all scripts have."""
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

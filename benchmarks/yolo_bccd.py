@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import CLOCKS, processor
+from measure import CLOCKS, mean_and_deviation, processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = {"none": "student alone", "builtin": "ultralytics' `distill_model=`", "crosskd": "CrossKD"}
@@ -236,12 +236,6 @@ def run_all(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             found = run(options, data, f"{method}_seed{seed}", method, options.student, options.epochs, seed)
             results.setdefault(method, []).append(found)
     return results
-
-
-def mean_and_deviation(values: list[float], sign: str = "") -> str:
-    """As it stands in a table."""
-    mean = f"{statistics.mean(values):{sign}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def table(results: dict[str, list[dict[str, float]]], options: argparse.Namespace, command: str) -> str:

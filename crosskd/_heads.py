@@ -16,7 +16,7 @@ from crosskd.head import Branch, Tapped, TapPoint
 from crosskd.methods.base import Method, Step
 from crosskd.predictions import Assignment, Predictions, join_levels
 
-__all__ = ["Head", "Observed", "Taps", "check_anchors", "check_levels", "same_sizes", "shape_only"]
+__all__ = ["Head", "Observed", "Taps", "check_anchors", "loss_name", "shape_only", "space"]
 
 Taps = dict[str, list[Any]]
 """One method's taps: by branch name, one entry a level."""
@@ -71,9 +71,33 @@ class Head:
             for branch in self.source.branches(self.teacher)
         )
 
-    def channels_last(self) -> bool:
-        """Whether the head takes (batch, …, channels): its first tower tells."""
-        return self.teacher_branches()[0].towers[0].channels_last
+    def level_sizes(
+        self, teacher: Sequence[Tensor], student: Sequence[Tensor]
+    ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """The sizes of the levels that are compared, the teacher's and the student's.
+
+        Args:
+            teacher: all its feature maps.
+            student: likewise.
+        """
+        last = _channels_last(self.teacher_branches())
+        return [space(m, last) for m in self.used(teacher)], [space(m, last) for m in student]
+
+    def check_levels(self, teacher: Sequence[Tensor], student: Sequence[Tensor], *, resized: bool) -> None:
+        """Raises ``ValueError`` where the levels of the two differ in number or size.
+
+        Args:
+            teacher: all its feature maps.
+            student: likewise.
+            resized: the teacher's are resized, so that sizes may differ.
+        """
+        theirs, ours = self.level_sizes(teacher, student)
+        if theirs != ours and not (resized and len(theirs) == len(ours)):
+            raise ValueError(
+                f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
+                "same strides, and images of the same size; build them with the same pyramid levels, or have "
+                "the teacher's resized by resize_levels=True"
+            )
 
     def check_decoding(self, predictions: Predictions, locations: Any) -> None:
         """Raises ``ValueError`` where one prediction is another box to the teacher than to the student."""
@@ -111,14 +135,15 @@ class Head:
         """
         # No decorator: the compiler doesn't follow a decorated method of an object that it made itself.
         with torch.no_grad():
-            last = self.channels_last()
+            branches = self.teacher_branches()
 
             def keep(name: str, tapped: Tapped) -> Any:
                 return methods[name].observe_teacher(tapped.read())
 
-            towers, taps = _run_towers(self.teacher_branches(), self.used(maps), methods, 1, keep)
+            towers, taps = _run_towers(branches, self.used(maps), methods, 1, keep)
             if student_maps is not None:
-                sizes = [_space(m, last) for m in student_maps]
+                last = _channels_last(branches)
+                sizes = [space(m, last) for m in student_maps]
                 towers = {name: _resized(outputs, sizes, last) for name, outputs in towers.items()}
             predictions = self.predict_as_teacher(towers, len(self.used(maps)))
             return Observed(predictions.detach(), taps)
@@ -165,6 +190,7 @@ class Head:
             locations: the student's, or its regions.
             levels: how many the student has.
         """
+        branches = self.teacher_branches()
         count = getattr(self.source, "counts", None)
         counts = None if count is None else tuple(count(locations))
         return {
@@ -173,7 +199,7 @@ class Head:
                     student=student.predictions,
                     teacher=teacher.predictions,
                     assignment=assignment,
-                    teacher_branches=self.teacher_branches(),
+                    teacher_branches=branches,
                     student_taps=student.taps[name],
                     teacher_taps=teacher.taps[name],
                     predict_as_teacher=lambda towers: self.predict_as_teacher(towers, levels),
@@ -232,7 +258,12 @@ def _by_level(
         yield level, {name: next(tower) for name, tower in outputs.items()}
 
 
-def _space(feature_map: Tensor, channels_last: bool) -> tuple[int, ...]:
+def _channels_last(branches: Sequence[Branch]) -> bool:
+    """Whether a head takes (batch, …, channels): its first tower tells."""
+    return branches[0].towers[0].channels_last
+
+
+def space(feature_map: Tensor, channels_last: bool) -> tuple[int, ...]:
     """A level's size without batch and channels: (height, width), (locations,) or ()."""
     return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
 
@@ -242,7 +273,7 @@ def _resized(
 ) -> Iterator[Tensor]:
     """Feature maps, resized where they have another (height, width)."""
     for output, size in zip(outputs, sizes, strict=True):
-        if _space(output, channels_last) == size:
+        if space(output, channels_last) == size:
             yield output
             continue
         if output.ndim != 4 or len(size) != 2:
@@ -253,25 +284,6 @@ def _resized(
         features = output.movedim(-1, 1) if channels_last else output
         features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
         yield features.movedim(1, -1) if channels_last else features
-
-
-def same_sizes(teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool) -> bool:
-    """Whether the levels of the two are as many and as large."""
-    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
-    return theirs == ours
-
-
-def check_levels(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], channels_last: bool, *, resized: bool
-) -> None:
-    """Raises ``ValueError`` where the levels of the two differ in number or size."""
-    theirs, ours = ([_space(m, channels_last) for m in maps] for maps in (teacher, student))
-    if theirs != ours and not (resized and len(theirs) == len(ours)):
-        raise ValueError(
-            f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
-            "same strides, and images of the same size; build them with the same pyramid levels, or have the "
-            "teacher's resized by resize_levels=True"
-        )
 
 
 def check_anchors(teacher: Predictions, student: Predictions) -> None:
@@ -296,3 +308,10 @@ def check_anchors(teacher: Predictions, student: Predictions) -> None:
 def shape_only(tensor: Tensor) -> Tensor:
     """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
     return tensor.new_empty(()).expand(tensor.shape)
+
+
+def loss_name(key: str, part: str | None) -> str:
+    """A loss's name with its part in it: ``kd_cls`` of ``"rpn"`` is ``kd_rpn_cls``."""
+    if part is None:
+        return key
+    return f"kd_{part}_{key[3:]}" if key.startswith("kd_") else f"{part}_{key}"

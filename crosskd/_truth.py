@@ -11,7 +11,7 @@ from torchvision.ops import box_convert, box_iou
 
 from crosskd.adapters.protocol import Inputs
 
-__all__ = ["Truth", "overlaps", "rows_of_images", "truth_of"]
+__all__ = ["Truth", "overlaps", "rows_of_images", "truth_of", "without_classes"]
 
 Truth = Callable[[Inputs], Sequence[Mapping[str, Tensor]]]
 """Tells an image's objects: ``boxes`` (objects, 4), xyxy in resized pixels, and ``labels`` (objects,)."""
@@ -58,6 +58,11 @@ def _by_image(targets: Mapping[str, Tensor], pixels: Tensor) -> list[dict[str, T
     return [
         {"boxes": boxes[index == image], "labels": labels[index == image]} for image in range(len(pixels))
     ]
+
+
+def without_classes(objects: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same objects for a head that only tells them from the background: all of label 0."""
+    return [{**of_image, "labels": torch.zeros_like(of_image["labels"])} for of_image in objects]
 
 
 def rows_of_images(rows: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crosskd._heads import Head
 from crosskd._noting import noting
-from crosskd._truth import Truth, overlaps, rows_of_images, truth_of
+from crosskd._truth import Truth, overlaps, rows_of_images, truth_of, without_classes
 from crosskd.adapters import Adapter, Inputs, SecondStage
 from crosskd.adapters.levels import LevelPairs
 from crosskd.align import ChannelProjection
@@ -451,7 +451,7 @@ class _Look:
         last = self.distiller._heads[-1].part
         classless = head.part != last and answer.predictions.logits.shape[-1] == 1
         if classless:
-            objects = [{**o, "labels": torch.zeros_like(o["labels"])} for o in objects]
+            objects = without_classes(objects)
         whole = boxes, answer.predictions.probabilities()
         boxes_of, likely = (rows_of_images(rows, answer.counts) for rows in whole)
         return replace(_fit_of(boxes_of, likely, objects), classless=classless)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from crosskd.adapters import Adapter, find_adapter
+from crosskd.adapters.protocol import heads_of
 from crosskd.head import Block, Branch
 
 __all__ = ["describe"]
@@ -32,9 +33,7 @@ def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
     """
     adapter = find_adapter(detector) if adapter is None else adapter
     lines = [f"{type(detector).__name__} (settings: {adapter.recipe.head})"]
-    second = getattr(adapter, "second", None)
-    parts = [("", adapter)] if second is None else zip(adapter.parts, (adapter, second), strict=True)  # type: ignore[attr-defined]
-    for part, source in parts:
+    for part, source in heads_of(adapter).items():
         lines += [f"part {part}"] if part else []
         for branch in source.branches(detector):
             lines += _branch_lines(branch)

@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from crosskd._heads import Head, Observed, check_anchors, check_levels, same_sizes, shape_only
+from crosskd._heads import Head, Observed, check_anchors, loss_name, shape_only
 from crosskd.adapters import Adapter, Inputs, SecondStage, find_adapter
 from crosskd.adapters.levels import LevelPairs, pair_levels
+from crosskd.adapters.protocol import heads_of
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch
 from crosskd.methods.base import Method
@@ -115,8 +116,7 @@ class Distiller(nn.Module):
             )
         self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
         _check_types(self.adapter, teacher, student)
-        parts: tuple[str, ...] = () if self._second is None else self.adapter.parts  # type: ignore[attr-defined]
-        named = _named(methods, parts)
+        named = _named(methods, list(heads_of(self.adapter)))
         self.teacher_view = teacher_view
         self.resize_levels = resize_levels
         self._pair_up(teacher, student, {method.part for method in named.values()}, class_map)
@@ -154,14 +154,13 @@ class Distiller(nn.Module):
             distilled: the parts that methods distil; ``None`` stands for the only one.
             class_map: as the user gave it.
         """
-        second = self._second
-        first_part, last_part = (None, None) if second is None else self.adapter.parts  # type: ignore[attr-defined]
+        heads = list(heads_of(self.adapter).items())
+        first_part, (last_part, last) = heads[0][0], heads[-1]
         self._levels, self._class_map = LevelPairs(None), None
         if first_part in distilled:
             strides = _of_each(self.adapter.strides, teacher, student)
             self._levels = pair_levels(*strides, rescaled=self.teacher_view is not None)
             _tell_of_left_out_levels(self._levels, strides[0])
-        last = self.adapter if second is None else second
         if last_part in distilled:
             classes = _of_each(last.num_classes, teacher, student)
             self._class_map = _checked_class_map(class_map, *classes, last.recipe.background)
@@ -171,8 +170,8 @@ class Distiller(nn.Module):
                 "has no classes of its own; leave it out"
             )
         self.adapter.check_pair(teacher if first_part in distilled else student, student, self._levels)
-        if second is not None:
-            second.check_pair(teacher if last_part in distilled else student, student)
+        if self._second is not None:
+            self._second.check_pair(teacher if last_part in distilled else student, student)
 
     # -- the module's face ----------------------------------------------------------------------
 
@@ -245,8 +244,7 @@ class Distiller(nn.Module):
         maps = maps if student_first else self.adapter.features(self.student, inputs.student_pixels)
         student = head.run_student(maps, methods)
         if teacher is not None:
-            last = head.channels_last()
-            check_levels(head.used(teacher_maps), maps, last, resized=self.resize_levels)
+            head.check_levels(teacher_maps, maps, resized=self.resize_levels)
             check_anchors(teacher.predictions, student.predictions)
         losses, assignment, locations = self._assign(inputs, maps, student, seen, teacher_maps, teacher)
         distillation = {}
@@ -324,12 +322,11 @@ class Distiller(nn.Module):
     def _heads(self) -> tuple[Head, ...]:
         """The detectors' heads, in the order in which they run."""
         sides = self.teacher, self.student
-        if self._second is None:
-            return (Head(None, self.adapter, *sides, self._levels, self._class_map),)
-        first, last = self.adapter.parts  # type: ignore[attr-defined]
+        (part, source), *second = heads_of(self.adapter).items()
+        class_map = None if second else self._class_map
         return (
-            Head(first, self.adapter, *sides, self._levels, None),
-            Head(last, self._second, *sides, LevelPairs(None), self._class_map),
+            Head(part, source, *sides, self._levels, class_map),
+            *(Head(name, stage, *sides, LevelPairs(None), self._class_map) for name, stage in second),
         )
 
     @property
@@ -398,8 +395,8 @@ class Distiller(nn.Module):
 
     def _resizes(self, teacher_maps: Sequence[Tensor], maps: Sequence[Tensor]) -> bool:
         """Whether levels of the teacher's are resized, so that the two predict at other places."""
-        head = self._heads[0]
-        return self.resize_levels and not same_sizes(head.used(teacher_maps), maps, head.channels_last())
+        theirs, ours = self._heads[0].level_sizes(teacher_maps, maps)
+        return self.resize_levels and theirs != ours
 
     @_outside_graph
     def _regions(self, stage: SecondStage, predictions: Predictions, locations: Any, inputs: Inputs) -> Any:
@@ -492,7 +489,7 @@ def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _named(methods: Method | Sequence[Method], parts: Sequence[str]) -> dict[str, Method]:
+def _named(methods: Method | Sequence[Method], parts: Sequence[str | None]) -> dict[str, Method]:
     """Copies of the methods under names that differ, each for one of a detector's heads if it has several."""
     listed = [methods] if isinstance(methods, nn.Module) else list(methods)
     if not listed:
@@ -514,21 +511,15 @@ def _named(methods: Method | Sequence[Method], parts: Sequence[str]) -> dict[str
     return named
 
 
-def _parts_of(method: Method, parts: Sequence[str]) -> Sequence[str | None]:
+def _parts_of(method: Method, parts: Sequence[str | None]) -> Sequence[str | None]:
     """Which of a detector's heads a method distils; ``None`` for a detector's only one."""
     if method.part is None:
-        return parts or (None,)
+        return parts
     if method.part not in parts:
-        choice = f"choose from {', '.join(parts)}" if parts else "it has one head alone: leave part= out"
+        names = [part for part in parts if part is not None]
+        choice = f"choose from {', '.join(names)}" if names else "it has one head alone: leave part= out"
         raise ValueError(f"{method.name}: part={method.part!r} is none of this detector's; {choice}")
     return (method.part,)
-
-
-def _of_part(key: str, part: str | None) -> str:
-    """A loss's name with its part in it: ``kd_cls`` of ``"rpn"`` is ``kd_rpn_cls``."""
-    if part is None:
-        return key
-    return f"kd_{part}_{key[3:]}" if key.startswith("kd_") else f"{part}_{key}"
 
 
 def _flat(
@@ -542,7 +533,7 @@ def _flat(
         methods: the methods, by name.
     """
     named = [
-        (name, _of_part(key, methods[name].part), loss)
+        (name, loss_name(key, methods[name].part), loss)
         for name, losses in distillation.items()
         for key, loss in losses.items()
     ]

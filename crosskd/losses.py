@@ -87,6 +87,17 @@ def _weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | fl
     return total / normalizer
 
 
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_rows("student_logits", student_logits)
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def _check_beta(beta: float) -> None:
+    if not beta >= 0:
+        raise ValueError(f"beta must be 0 or more, got {beta}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Quality focal loss
 
@@ -229,11 +240,8 @@ def quality_focal_loss(
         >>> round(loss.item(), 4), student.grad.shape
         (0.4805, torch.Size([2, 3]))
     """
-    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_rows("student_logits", student_logits)
-    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, got {beta}")
+    _check_logits(student_logits, teacher_logits)
+    _check_beta(beta)
     teacher_logits = teacher_logits.detach()
     if torch.compiler.is_compiling():
         # The compiler fuses the plain composition by itself and chooses what to keep for backward.
@@ -289,11 +297,8 @@ def softmax_focal_loss(
         >>> round(loss.item(), 4), student.grad.shape
         (0.3468, torch.Size([2, 3]))
     """
-    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_rows("student_logits", student_logits)
-    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    if not beta >= 0:
-        raise ValueError(f"beta must be 0 or more, got {beta}")
+    _check_logits(student_logits, teacher_logits)
+    _check_beta(beta)
     dtype = compute_dtype(student_logits, teacher_logits)
     student = F.log_softmax(student_logits.to(dtype), dim=-1)
     # By the same operators as the student's: where the two agree they are the same to the last bit, and the
@@ -350,9 +355,7 @@ def distribution_kl_loss(
         >>> bool(loss > 0)
         True
     """
-    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_rows("student_logits", student_logits)
-    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    _check_logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     dtype = compute_dtype(student_logits, teacher_logits)

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from crosskd._heads import loss_name
 from crosskd._noting import noting
 from crosskd._truth import Truth
-from crosskd.adapters.protocol import Adapter, Inputs, SecondStage
-from crosskd.distiller import Distiller, _of_part
+from crosskd.adapters.protocol import Adapter, Inputs, SecondStage, heads_of
+from crosskd.distiller import Distiller
 from crosskd.frozen import frozen_copy
 from crosskd.head import Branch
 from crosskd.methods.base import Method, Step
@@ -246,11 +247,7 @@ class Bench:
     @property
     def sources(self) -> dict[str | None, Source]:
         """What takes each head apart, by the head's name, in the order in which they run."""
-        second = getattr(self.adapter, "second", None)
-        if second is None:
-            return {None: self.adapter}
-        first, last = getattr(self.adapter, "parts", ("first", "second"))  # without names it is refused
-        return {first: self.adapter, last: second}
+        return heads_of(self.adapter)
 
     def sides(self) -> tuple[tuple[str, nn.Module], ...]:
         """Copies: the teacher in eval mode, the student in train mode."""
@@ -325,7 +322,7 @@ class Bench:
         for name, step in seen.items():
             method = distiller.methods[name]
             assert isinstance(method, Method)
-            full = {key: _of_part(key, method.part) for key in PARTS}
+            full = {key: loss_name(key, method.part) for key in PARTS}
             said = {key: distilled[loss] for key, loss in full.items() if loss in distilled}
             heard.append(Heard(method.part, sources[method.part], method, step, said))
         return Taken(distiller, losses, distilled, heard, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from crosskd._conformance.bench import (
     told,
 )
 from crosskd._conformance.free_predictions import counts_of, fit_freely, moved_about
-from crosskd._truth import overlaps, rows_of_images
+from crosskd._truth import overlaps, rows_of_images, without_classes
 from crosskd.adapters.protocol import Inputs
 from crosskd.predictions import Assignment, Predictions, join_levels
 
@@ -43,11 +44,7 @@ def decoding_and_classes(bench: Bench) -> Iterator[Finding]:
         maps = adapter.features(student, inputs.student_pixels)
         locations = adapter.locations(student, inputs, maps)
     (first, _), *others = bench.sources.items()
-    wanted = objects
-    if others and adapter.num_classes(student) == 1:
-        wanted = [
-            {**o, "labels": torch.zeros_like(o["labels"])} for o in objects
-        ]  # an object, whatever class
+    wanted = without_classes(objects) if others and adapter.num_classes(student) == 1 else objects
     fit = _Fit.of(adapter, student, inputs, maps, locations, wanted, bench.steps)
     yield from told(first, fit.findings(wanted))
     for name, second in others:
@@ -60,21 +57,21 @@ def decoding_and_classes(bench: Bench) -> Iterator[Finding]:
         yield from told(name, fit.findings(objects))
 
 
+@dataclass(frozen=True, eq=False)
 class _Fit:
     """Free predictions, and where they have arrived.
 
-    Args:
+    Attributes:
         predictions: they themselves.
         boxes: decoded, shape (batch, anchors, 4), or (batch, anchors, classes, 4) with a box a class.
         assignment: that they ended with.
         counts: how many regions each image has, of a head that answers for regions.
     """
 
-    def __init__(
-        self, predictions: Predictions, boxes: Tensor, assignment: Assignment, counts: Sequence[int] | None
-    ) -> None:
-        self.predictions, self.boxes = predictions, boxes
-        self.assignment, self.counts = assignment, counts
+    predictions: Predictions
+    boxes: Tensor
+    assignment: Assignment
+    counts: Sequence[int] | None
 
     @classmethod
     def of(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._conformance.bench import Bench, Finding, Part, run_head, told
+from crosskd._heads import space
 from crosskd.adapters.protocol import Adapter, SecondStage, TwoStageAdapter
 from crosskd.head import Branch
 from crosskd.methods.recipes import HeadRecipe
@@ -94,7 +95,7 @@ def _side_findings(
         wrong, rows = list(_region_findings(source, part, side, maps)), [len(m) for m in maps]
     else:
         last = branches[0].towers[0].channels_last
-        sizes = [tuple(m.shape[1:-1] if last else m.shape[2:]) for m in maps]
+        sizes = [space(m, last) for m in maps]
         wrong = [*_level_findings(source.strides(detector), side, sizes, tuple(pixels.shape[-2:]))]
         rows = [math.prod(size) for size in sizes]
     for branch in branches:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._checks import compute_dtype
-from crosskd.adapters.levels import LevelPairs
+from crosskd.adapters.levels import LevelPairs, check_channels
 from crosskd.frozen import frozen_copy
 from crosskd.predictions import Predictions
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_image_channels",
     "check_same_anchors",
     "decode_deltas",
+    "delta_coder_settings",
     "predict_from_tower",
     "probed_strides",
     "widened",
@@ -34,6 +35,7 @@ __all__ = [
 Forwards = Sequence[tuple[str, type[nn.Module]]]
 
 _logger = logging.getLogger("crosskd")
+_PROBE_PIXELS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +56,15 @@ class Locations:
         """All images' anchors, shape (batch, anchors, 4)."""
         return torch.stack(self.anchors)
 
+    def per_level(self) -> list[int]:
+        """How many anchors each level has."""
+        alike = [len(self.anchors[0]) // sum(self.level_sizes)] * len(self.level_sizes)
+        pairs = zip(self.level_sizes, self.per_location or alike, strict=True)
+        return [size * per_location for size, per_location in pairs]
+
     def of_levels(self, image: int, levels: LevelPairs) -> Tensor:
         """An image's anchors (anchors, 4) on the teacher's levels that are used."""
-        anchors = self.anchors[image]
-        alike = [len(anchors) // sum(self.level_sizes)] * len(self.level_sizes)
-        pairs = zip(self.level_sizes, self.per_location or alike, strict=True)
-        by_level = torch.split(anchors, [size * per_location for size, per_location in pairs])
+        by_level = torch.split(self.anchors[image], self.per_level())
         return torch.cat([by_level[index] for index in levels.of_teacher(len(by_level))])
 
 
@@ -115,6 +120,15 @@ def check_anchor_settings(
             )
 
 
+def delta_coder_settings(*coders: Any) -> dict[str, list[Any]]:
+    """What makes the same deltas the same boxes to torchvision's ``BoxCoder``, of each of some coders."""
+    return {
+        "coder": [type(coder).__qualname__ for coder in coders],
+        "weights": [tuple(coder.weights) for coder in coders],
+        "bbox_xform_clip": [coder.bbox_xform_clip for coder in coders],
+    }
+
+
 def check_box_coding(teacher: Any, student: Any) -> None:
     """Raises ``ValueError`` where what two box coders are set to differs."""
     if teacher != student:
@@ -132,13 +146,8 @@ def check_image_channels(teacher: Any, student: Any, levels: LevelPairs) -> None
         student: the student's.
         levels: tell whether the teacher sees images of its own.
     """
-    channels = [len(transform.image_mean) for transform in (teacher, student)]
-    if channels[0] != channels[1] and not levels.own_view:
-        raise ValueError(
-            f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student), as the "
-            "image_mean of each says. Both get the same pixels: give the teacher images of its own by "
-            "teacher_view=, or train one for the student's"
-        )
+    theirs, ours = (len(transform.image_mean) for transform in (teacher, student))
+    check_channels(theirs, ours, levels, ", as the image_mean of each says")
 
 
 def check_same_anchors(teacher: Locations, student: Locations, levels: LevelPairs) -> None:
@@ -157,17 +166,18 @@ def check_same_anchors(teacher: Locations, student: Locations, levels: LevelPair
             )
 
 
-def probed_strides(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> list[float] | None:
+def probed_strides(
+    detector: Any, size: tuple[int, int] = (_PROBE_PIXELS, _PROBE_PIXELS)
+) -> list[float] | None:
     """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass.
 
     Args:
-        backbone: gives a feature map, or a dict of them, finest first.
+        detector: whose backbone gives a feature map, or a dict of them, finest first.
         size: (height, width) of the image to probe it with, in pixels.
-        channels: of that image.
     """
-    backbone = frozen_copy(backbone)
+    backbone = frozen_copy(detector.backbone)
     parameter = next(backbone.parameters(), torch.empty(0))
-    pixels = parameter.new_zeros(1, channels, *size)
+    pixels = parameter.new_zeros(1, len(detector.transform.image_mean), *size)
     try:
         with torch.no_grad():
             maps = as_list(backbone(pixels))

@@ -23,6 +23,7 @@ from crosskd.adapters._torchvision_parts import (
     check_image_channels,
     check_same_anchors,
     decode_deltas,
+    delta_coder_settings,
     probed_strides,
 )
 from crosskd.adapters.levels import LevelPairs
@@ -95,9 +96,9 @@ class TorchvisionSSDAdapter:
         if size is None:
             return None
         width, height = size
-        return probed_strides(detector.backbone, (height, width))
+        return probed_strides(detector, (height, width))
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
+    def check_pair(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
         for side, detector in (("teacher", teacher), ("student", student)):
             _check_forwards_of(side, detector)
@@ -105,12 +106,12 @@ class TorchvisionSSDAdapter:
                 _check_anchor_counts(detector)
             except ValueError as error:
                 raise ValueError(f"{side}: {error}") from error
-        check_image_channels(teacher.get_submodule("transform"), student.get_submodule("transform"), levels)
+        check_image_channels(teacher.transform, student.transform, levels)
         _check_sizes(teacher, student, levels)
         # Fractions of the image, so that a teacher for images of another size has the same numbers.
         relative = {"aspect_ratios": False, "scales": False, "steps": False, "clip": False}
         check_anchor_settings(_AnchorSettings.of(teacher), _AnchorSettings.of(student), relative, levels)
-        check_box_coding(_coder_settings(teacher), _coder_settings(student))
+        check_box_coding(delta_coder_settings(teacher.box_coder), delta_coder_settings(student.box_coder))
 
     def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
         """The classification and the regression branch, each of one tower a level."""
@@ -311,12 +312,6 @@ def _check_sizes(teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> 
 
 def _text(size: tuple[int, int] | None) -> str:
     return "no fixed size" if size is None else f"{size[0]} x {size[1]} pixels"
-
-
-def _coder_settings(detector: Any) -> dict[str, Any]:
-    """What two detectors must share for the same numbers to mean the same box."""
-    coder = detector.box_coder
-    return {"weights": tuple(coder.weights), "bbox_xform_clip": coder.bbox_xform_clip}
 
 
 # -- the student's own losses ---------------------------------------------------------------------

@@ -25,6 +25,7 @@ from crosskd.adapters._torchvision_parts import (
     check_image_channels,
     check_same_anchors,
     decode_deltas,
+    delta_coder_settings,
     predict_from_tower,
     probed_strides,
     widened,
@@ -37,7 +38,6 @@ from crosskd.predictions import Assignment, Predictions, mean_over_ranks
 
 __all__ = ["Regions", "TorchvisionFasterRCNNAdapter"]
 
-_PROBE_PIXELS = 256
 _BACKGROUND = 0
 
 # TwoMLPHead runs these as functions.
@@ -116,8 +116,7 @@ class TorchvisionFasterRCNNAdapter:
 
     def strides(self, detector: Any) -> list[float] | None:
         """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        channels = len(detector.transform.image_mean)
-        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS), channels)
+        return probed_strides(detector)
 
     def check_pair(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for two region proposal networks that can't be compared."""
@@ -127,7 +126,8 @@ class TorchvisionFasterRCNNAdapter:
         check_image_channels(teacher.transform, student.transform, levels)
         settings = {"sizes": True, "aspect_ratios": False}
         check_anchor_settings(teacher.rpn.anchor_generator, student.rpn.anchor_generator, settings, levels)
-        check_box_coding(_coder_settings(teacher.rpn), _coder_settings(student.rpn))
+        theirs, ours = (detector.rpn.box_coder for detector in (teacher, student))
+        check_box_coding(delta_coder_settings(theirs), delta_coder_settings(ours))
 
     def branches(self, detector: Any) -> tuple[Branch, ...]:
         """One branch of one tower over all levels."""
@@ -245,7 +245,8 @@ class _BoxHead:
                 f"regions are pooled to {theirs} (teacher), {ours} (student) as (height, width): give both "
                 "the same output_size of roi_heads.box_roi_pool, and train the teacher with it"
             )
-        check_box_coding(_coder_settings(teacher.roi_heads), _coder_settings(student.roi_heads))
+        theirs, ours = (detector.roi_heads.box_coder for detector in (teacher, student))
+        check_box_coding(delta_coder_settings(theirs), delta_coder_settings(ours))
 
     def branches(self, detector: Any) -> tuple[Branch, ...]:
         """One branch, whose tower takes pooled maps and ends in vectors."""
@@ -272,10 +273,8 @@ class _BoxHead:
         """The student's own proposals: the sample that its losses are made on, or as many of the best."""
         rpn, roi_heads, sizes = student.rpn, student.roi_heads, inputs.extra.image_sizes
         boxes = rpn.box_coder.decode(predictions.regression.flatten(0, 1), locations.anchors)
-        per_location = rpn.anchor_generator.num_anchors_per_location()
-        per_level = [size * n for size, n in zip(locations.level_sizes, per_location, strict=True)]
-        boxes = boxes.view(len(sizes), -1, 4)
-        proposals, _ = rpn.filter_proposals(boxes, predictions.logits.flatten(0, 1), sizes, per_level)
+        boxes, objectness = boxes.view(len(sizes), -1, 4), predictions.logits.flatten(0, 1)
+        proposals, _ = rpn.filter_proposals(boxes, objectness, sizes, locations.per_level())
         if inputs.targets is None:
             most = roi_heads.fg_bg_sampler.batch_size_per_image
             return Regions([of_image[:most] for of_image in proposals], sizes)
@@ -355,11 +354,6 @@ def _of_regions(positive: Tensor) -> Assignment:
     """The assignment behind losses that are means over regions, of which these (regions,) hold an object."""
     amount = torch.tensor(float(max(len(positive), 1)), device=positive.device)
     return Assignment(None, positive[None], mean_over_ranks(amount))
-
-
-def _coder_settings(part: Any) -> dict[str, Any]:
-    """What two detectors must share for the same numbers to mean the same box."""
-    return {"weights": tuple(part.box_coder.weights), "bbox_xform_clip": part.box_coder.bbox_xform_clip}
 
 
 def _check_box_detector(side: str, detector: Any) -> None:

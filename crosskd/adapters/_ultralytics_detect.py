@@ -23,7 +23,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 
 from crosskd._checks import compute_dtype
-from crosskd.adapters.levels import LevelPairs
+from crosskd.adapters.levels import LevelPairs, check_channels
 from crosskd.adapters.protocol import Inputs
 from crosskd.head import Block, Branch, Tower
 from crosskd.methods.recipes import HeadRecipe
@@ -215,13 +215,7 @@ class UltralyticsAdapter:
                 f"the heads differ: {kinds[0]} (teacher), {kinds[1]} (student). Build both with the same "
                 "end2end in their yaml, or take a teacher of the student's family"
             )
-        channels = [_channels(detector) for detector in (teacher, student)]
-        if channels[0] != channels[1] and not levels.own_view:
-            raise ValueError(
-                f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student). Both get "
-                "the same pixels: give the teacher images of its own by teacher_view=, or train one for the "
-                "student's"
-            )
+        check_channels(_channels(teacher), _channels(student), levels)
 
     def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
         """Classification and regression; for a head end to end, both for its one-to-one half too."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["LevelPairs", "pair_levels"]
+__all__ = ["LevelPairs", "check_channels", "pair_levels"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,22 @@ def pair_levels(
         "needs one of the teacher's with the same stride, while the teacher may have more: build both with "
         "the same pyramid levels, and for images of one size where they resize them to a fixed one"
     )
+
+
+def check_channels(teacher: int, student: int, levels: LevelPairs, told_by: str = "") -> None:
+    """Raises ``ValueError`` where one's images have other channels than the other's, whose pixels it gets.
+
+    Args:
+        teacher: how many channels its images have.
+        student: likewise.
+        levels: tell whether the teacher sees images of its own.
+        told_by: what says so, such as ``", as its mean says"``.
+    """
+    if teacher != student and not levels.own_view:
+        raise ValueError(
+            f"the images' channels differ: {teacher} (teacher), {student} (student){told_by}. Both get the "
+            "same pixels: give the teacher images of its own by teacher_view=, or train one for the student's"
+        )
 
 
 def _in_order(strides: Sequence[float], wanted: Sequence[float]) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from crosskd.adapters.levels import LevelPairs
+from crosskd.adapters.levels import LevelPairs, check_channels
 from crosskd.adapters.protocol import Inputs
 from crosskd.head import Branch
 from crosskd.predictions import Assignment, Predictions
@@ -98,8 +98,7 @@ class MMDetAdapter:
             self._check_head(side, cast(Any, detector).bbox_head)
         theirs, ours = cast(Any, teacher).bbox_head, cast(Any, student).bbox_head
         _check_trainable(ours)
-        if not levels.own_view:
-            _check_pixels(cast(Any, teacher).data_preprocessor, cast(Any, student).data_preprocessor)
+        _check_pixels(cast(Any, teacher).data_preprocessor, cast(Any, student).data_preprocessor, levels)
         _check_priors(theirs.prior_generator, ours.prior_generator, levels)
         if levels.scale != 1 and self.family.in_pixels(ours):
             raise ValueError(
@@ -230,22 +229,17 @@ def _check_trainable(head: Any) -> None:
         )
 
 
-def _check_pixels(teacher: Any, student: Any) -> None:
-    """Looks at what each detector's preprocessor makes of the same images.
+def _check_pixels(teacher: Any, student: Any, levels: LevelPairs) -> None:
+    """Looks at what each detector's preprocessor makes of the same images, where both see the same.
 
     Raises:
         ValueError: images of other channels.
     """
-    means = [getattr(side, "mean", None) for side in (teacher, student)]
+    theirs, ours = (getattr(side, "mean", None) for side in (teacher, student))
     normalised = [bool(getattr(side, "_enable_normalize", False)) for side in (teacher, student)]
-    channels = [len(mean) for mean in means if mean is not None]
-    if len(channels) == 2 and channels[0] != channels[1]:
-        raise ValueError(
-            f"the images' channels differ: {channels[0]} (teacher), {channels[1]} (student), as each "
-            "data_preprocessor's mean says. Both get the same pixels: give the teacher images of its own by "
-            "teacher_view=, or train one for the student's"
-        )
-    if normalised == [False, True]:
+    if theirs is not None and ours is not None:
+        check_channels(len(theirs), len(ours), levels, ", as each data_preprocessor's mean says")
+    if normalised == [False, True] and not levels.own_view:
         warnings.warn(
             "the teacher's data preprocessor does not normalise, the student's does: the teacher gets pixels "
             "from 0 to 255. If it was trained on others, build it with the data_preprocessor of its config",

@@ -34,7 +34,7 @@ from crosskd.head import Branch
 from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
 
-__all__ = ["Adapter", "Inputs", "SecondStage", "TwoStageAdapter"]
+__all__ = ["Adapter", "Inputs", "SecondStage", "TwoStageAdapter", "heads_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,3 +259,16 @@ class TwoStageAdapter(Adapter, Protocol):
             threshold: where the teacher is at least this sure (class probability), there is an object.
         """
         ...
+
+
+def heads_of(adapter: Adapter) -> dict[str | None, Adapter | SecondStage]:
+    """What takes each of a detector's heads apart, by the head's name, in the order in which they run.
+
+    A detector's only head has no name, ``None``. Adapters are asked for a ``second`` attribute and not for
+    their type, for some are wrapped.
+    """
+    second = getattr(adapter, "second", None)
+    if second is None:
+        return {None: adapter}
+    first, last = adapter.parts  # type: ignore[attr-defined]
+    return {first: adapter, last: second}

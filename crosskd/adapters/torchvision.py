@@ -28,6 +28,7 @@ from crosskd.adapters._torchvision_parts import (
     check_image_channels,
     check_same_anchors,
     decode_deltas,
+    delta_coder_settings,
     predict_from_tower,
     probed_strides,
     widened,
@@ -50,8 +51,6 @@ __all__ = [
     "TorchvisionSSDAdapter",
     "prepare_images",
 ]
-
-_PROBE_PIXELS = 256
 
 
 class _TorchvisionAdapter(ABC):
@@ -87,8 +86,7 @@ class _TorchvisionAdapter(ABC):
 
     def strides(self, detector: Any) -> list[float] | None:
         """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        channels = len(detector.transform.image_mean)
-        return probed_strides(detector.backbone, (_PROBE_PIXELS, _PROBE_PIXELS), channels)
+        return probed_strides(detector)
 
     def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
         """Raises ``ValueError`` for a pair whose predictions can't be compared."""
@@ -213,12 +211,7 @@ class TorchvisionRetinaNetAdapter(_TorchvisionAdapter):
         return {"classification_head.cls_logits": classes, "regression_head.bbox_reg": 4}
 
     def _coder_settings(self, detector: Any) -> dict[str, Any]:
-        coders = (detector.box_coder, detector.head.regression_head.box_coder)
-        return {
-            "coder": [type(coder).__qualname__ for coder in coders],
-            "weights": [tuple(coder.weights) for coder in coders],
-            "bbox_xform_clip": [coder.bbox_xform_clip for coder in coders],
-        }
+        return delta_coder_settings(detector.box_coder, detector.head.regression_head.box_coder)
 
     def _head_outputs(self, predictions: Predictions) -> dict[str, Tensor]:
         return {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}

@@ -191,17 +191,23 @@ class CrossKD(Method):
         taps: Sequence[Tapped] = step.student_taps[branch.name]
         statistics: Sequence[FeatureStatistics] = step.teacher_taps[branch.name]
         for level, (tap, teacher) in enumerate(zip(taps, statistics, strict=True)):
-            features = tap.read()
-            for key in (branch.name, f"{branch.name}_level{level}"):
-                if key in self.projections:
-                    # The projection itself would train on.
-                    if torch.is_grad_enabled() and not features.requires_grad:
-                        raise ValueError(
-                            f"the student's features at {tap.place} depend on no trainable parameter, so "
-                            "distilling them has no effect: they are frozen or detached before the split"
-                        )
-                    features = self.projections[key](features)
+            features = self._projected(tap, branch.name, level)
             yield branch.tower(level).tail(align_statistics(features, teacher), self.split[1])
+
+    def _projected(self, tap: Tapped, branch: str, level: int) -> Tensor:
+        """Tapped features of the student's, of the teacher's width."""
+        features = tap.read()
+        for key in (branch, f"{branch}_level{level}"):
+            if key not in self.projections:
+                continue
+            # The projection itself would train on.
+            if torch.is_grad_enabled() and not features.requires_grad:
+                raise ValueError(
+                    f"the student's features at {tap.place} depend on no trainable parameter, so "
+                    "distilling them has no effect: they are frozen or detached before the split"
+                )
+            features = self.projections[key](features)
+        return features
 
 
 def _is_position(value: Any) -> bool:
@@ -217,14 +223,16 @@ def _last_positions(teacher: tuple[Branch, ...], student: tuple[Branch, ...]) ->
     As late as leaves the teacher's towers a block to run, and at the same distance from the student's end
     if its features are of the same kind there, maps or vectors; else as near to it as they are.
     """
-    pairs = list(zip(teacher, student, strict=True))
-    theirs, ours = (min(len(branch.tower(0).blocks) for branch in side) for side in (teacher, student))
-    candidates = [*range(max(ours - 1, 0), -1, -1), ours]
-    for position in range(max(theirs - 1, 0), -1, -1):
-        for own in candidates:
-            if all(t.tower(0).is_flat(position) == s.tower(0).is_flat(own) for t, s in pairs):
-                return own, position
-    return 0, 0
+    pairs = [(t.tower(0), s.tower(0)) for t, s in zip(teacher, student, strict=True)]
+    theirs, ours = (min(len(tower.blocks) for tower in side) for side in zip(*pairs, strict=True))
+    own = [*range(max(ours - 1, 0), -1, -1), ours]
+    # The inputs of both, at 0, are maps.
+    return next(
+        (student_position, position)
+        for position in range(max(theirs - 1, 0), -1, -1)
+        for student_position in own
+        if all(t.is_flat(position) == s.is_flat(student_position) for t, s in pairs)
+    )
 
 
 def _check_kinds(teacher: Branch, teacher_point: TapPoint, student: Branch, student_point: TapPoint) -> None:
