@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -13,20 +13,20 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from crosskd._heads import Head, Observed, check_anchors, loss_name, shape_only
-from crosskd.adapters import Adapter, Inputs, SecondStage, find_adapter
-from crosskd.adapters.levels import LevelPairs, pair_levels
-from crosskd.adapters.protocol import heads_of
+from crosskd.adapters import find_adapter
+from crosskd.adapters.base import Adapter, AdapterSpec, Anchors, Batch, Head, Objects, RegionHead, recoded
 from crosskd.frozen import frozen_copy
-from crosskd.head import Branch
 from crosskd.methods.base import Method
-from crosskd.predictions import Assignment, Predictions, assignment_from_teacher
+from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
+from crosskd.predictions import Assignment
+from crosskd.proof import prove_student, prove_teacher
+from crosskd.step import DetectorTrace, HeadTrace, Side, Step, Trace, run_head, shape_only, space
+from crosskd.towers import Tapped, TapPoint
 
 __all__ = ["Distiller"]
 
 _logger = logging.getLogger("crosskd")
 
-ItemT = TypeVar("ItemT")
 CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
 
@@ -43,22 +43,27 @@ class Distiller(nn.Module):
     """Wraps a student so that calling it in training also distils the teacher into it.
 
     In training ``distiller(images, targets)`` returns the student's own losses under their own names,
-    exactly as the student alone would, and the methods' losses (``kd_cls``, ``kd_reg``,
-    ``kd_quality``); ``distiller(images)`` returns the methods' losses alone, for images without labels.
-    In eval it answers what the student alone would. A detector of two stages has each of the methods'
-    losses twice, under the names of its parts (``kd_rpn_cls``, ``kd_box_cls``).
+    exactly as the student alone would, and the methods' losses (``kd_cls``, ``kd_reg``…);
+    ``distiller(images)`` returns the methods' losses alone, for images without labels. In eval it returns
+    what the student alone would. Of a detector with two heads each loss of a method has the head's name in
+    its own (``kd_rpn_cls``, ``kd_box_cls``).
 
     The student is trained in place and stays the plain detector that it was. The teacher is never
-    touched: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
-    ``parameters()`` and ``state_dict()`` hold the student and the methods' projections, never the
-    teacher; ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module.
+    changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
+    ``parameters()`` and ``state_dict()`` hold the student and what the methods train, never the teacher;
+    ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module.
+
+    Both detectors are run piece by piece. On the first step the pieces are compared with the detectors' own
+    forward, once: the teacher's predictions, and the student's own losses under the same random numbers.
 
     Args:
-        teacher: a trained detector.
-        student: the detector to train, of the same family.
+        teacher: a trained detector or backbone of any type that an adapter understands.
+        student: the detector to train.
         methods: one method or several. They are copied, so one object may serve several distillers. Of a
-            detector of two stages a method distils both, or the one that its ``part`` names.
-        adapter: how to take the detectors apart; found from their types unless given.
+            detector with two heads a method distils both, or the one that its ``head`` names.
+        adapter: makes the adapter of the student, and of the teacher unless ``teacher_adapter`` is given: an
+            adapter's class, or what `crosskd.adapters.generic` returns. Found from the type unless given.
+        teacher_adapter: makes the teacher's.
         class_map: for a teacher that knows more classes, or the same in another order: the teacher's
             class index for each of the student's, the background included where the classes share a
             softmax. The teacher's other classes are left out.
@@ -66,14 +71,16 @@ class Distiller(nn.Module):
             the student's: the same scenes at another resolution, in another modality, without
             augmentation. The teacher preprocesses them itself. Its strides may differ from the student's
             by one factor, as the resolution does.
-        resize_levels: resize the teacher's features where its levels differ in size from the student's,
-            which is an error otherwise.
+        resize_levels: resize the outputs of the teacher's towers where its levels differ in size from the
+            student's, which is an error otherwise.
         unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
-            (class probability) counts as one object in the losses' normaliser.
+            (class probability) counts as one object in the losses' normalizer.
+        prove: compare the pieces with the detectors' own forward on the first step. To be switched off for a
+            detector whose own forward can't be called on its own.
 
     Raises:
         ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
-        TypeError: no adapter understands the detectors, or something that is not a method.
+        TypeError: no adapter understands a detector, or something that is not a method.
 
     References:
         CrossKD (Wang et al., CVPR 2024, arXiv 2306.11369).
@@ -101,12 +108,14 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         student: nn.Module,
         methods: Method | Sequence[Method],
-        adapter: Adapter | None = None,
+        adapter: AdapterSpec | None = None,
         *,
-        class_map: Sequence[int] | None = None,
+        teacher_adapter: AdapterSpec | None = None,
+        class_map: ClassMap | None = None,
         teacher_view: TeacherView | None = None,
         resize_levels: bool = False,
         unlabelled_threshold: float = 0.5,
+        prove: bool = True,
     ) -> None:
         super().__init__()
         teacher, student = _bare("teacher", teacher), _bare("student", student)
@@ -114,74 +123,85 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
             )
-        self.adapter: Adapter = find_adapter(teacher, student) if adapter is None else adapter
-        _check_types(self.adapter, teacher, student)
-        named = _named(methods, list(heads_of(self.adapter)))
-        self.teacher_view = teacher_view
-        self.resize_levels = resize_levels
-        self._pair_up(teacher, student, {method.part for method in named.values()}, class_map)
         _check_shared(teacher, student)
-        self.unlabelled_threshold = unlabelled_threshold
+        self.teacher_view, self.resize_levels = teacher_view, resize_levels
+        self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
+        theirs = _bound("teacher", teacher_adapter or adapter or find_adapter, frozen_copy(teacher))
+        ours = _bound("student", adapter or find_adapter, student)
+        if not ours.heads:
+            raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
         self.student = student
-        # In tuples, so that the module machinery (parameters, state_dict, train) doesn't see them.
-        self._teacher = (frozen_copy(teacher),)
-        self._checked_student = (student,)
-        self.methods = nn.ModuleDict(named)
-        for head in self._heads:
-            for method in head.of(self._methods()).values():
-                method.setup(head.teacher_branches(), head.source.branches(student), head.source.recipe)
-        self._checked = False
+        # In a tuple and a dict, so that the module machinery (parameters, state_dict, train) doesn't see
+        # them.
+        self._adapters = (theirs, ours)
+        self._structure = dict(student.named_modules())
+        self._proved: set[str] = set()
+        self._checked: set[str] = set()
+        pair = self._pair(class_map)
+        self.methods = nn.ModuleDict(_named(methods, ours.heads))
+        self._pairs = {name: _of_method(method, pair) for name, method in self._methods().items()}
+        for name, method in self._methods().items():
+            method.setup(self._pairs[name])
         scheduled = any(method.schedule is not None for method in self._methods().values())
         # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
         self.register_buffer("progress", torch.tensor([0, -1]) if scheduled else None)
         parameter = next(student.parameters())
         self.methods.to(device=parameter.device, dtype=parameter.dtype)
 
-    def _pair_up(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        distilled: set[str | None],
-        class_map: Sequence[int] | None,
-    ) -> None:
-        """Settles levels and classes of the pair; raises ``ValueError`` for heads that can't be compared.
-
-        A head that no method distils is run for the student alone, which is then held against itself.
-
-        Args:
-            teacher: as the user gave it.
-            student: the detector to train.
-            distilled: the parts that methods distil; ``None`` stands for the only one.
-            class_map: as the user gave it.
-        """
-        heads = list(heads_of(self.adapter).items())
-        first_part, (last_part, last) = heads[0][0], heads[-1]
-        self._levels, self._class_map = LevelPairs(None), None
-        if first_part in distilled:
-            strides = _of_each(self.adapter.strides, teacher, student)
-            self._levels = pair_levels(*strides, rescaled=self.teacher_view is not None)
-            _tell_of_left_out_levels(self._levels, strides[0])
-        if last_part in distilled:
-            classes = _of_each(last.num_classes, teacher, student)
-            self._class_map = _checked_class_map(class_map, *classes, last.recipe.background)
-        elif class_map is not None:
+    def _pair(self, class_map: ClassMap | None) -> Pair:
+        """The two adapters, with levels of equal strides and the class map checked."""
+        teacher, student = self._adapters
+        view = self.teacher_view is not None
+        codings = [adapter.pixel_coding for adapter in (teacher, student)]
+        if not view and (codings[0] is None) != (codings[1] is None):
+            unknown = "teacher" if codings[0] is None else "student"
             raise ValueError(
-                f"class_map= is for the {last_part!r} head, which no method distils: the {first_part!r} head "
-                "has no classes of its own; leave it out"
+                f"nothing tells how the {unknown}'s pixels are coded, so they can't be made of the other's: "
+                "pass generic() the pixel_coding= (crosskd.adapters.PixelCoding), or the distiller a "
+                "teacher_view="
             )
-        self.adapter.check_pair(teacher if first_part in distilled else student, student, self._levels)
-        if self._second is not None:
-            self._second.check_pair(teacher if last_part in distilled else student, student)
+        if not view and codings[0] and codings[1] and len(codings[0].mean) != len(codings[1].mean):
+            raise ValueError(
+                f"the images' channels differ: {len(codings[0].mean)} (teacher), {len(codings[1].mean)} "
+                "(student). Both get the same pixels: give the teacher images of its own by teacher_view=, "
+                "or train one for the student's"
+            )
+        levels, scale = None, 1.0
+        if teacher.strides is not None and student.strides is not None:
+            levels, scale = match_levels(teacher.strides, student.strides, rescaled=view)
+        columns = None
+        if class_map is not None and teacher.heads:
+            last, own = teacher.heads[-1], student.heads[-1]
+            columns = class_columns(class_map, last.num_classes, own.num_classes, own.background)
+        return Pair(
+            teacher,
+            student,
+            levels=levels,
+            scale=scale,
+            class_map=columns,
+            own_view=view,
+            resize_levels=self.resize_levels,
+        )
 
     # -- the module's face ----------------------------------------------------------------------
 
     @property
     def teacher(self) -> nn.Module:
         """The frozen copy of the teacher, in eval mode; it shares the teacher's weights."""
-        return self._teacher[0]
+        return self.teacher_adapter.detector
+
+    @property
+    def teacher_adapter(self) -> Adapter:
+        """Takes the frozen teacher apart."""
+        return self._adapters[0]
+
+    @property
+    def student_adapter(self) -> Adapter:
+        """Takes the student apart."""
+        return self._adapters[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells schedules with ``unit="epoch"`` which epoch it is, counted from 0."""
+        """Sets the epoch of schedules with ``unit="epoch"``, counted from 0."""
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         if self.progress is not None:
@@ -206,133 +226,136 @@ class Distiller(nn.Module):
             In training a flat dict of scalar tensors to be summed; in eval the student's detections.
 
         Raises:
-            ValueError: images or targets that the student would refuse, levels or anchors that differ,
-                or a distillation that would have no effect.
+            ValueError: images or targets that the student would refuse, a detector whose own forward computes
+                something else than its pieces, or a distillation that would have no effect.
         """
         if not self.training:
-            return self.adapter.detect(self.student, images, targets)
+            return self.student_adapter.detect(images, targets)
         if not self.student.training:
             raise ValueError(
                 "the distiller is in train mode and its student in eval mode: call distiller.train()"
             )
         factors = self._advance()
-        active = {name: m for name, m in self._methods().items() if factors[name] > 0}
-        losses, distillation = self._training_losses(images, targets, active)
-        self._check_first_step(distillation)
-        for name, method in self._methods().items():
-            if name not in active:
-                distillation[name] = _nothing(method, self.student)
-        for name, key, loss in _flat(distillation, losses, self._methods()):
-            losses[key] = loss * factors[name] if factors[name] != 1 else loss
-        return losses
+        trace = self.trace(images, targets, _active(self._methods(), factors))
+        self._check_effects(trace.losses)
+        return _flat(trace, self._methods(), factors, self.student)
 
     # -- one training step ----------------------------------------------------------------------
 
-    def _training_losses(
-        self, images: Any, targets: Any, active: Mapping[str, Method]
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """The student's own losses, and each active method's."""
-        inputs, seen = self._prepare(images, targets)
-        head = self._heads[0]
-        methods = head.of(active)
-        # The teacher runs first, so that what it needed is freed; but where its features are resized to
-        # the student's, those sizes must be known for it.
-        student_first = self.resize_levels or not active
-        maps = self.adapter.features(self.student, inputs.student_pixels) if student_first else ()
-        teacher_maps, teacher = self._run_teacher(head, seen, active, maps)
-        inputs, seen = _without_teacher_pixels(inputs, seen)
-        maps = maps if student_first else self.adapter.features(self.student, inputs.student_pixels)
-        student = head.run_student(maps, methods)
-        if teacher is not None:
-            head.check_levels(teacher_maps, maps, resized=self.resize_levels)
-            check_anchors(teacher.predictions, student.predictions)
-        losses, assignment, locations = self._assign(inputs, maps, student, seen, teacher_maps, teacher)
-        distillation = {}
-        if teacher is not None:
-            assert assignment is not None  # without targets the teacher's predictions give one
-            distillation = head.distil(methods, teacher, student, assignment, locations, len(maps))
-        if self._second is not None:
-            before = (student.predictions, locations)
-            own, distilled = self._run_second(
-                self._second, before, (inputs, maps), (seen, teacher_maps), active
-            )
-            losses, distillation = {**losses, **own}, {**distillation, **distilled}
-        return losses, distillation
+    def trace(self, images: Any, targets: Any = None, methods: Mapping[str, Method] | None = None) -> Trace:
+        """Runs one training step and returns all that it leaves; `forward` reads the losses off it.
+
+        Args:
+            images: as for `forward`.
+            targets: likewise.
+            methods: those that are active, by name; all of them unless given.
+        """
+        active = self._methods() if methods is None else methods
+        batch, seen = self._prepare(images, targets, active)
+        # The teacher runs first, so that what it needed is freed; but where its levels are resized to the
+        # student's, those sizes must be known for it.
+        maps = self.student_adapter.maps(batch.pixels) if self.resize_levels or not active else []
+        teacher = self._run_teacher(seen, active, maps) if active else None
+        maps = maps or self.student_adapter.maps(batch.pixels)
+        student = DetectorTrace(self.student_adapter, batch, maps, {})
+        if targets is not None or any(method.distils_heads() for method in active.values()):
+            first = self.student_adapter.heads[0]
+            run = run_head(first, maps, range(len(maps)), self._points(first, active, 0))
+            student.heads[first.name] = self._with_own_losses(run, batch, maps)
+            if len(self.student_adapter.heads) > 1:
+                self._run_region_heads(student, teacher, active)
+        steps = {} if teacher is None else self._steps(teacher, student, active)
+        return Trace(teacher, student, steps, _losses_of(active, steps))
 
     def _run_teacher(
-        self, head: Head, seen: Inputs, active: Mapping[str, Method], student_maps: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], Observed | None]:
-        """The teacher's feature maps and what its first head makes of them.
+        self, batch: Batch, active: Mapping[str, Method], student_maps: Sequence[Tensor]
+    ) -> DetectorTrace:
+        """The teacher's maps, and its first head's run, as far as active methods require them.
 
         Args:
-            head: the first.
-            seen: the teacher's images.
-            active: the methods of all heads; without any the teacher isn't run, without one of the first
-                head that isn't.
-            student_maps: the student's, where the teacher's are resized to them.
+            batch: as the teacher takes it.
+            active: the methods, of which there is one at least.
+            student_maps: the student's, where the teacher's levels are resized to them.
         """
-        if not active:
-            return (), None
+        adapter = self.teacher_adapter
+        # No decorator: the compiler doesn't follow a decorated method of an object that it made itself.
         with torch.no_grad():
-            maps = self.adapter.features(self.teacher, seen.teacher_pixels)
-        methods = head.of(active)
-        if methods:
-            observed = head.observe_teacher(maps, methods, student_maps if self.resize_levels else None)
-        # A second head pools from the maps; otherwise their shapes are all that is still asked for.
-        kept = maps if len(methods) < len(active) else [shape_only(m) for m in maps]
-        return kept, observed if methods else None
-
-    def _run_second(
-        self,
-        stage: SecondStage,
-        proposed: tuple[Predictions, Any],
-        student: tuple[Inputs, Sequence[Tensor]],
-        teacher: tuple[Inputs, Sequence[Tensor]],
-        active: Mapping[str, Method],
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """The losses of a second head, for the regions that the student's first head proposes.
-
-        Args:
-            stage: takes it apart.
-            proposed: the first head's predictions and their locations.
-            student: the student's inputs and feature maps.
-            teacher: the teacher's.
-            active: the methods of all heads.
-        """
-        head, inputs = self._heads[1], student[0]
-        methods = head.of(active)
-        if inputs.targets is None and not methods:
-            return {}, {}
-        regions = self._regions(stage, *proposed, inputs)
-        observed = None
-        if methods:
-            with torch.no_grad():
-                pooled = stage.features(self.teacher, teacher[1], regions, teacher[0])
-            observed = head.observe_teacher(pooled, methods)
-        pooled = stage.features(self.student, student[1], regions, inputs)
-        run = head.run_student(pooled, methods)
-        losses, assignment = self._assign_regions(stage, run, regions, inputs, observed)
-        if observed is None:
-            return losses, {}
-        assert assignment is not None  # without targets the teacher's predictions give one
-        check_anchors(observed.predictions, run.predictions)
-        return losses, head.distil(methods, observed, run, assignment, regions, len(pooled))
-
-    @property
-    def _heads(self) -> tuple[Head, ...]:
-        """The detectors' heads, in the order in which they run."""
-        sides = self.teacher, self.student
-        (part, source), *second = heads_of(self.adapter).items()
-        class_map = None if second else self._class_map
-        return (
-            Head(part, source, *sides, self._levels, class_map),
-            *(Head(name, stage, *sides, LevelPairs(None), self._class_map) for name, stage in second),
+            maps = adapter.maps(batch.pixels)
+            heads = {}
+            head = self._head_of(adapter, self.student_adapter.heads[0].name)
+            if head is not None and _of_head(active, head.name):
+                levels = self._teacher_levels(len(maps))
+                sizes = None
+                if student_maps:
+                    last = head.branches[0].towers[0].channels_last
+                    sizes = [space(feature_map, channels_last=last) for feature_map in student_maps]
+                heads[head.name] = self._observed(head, [maps[t] for t in levels], levels, active, sizes)
+        kept = any(
+            "maps" in method.requires or method.head not in (None, *heads) for method in active.values()
         )
+        batch = replace(batch, pixels=shape_only(batch.pixels))
+        return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
 
-    @property
-    def _second(self) -> SecondStage | None:
-        """What takes a second head apart, of an adapter for detectors that have one."""
-        return getattr(self.adapter, "second", None)
+    def _observed(
+        self,
+        head: Head,
+        maps: Sequence[Tensor],
+        levels: Sequence[int],
+        active: Mapping[str, Method],
+        sizes: Sequence[tuple[int, ...]] | None = None,
+    ) -> HeadTrace:
+        """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
+
+        def keep(name: str, tapped: Tapped) -> Any:
+            return active[name].keep_of_teacher(tapped)
+
+        points, columns = self._points(head, active, 1), self._columns(head)
+        return run_head(head, maps, levels, points, keep, sizes=sizes, class_map=columns)
+
+    def _run_region_heads(
+        self, student: DetectorTrace, teacher: DetectorTrace | None, active: Mapping[str, Method]
+    ) -> None:
+        """Runs what comes after the first head, on the regions that it proposes."""
+        previous = student.heads[self.student_adapter.heads[0].name]
+        for head in self.student_adapter.heads[1:]:
+            assert isinstance(head, RegionHead)
+            if student.batch.targets is None and not _of_head(active, head.name):
+                return
+            regions = self._regions(head, previous, student.batch)
+            theirs = self._head_of(self.teacher_adapter, head.name)
+            if teacher is not None and _of_head(active, head.name):
+                assert isinstance(theirs, RegionHead)
+                with torch.no_grad():
+                    pooled = theirs.pool(teacher.maps, regions, teacher.batch)
+                    run = self._observed(theirs, [pooled], [0], active)
+                teacher.heads[head.name] = replace(run, anchors=regions, all_anchors=regions)
+            pooled = head.pool(student.maps, regions, student.batch)
+            run = replace(run_head(head, [pooled], [0], self._points(head, active, 0)), anchors=regions)
+            previous = self._with_own_losses(run, student.batch, student.maps)
+            student.heads[head.name] = previous
+
+    def _points(self, head: Head, active: Mapping[str, Method], side: int) -> dict[str, dict[str, TapPoint]]:
+        """Where active methods tap a head's towers, by branch and method; ``side`` 0 is the student's."""
+        points: dict[str, dict[str, TapPoint]] = {}
+        for branch in head.branches:
+            for name, method in _of_head(active, head.name).items():
+                both = method.tap_points(branch.name) if "towers" in method.requires else None
+                if both is not None:
+                    points.setdefault(branch.name, {})[name] = both[side]
+        return points
+
+    def _teacher_levels(self, count: int) -> Sequence[int]:
+        """The teacher's levels that belong to the student's, of so many."""
+        levels = next(iter(self._pairs.values())).levels
+        return range(count) if levels is None else [teacher for _, teacher in levels]
+
+    def _columns(self, head: Head) -> tuple[int, ...] | None:
+        """The teacher's columns of the logits that count: the classes are those of its last head."""
+        pair = next(iter(self._pairs.values()))
+        return pair.class_map if head is self.teacher_adapter.heads[-1] else None
+
+    def _head_of(self, adapter: Adapter, name: str) -> Head | None:
+        return next((head for head in adapter.heads if head.name == name), None)
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
@@ -340,13 +363,38 @@ class Distiller(nn.Module):
     # -- what runs outside a compiled graph: it depends on the data, or happens once ---------------
 
     @_outside_graph
-    def _prepare(self, images: Any, targets: Any) -> tuple[Inputs, Inputs]:
-        """The batch as the student takes it, and as the teacher does: the same one, without a view."""
-        if self.student is not self._checked_student[0]:
-            raise ValueError(
-                f"distiller.student was replaced by another {type(self.student).__name__}, which was never "
-                "checked against the teacher: make a new Distiller for it"
-            )
+    def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
+        """The batch as the student takes it and as the teacher does; on the first step the proofs."""
+        teacher, student = self._adapters
+        self._check_unchanged()
+        if self.prove and targets is not None and "student" not in self._proved:
+            prove_student(student, images, targets)
+            self._proved.add("student")
+        batch = student.prepare(images, targets)
+        if not active:
+            return batch, batch
+        if self.teacher_view is None:
+            pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
+            seen = teacher.take(Batch(pixels, batch.image_sizes))
+        else:
+            seen = teacher.prepare(self.teacher_view(images, targets), None)
+        if self.prove and "teacher" not in self._proved:
+            prove_teacher(teacher, seen)
+            self._proved.add("teacher")
+        return batch, seen
+
+    def _check_unchanged(self) -> None:
+        """Raises ``ValueError`` where something has changed that was read off when the distiller was made."""
+        now = dict(self.student.named_modules())
+        for path, module in self._structure.items():
+            if now.get(path) is not module:
+                raise ValueError(
+                    f"the student's {path or 'whole'} was replaced since the distiller was made, so the new "
+                    f"{type(now.get(path)).__name__} would not be trained: make the distiller after the last "
+                    "change of the student (SyncBatchNorm and the like included)"
+                )
+        if self.student is not self.student_adapter.detector:
+            raise ValueError("distiller.student was replaced: make a new Distiller for it")
         if self.teacher.training:
             raise ValueError(
                 "distiller.teacher is in train mode, in which its answers change: call "
@@ -354,75 +402,136 @@ class Distiller(nn.Module):
             )
         if not self._checked:
             _check_devices(self.teacher, self.student)
-            distilled = [head for head in self._heads if head.of(self._methods())]
-            for side, detector, heads in (
-                ("teacher", self.teacher, distilled),
-                ("student", self.student, self._heads),
-            ):
-                branches = [branch for head in heads for branch in head.source.branches(detector)]
-                _warn_about_hooks(side, detector, branches)
-        if self.teacher_view is None:
-            inputs = self.adapter.prepare(self.teacher, self.student, images, targets)
-            return inputs, inputs
-        # Neither sees the other's images, which may even have other channels.
-        view = self.teacher_view(images, targets)
-        inputs = self.adapter.prepare(self.student, self.student, images, targets)
-        return inputs, self.adapter.prepare(self.teacher, self.teacher, view, None)
 
     @_outside_graph
-    def _assign(
-        self,
-        inputs: Inputs,
-        maps: Sequence[Tensor],
-        student: Observed,
-        seen: Inputs,
-        teacher_maps: Sequence[Tensor],
-        teacher: Observed | None,
-    ) -> tuple[dict[str, Tensor], Assignment | None, Any]:
-        """The student's own losses, the assignment that they share with the methods, the locations."""
-        locations = self.adapter.locations(self.student, inputs, maps)
-        if teacher is not None and not self._checked and not self._resizes(teacher_maps, maps):
-            theirs = self.adapter.locations(self.teacher, seen, teacher_maps)
-            self.adapter.check_locations(theirs, locations, self._levels)
-            if self._levels.scale == 1:
-                self._heads[0].check_decoding(teacher.predictions, locations)
-        if inputs.targets is not None:
-            losses, assignment = self.adapter.losses(self.student, student.predictions, locations, inputs)
-            return losses, assignment, locations
-        if teacher is None:
-            return {}, None, locations
-        return {}, self._assignment_from(teacher, self.adapter), locations
-
-    def _resizes(self, teacher_maps: Sequence[Tensor], maps: Sequence[Tensor]) -> bool:
-        """Whether levels of the teacher's are resized, so that the two predict at other places."""
-        theirs, ours = self._heads[0].level_sizes(teacher_maps, maps)
-        return self.resize_levels and theirs != ours
+    def _with_own_losses(self, run: HeadTrace, batch: Batch, maps: Sequence[Tensor]) -> HeadTrace:
+        """A run of one of the student's heads with its anchors, own losses and label assignment."""
+        anchors = run.head.anchors(batch, maps) if run.anchors is None else run.anchors
+        run = replace(run, anchors=anchors, all_anchors=anchors)
+        if batch.targets is None:
+            return run
+        losses, assignment = run.head.losses(run.predictions, anchors, batch)
+        return replace(run, losses=losses, assignment=assignment)
 
     @_outside_graph
-    def _regions(self, stage: SecondStage, predictions: Predictions, locations: Any, inputs: Inputs) -> Any:
+    def _regions(self, head: RegionHead, previous: HeadTrace, batch: Batch) -> Any:
         """The student's regions, which are constants."""
         with torch.no_grad():
-            return stage.regions(self.student, predictions.detach(), locations, inputs)
+            return head.regions(previous.predictions.detach(), previous.anchors, batch)
 
     @_outside_graph
-    def _assign_regions(
-        self, stage: SecondStage, student: Observed, regions: Any, inputs: Inputs, teacher: Observed | None
-    ) -> tuple[dict[str, Tensor], Assignment | None]:
-        """The student's own losses of its second head, and the assignment that they share."""
-        if teacher is not None and not self._checked:
-            self._heads[1].check_decoding(teacher.predictions, regions)
-        if inputs.targets is not None:
-            return stage.losses(self.student, student.predictions, regions, inputs)
-        return {}, None if teacher is None else self._assignment_from(teacher, stage)
+    def _steps(
+        self, teacher: DetectorTrace, student: DetectorTrace, active: Mapping[str, Method]
+    ) -> dict[str, Step]:
+        """What each active method sees; on its first step it demands what only a batch tells."""
+        steps = {}
+        for name, method in active.items():
+            theirs, ours = (
+                None if method.head is None else detector.heads.get(method.head)
+                for detector in (teacher, student)
+            )
+            assignment, assign, resized = None, None, False
+            if theirs is not None and ours is not None:
+                resized = self._check_levels(teacher, student, theirs)
+                theirs = self._with_anchors(theirs, teacher, student, resized)
+                assign = self._teacher_assigner(theirs, teacher, student)
+                assignment = ours.assignment or self._unlabelled(theirs)
+            required = frozenset(method.requires)
+            pair = self._pairs[name]
+            steps[name] = Step(
+                Side(teacher, theirs, required, name),
+                Side(student, ours, required, name),
+                class_map=None if theirs is None else self._columns(theirs.head),
+                scale=pair.scale,
+                resized=resized,
+                assignment=assignment,
+                assign_by_teacher=assign,
+            )
+            if name not in self._checked:
+                method.check(steps[name])
+        return steps
 
-    def _assignment_from(self, teacher: Observed, source: Adapter | SecondStage) -> Assignment:
+    def _check_levels(self, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace) -> bool:
+        """Whether levels of the teacher's were resized; raises ``ValueError`` where they had to be."""
+        if run.head.rows == "regions":
+            return False
+        last = run.head.branches[0].towers[0].channels_last
+        theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
+        ours = [space(feature_map, channels_last=last) for feature_map in student.maps]
+        if theirs == ours:
+            return False
+        if not (self.resize_levels and len(theirs) == len(ours)):
+            raise ValueError(
+                f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
+                "same strides, and images of the same size; build them with the same pyramid levels, or have "
+                "the teacher's resized by resize_levels=True"
+            )
+        return True
+
+    def _with_anchors(
+        self, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, resized: bool
+    ) -> HeadTrace:
+        """A run of one of the teacher's heads with its anchors."""
+        if run.anchors is not None:
+            return run
+        maps = [shape_only(feature_map) for feature_map in teacher.maps]
+        if resized:
+            for place, level in enumerate(run.levels):
+                size = student.maps[place].shape[2:]
+                maps[level] = maps[level][:, :, :1, :1].expand(-1, -1, *size)
+        anchors = run.head.anchors(teacher.batch, maps)
+        return replace(run, anchors=anchors.of_levels(run.levels), all_anchors=anchors)
+
+    def _teacher_assigner(
+        self, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace
+    ) -> Callable[[], Assignment]:
+        """What gives the teacher's own label assignment at the levels that are compared."""
+
+        @_outside_graph
+        def assign() -> Assignment:
+            objects = self._teacher_objects(teacher, student)
+            if objects is None:
+                return self._unlabelled(run)
+            with torch.no_grad():
+                batch = replace(teacher.batch, objects=objects)
+                whole = run.head.assign(run.predictions, run.all_anchors, batch)
+                if run.anchors is run.all_anchors:
+                    return whole
+                rows = cast(Anchors, run.all_anchors).rows(run.levels).to(whole.positive.device)
+                weights = whole.label_weights
+                weights = None if weights is None else weights[:, rows]
+                return Assignment(weights, whole.positive[:, rows], whole.normalizer)
+
+        return assign
+
+    def _teacher_objects(self, teacher: DetectorTrace, student: DetectorTrace) -> tuple[Objects, ...] | None:
+        """The batch's objects in pixels of the teacher's batch, labelled by the teacher's classes."""
+        objects = student.batch.objects
+        if objects is None:
+            if student.batch.targets is not None:
+                raise ValueError(
+                    "the student's adapter tells no objects of the targets, which the teacher's label "
+                    "assignment needs: give generic() objects=, a function of the targets"
+                )
+            return None
+        columns = next(iter(self._pairs.values())).class_map
+        same = self.teacher_adapter.heads[-1].num_classes == self.student_adapter.heads[-1].num_classes
+        mapped = []
+        sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
+        for of_image, ((height, width), (own_height, own_width)) in zip(objects, sizes, strict=True):
+            factors = of_image.boxes.new_tensor([width / own_width, height / own_height] * 2)
+            labels = of_image.labels
+            if columns is not None:
+                labels = labels.new_tensor(columns)[labels]
+            elif not same:
+                # Most assigners look at places alone; those that look at classes refuse this.
+                labels = torch.full_like(labels, -1)
+            mapped.append(Objects(of_image.boxes * factors, labels))
+        return tuple(mapped)
+
+    def _unlabelled(self, run: HeadTrace) -> Assignment:
         """What the teacher makes of images without targets."""
-        own = getattr(source, "assign_unlabelled", None)
-        if own is not None:
-            assignment: Assignment = own(self.student, teacher.predictions, self.unlabelled_threshold)
-            return assignment
-        by_quality = source.recipe.quality_normalizer
-        return assignment_from_teacher(teacher.predictions, self.unlabelled_threshold, quality=by_quality)
+        return run.head.assign_unlabelled(run.predictions, self.unlabelled_threshold)
 
     @_outside_graph
     def _advance(self) -> dict[str, float]:
@@ -437,7 +546,7 @@ class Distiller(nn.Module):
                 continue
             if method.schedule.unit == "epoch" and epoch < 0:
                 raise ValueError(
-                    f"{name} has a schedule in epochs, but the distiller was never told the epoch: call "
+                    f"{name} has a schedule in epochs, but the distiller doesn't know the epoch: call "
                     "distiller.set_epoch(epoch) at the start of each"
                 )
             factors[name] = method.schedule.factor(epoch if method.schedule.unit == "epoch" else step)
@@ -445,14 +554,53 @@ class Distiller(nn.Module):
         return factors
 
     @_outside_graph
-    def _check_first_step(self, distillation: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Refuses, once, a distillation that would silently do nothing."""
-        if self._checked or not distillation:
-            return
-        for name, losses in distillation.items():
-            _check_effect(name, losses)
-        # Without gradients it can't be seen whether the student would learn: check again when there are.
-        self._checked = torch.is_grad_enabled()
+    def _check_effects(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuses, on a method's first step, a distillation that would silently do nothing."""
+        for name in losses.keys() - self._checked:
+            _check_effect(name, losses[name])
+            # Without gradients it can't be seen whether the student would learn: check again when there are.
+            if torch.is_grad_enabled():
+                self._checked.add(name)
+
+
+def _bound(side: str, spec: AdapterSpec, detector: nn.Module) -> Adapter:
+    """An adapter of a detector, whose errors say which side it is on."""
+    try:
+        adapter = spec(detector)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{side}: {error}") from error
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"adapter= must make a crosskd.adapters.Adapter of a detector, got a {type(adapter).__name__}: "
+            "pass an adapter's class, or what crosskd.adapters.generic() returns"
+        )
+    return adapter
+
+
+def _of_method(method: Method, pair: Pair) -> Pair:
+    """A pair with the heads that a method distils."""
+    if method.head is None:
+        return pair
+    teacher, student = (
+        next((head for head in adapter.heads if head.name == method.head), None)
+        for adapter in (pair.teacher, pair.student)
+    )
+    # The classes are those of the last head; an earlier one tells objects from none.
+    columns = pair.class_map if teacher is not None and teacher is pair.teacher.heads[-1] else None
+    return replace(pair, teacher_head=teacher, student_head=student, class_map=columns)
+
+
+def _of_head(methods: Mapping[str, Method], name: str) -> dict[str, Method]:
+    """Those of some methods that distil the head of a name."""
+    return {key: method for key, method in methods.items() if method.head == name}
+
+
+def _active(methods: Mapping[str, Method], factors: Mapping[str, float]) -> dict[str, Method]:
+    return {name: method for name, method in methods.items() if factors[name] > 0}
+
+
+def _losses_of(methods: Mapping[str, Method], steps: Mapping[str, Step]) -> dict[str, dict[str, Tensor]]:
+    return {name: method(steps[name]) for name, method in methods.items()}
 
 
 def _bare(side: str, detector: nn.Module) -> nn.Module:
@@ -489,8 +637,10 @@ def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _named(methods: Method | Sequence[Method], parts: Sequence[str | None]) -> dict[str, Method]:
-    """Copies of the methods under names that differ, each for one of a detector's heads if it has several."""
+def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[str, Method]:
+    """Copies of the methods under names that differ, each for one of the student's heads if it distils
+    heads.
+    """
     listed = [methods] if isinstance(methods, nn.Module) else list(methods)
     if not listed:
         raise ValueError("methods is empty: there is nothing to distil; pass crosskd.CrossKD()")
@@ -498,53 +648,60 @@ def _named(methods: Method | Sequence[Method], parts: Sequence[str | None]) -> d
     for method in listed:
         if not isinstance(method, Method):
             raise TypeError(
-                f"methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
+                "methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
                 f"{type(method).__name__}"
             )
-        for part in _parts_of(method, parts):
-            base = method.name if part is None else f"{method.name}_{part}"
+        for head in _heads_of(method, [head.name for head in heads]):
+            base = f"{method.name}_{head}" if head else method.name
             name, number = base, 2
             while name in named:
                 name, number = f"{base}_{number}", number + 1
             named[name] = deepcopy(method)
-            named[name].part = part
+            named[name].head = head
     return named
 
 
-def _parts_of(method: Method, parts: Sequence[str | None]) -> Sequence[str | None]:
-    """Which of a detector's heads a method distils; ``None`` for a detector's only one."""
-    if method.part is None:
-        return parts
-    if method.part not in parts:
-        names = [part for part in parts if part is not None]
-        choice = f"choose from {', '.join(names)}" if names else "it has one head alone: leave part= out"
-        raise ValueError(f"{method.name}: part={method.part!r} is none of this detector's; {choice}")
-    return (method.part,)
+def _heads_of(method: Method, names: Sequence[str]) -> Sequence[str | None]:
+    """The names of the heads that a method distils; ``None`` for one that distils none."""
+    if not method.distils_heads():
+        return (None,)
+    if method.head is None:
+        return names
+    if method.head not in names:
+        several = [name for name in names if name]
+        choice = f"choose from {', '.join(several)}" if several else "it has one head alone: leave head= out"
+        raise ValueError(f"{method.name}: head={method.head!r} is none of the student's; {choice}")
+    return (method.head,)
 
 
 def _flat(
-    distillation: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Tensor], methods: Mapping[str, Method]
-) -> list[tuple[str, str, Tensor]]:
-    """(method, key, loss) of every loss, with the method's name in front of keys that clash.
-
-    Args:
-        distillation: the losses by method and name.
-        own: the student's own losses, whose names are taken.
-        methods: the methods, by name.
+    trace: Trace, methods: Mapping[str, Method], factors: Mapping[str, float], student: nn.Module
+) -> dict[str, Tensor]:
+    """All losses of a step by name, the methods' times their factors, with their names in front where names
+    clash.
     """
-    named = [
-        (name, loss_name(key, methods[name].part), loss)
-        for name, losses in distillation.items()
-        for key, loss in losses.items()
-    ]
-    taken = [*own, *(full for _, full, _ in named)]
-    flat = []
-    for name, full, loss in named:
-        part = methods[name].part
-        # The key names the part already.
-        prefix = name if part is None else "".join(name.rpartition(f"_{part}")[::2])
-        flat.append((name, f"{prefix}_{full}" if taken.count(full) > 1 else full, loss))
+    own = trace.own_losses
+    named: list[tuple[str, str, Tensor]] = []
+    for name, method in methods.items():
+        losses = trace.losses[name] if name in trace.losses else _nothing(method, student)
+        for key, loss in losses.items():
+            named.append((name, _loss_name(key, method.head), loss))
+    taken = [*own, *(key for _, key, _ in named)]
+    flat = dict(own)
+    for name, key, loss in named:
+        head = methods[name].head
+        # The key names the head already.
+        prefix = name.replace(f"_{head}", "", 1) if head else name
+        factor = factors[name]
+        flat[f"{prefix}_{key}" if taken.count(key) > 1 else key] = loss * factor if factor != 1 else loss
     return flat
+
+
+def _loss_name(key: str, head: str | None) -> str:
+    """A loss's name with the head's in it: ``kd_cls`` of ``"rpn"`` is ``kd_rpn_cls``."""
+    if not head:
+        return key
+    return f"kd_{head}_{key[3:]}" if key.startswith("kd_") else f"{head}_{key}"
 
 
 def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
@@ -555,17 +712,6 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     parameters = list(method.parameters()) or [next(student.parameters())]
     zero = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
     return dict.fromkeys(method.loss_names(), zero)
-
-
-def _without_teacher_pixels(inputs: Inputs, seen: Inputs) -> tuple[Inputs, Inputs]:
-    """The student's inputs and the teacher's, of which no more than shapes are needed once it has run."""
-    # Where the teacher has pixels of its own, they are as large as the batch.
-    same = seen is inputs
-    inputs = replace(inputs, teacher_pixels=shape_only(inputs.teacher_pixels))
-    if same:
-        return inputs, inputs
-    shapes = shape_only(seen.student_pixels)
-    return inputs, replace(seen, student_pixels=shapes, teacher_pixels=shapes)
 
 
 def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
@@ -580,89 +726,6 @@ def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
             f"the teacher's weights are {theirs.dtype} and the student's {ours.dtype}: cast both with "
             "distiller.to(dtype), or run the step under torch.autocast"
         )
-
-
-def _warn_about_hooks(side: str, detector: nn.Module, branches: Iterable[Branch]) -> None:
-    """Warns of hooks on modules that distillation doesn't call as a whole, but piece by piece."""
-    towers = [tower for branch in branches for tower in branch.towers]
-    called = {id(module) for branch in branches for module in branch.predictors.values()}
-    called |= {id(layer) for tower in towers for block in tower.blocks for layer in block.layers}
-    for path, module in detector.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        inside = (id(child) for child in module.modules() if child is not module)
-        if any(hooks) and id(module) not in called and not called.isdisjoint(inside):
-            warnings.warn(
-                f"{side}: hooks on {path or 'the detector itself'} are not run in training, because "
-                "distillation runs it piece by piece: register them on the backbone, on the layers of a "
-                "tower or on a predictor",
-                stacklevel=4,
-            )
-
-
-def _check_types(adapter: Adapter, teacher: nn.Module, student: nn.Module) -> None:
-    for side, detector in (("teacher", teacher), ("student", student)):
-        if not adapter.supports(detector):
-            raise TypeError(
-                f"{type(adapter).__name__} does not support the {side}, a {type(detector).__name__}: leave "
-                "adapter= out, or pass one that supports both"
-            )
-
-
-def _checked_class_map(
-    class_map: Sequence[int] | None, teacher: int, student: int, background: int | None
-) -> tuple[int, ...] | None:
-    """The teacher's class for each of the student's; ``None`` where they are the same ones.
-
-    Args:
-        class_map: as the user gave it.
-        teacher: how many classes it predicts.
-        student: likewise.
-        background: the class of either that means no object, where there is one.
-    """
-    if class_map is None:
-        if teacher != student:
-            raise ValueError(
-                f"the teacher predicts {teacher} classes and the student {student}: give class_map=, the "
-                "teacher's class index for each of the student's, or train a teacher for the student's "
-                "classes"
-            )
-        return None
-    indices = tuple(class_map)
-    whole = all(isinstance(index, int) and 0 <= index < teacher for index in indices)
-    if len(indices) != student or not whole or len(set(indices)) < len(indices):
-        raise ValueError(
-            f"class_map must name a class of the teacher's, 0 to {teacher - 1}, for each of the student's "
-            f"{student}, none of them twice; got {len(indices)}: {list(indices)}"
-        )
-    if background is not None and indices[background] != background:
-        raise ValueError(
-            f"class {background} means no object, to the teacher and to the student: class_map must "
-            f"leave it where it is, class_map[{background}] = {background}; got {list(indices)}"
-        )
-    return None if indices == tuple(range(teacher)) else indices
-
-
-def _tell_of_left_out_levels(levels: LevelPairs, strides: Sequence[float] | None) -> None:
-    if strides is None or levels.teacher is None:
-        return
-    left_out = [stride for level, stride in enumerate(strides) if level not in levels.teacher]
-    if left_out:
-        _logger.info(
-            "the teacher's levels of strides %s are left out: the student has none like them", left_out
-        )
-
-
-def _of_each(
-    function: Callable[[nn.Module], ItemT], teacher: nn.Module, student: nn.Module
-) -> tuple[ItemT, ItemT]:
-    """What an adapter says of either detector; its errors say of which."""
-    answers = []
-    for side, detector in (("teacher", teacher), ("student", student)):
-        try:
-            answers.append(function(detector))
-        except ValueError as error:
-            raise ValueError(f"{side}: {error}") from error
-    return answers[0], answers[1]
 
 
 def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosskd._checks import compute_dtype, shape_text
 
-__all__ = ["Assignment", "Predictions", "assignment_from_teacher", "join_levels", "mean_over_ranks"]
+__all__ = ["Assignment", "Predictions", "positives_of_teacher", "join_levels", "mean_over_ranks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,22 +150,24 @@ class Assignment:
     """Which anchors count, which hold an object, and what losses over them are divided by.
 
     Attributes:
-        counted: shape (batch, anchors), 1 where an anchor counts at all, else 0; ``None`` for all.
-            Heads of several halves that their own losses weight give their anchors these weights.
+        label_weights: shape (batch, anchors), 1 where an anchor counts at all, else 0; ``None`` for all.
+            Heads whose own losses weight parts of them differently give their anchors these weights.
         positive: shape (batch, anchors), true where an anchor is responsible for an object.
         normalizer: shape (), the number of positives (RetinaNet, GFL, ATSS) or the sum of their
             centerness targets (FCOS); at least 1, averaged over processes.
     """
 
-    counted: Tensor | None
+    label_weights: Tensor | None
     positive: Tensor
     normalizer: Tensor
 
 
-def assignment_from_teacher(teacher: Predictions, threshold: float, *, quality: bool) -> Assignment:
+def positives_of_teacher(
+    teacher: Predictions, threshold: float, *, sum_quality: bool = False
+) -> Assignment:
     """An assignment for images without targets: the teacher's confident anchors are the positives.
 
-    With targets the normaliser is the number of anchors that the label assignment holds responsible for
+    With targets the normalizer is the number of anchors that the label assignment holds responsible for
     an object. Without them the best estimate of it is the number that the teacher itself would answer
     with, so an unlabelled image weighs about what a labelled one does, and the two may be mixed in one
     run without another weight. All anchors count. An image of which the teacher is confident nowhere
@@ -174,15 +176,15 @@ def assignment_from_teacher(teacher: Predictions, threshold: float, *, quality: 
     Args:
         teacher: the teacher's predictions.
         threshold: an anchor is positive from this class probability on.
-        quality: sum the positives' predicted quality, as heads normalised by centerness do, where the
+        sum_quality: sum the positives' predicted quality, as heads normalized by centerness do, where the
             head predicts it, instead of counting them.
     """
     positive = teacher.confidence() >= threshold
     amount = positive.float()
-    if quality and teacher.quality is not None:
+    if sum_quality and teacher.quality is not None:
         amount = amount * teacher.quality.float().sigmoid()
     normalizer = mean_over_ranks(amount.sum(dim=1).clamp(min=1).sum())
-    return Assignment(counted=None, positive=positive, normalizer=normalizer)
+    return Assignment(label_weights=None, positive=positive, normalizer=normalizer)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -1,18 +1,9 @@
 """Methods of distillation, one file each; a list of them composes."""
 
-from crosskd.methods.base import Method, Step
+from crosskd.methods.base import Method
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.mimicking import PredictionMimicking
-from crosskd.methods.recipes import ATSS, FCOS, GFL, RETINANET, HeadRecipe
+from crosskd.methods.pkd import PKD
+from crosskd.step import Step
 
-__all__ = [
-    "ATSS",
-    "FCOS",
-    "GFL",
-    "RETINANET",
-    "CrossKD",
-    "HeadRecipe",
-    "Method",
-    "PredictionMimicking",
-    "Step",
-]
+__all__ = ["PKD", "CrossKD", "Method", "PredictionMimicking", "Step"]

@@ -1,91 +1,90 @@
-"""What a method is given and what it returns."""
+"""What a method states and what it returns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from crosskd.head import Branch, Tapped, TapPoint
-from crosskd.methods.recipes import HeadRecipe
-from crosskd.predictions import Assignment, Predictions
+from crosskd.pairing import Pair
 from crosskd.schedule import Schedule
+from crosskd.step import Step
+from crosskd.towers import Tapped, TapPoint
 
-__all__ = ["Method", "Step"]
+__all__ = ["Method", "Requirement"]
 
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One training step, as a method sees it.
-
-    Attributes:
-        student: the student's predictions.
-        teacher: the teacher's predictions, constants.
-        assignment: which anchors count.
-        teacher_branches: the teacher's head.
-        student_taps: by branch name, one entry a level: the features at the method's student point.
-        teacher_taps: likewise, what `Method.observe_teacher` made of the teacher's features.
-        predict_as_teacher: turns outputs of the teacher's towers, by branch name and in level order,
-            into predictions; gradients flow through it.
-        boxes: decodes predictions into boxes of shape (batch, anchors, 4), xyxy in pixels; of shape
-            (batch, anchors, classes, 4) where each class has one.
-        counts: of a head that answers for regions, how many of them each image has: they stand one behind
-            the other in a batch of one.
-    """
-
-    student: Predictions
-    teacher: Predictions
-    assignment: Assignment
-    teacher_branches: tuple[Branch, ...]
-    student_taps: Mapping[str, Sequence[Tapped]]
-    teacher_taps: Mapping[str, Sequence[Any]]
-    predict_as_teacher: Callable[[Mapping[str, Iterable[Tensor]]], Predictions]
-    boxes: Callable[[Predictions], Tensor]
-    counts: Sequence[int] | None = None
+Requirement = Literal["maps", "towers", "predictions", "objects", "queries"]
 
 
 class Method(nn.Module, ABC):
-    """A way to distil: takes a `Step`, returns named losses.
+    """A way to distil: takes a `crosskd.step.Step`, returns named losses.
 
-    A method of your own derives from this class and implements `forward`; the other functions have
-    defaults that suit a method which looks at predictions only.
+    A method of your own derives from this class, states what it ``requires`` and implements `forward`. It
+    demands in `setup` what must agree between the two detectors, and makes there what it trains. A method
+    that requires ``"towers"`` or ``"predictions"`` distils a head; of detectors with several heads each is
+    distilled by a copy of the method.
 
     Args:
         schedule: how strongly the method counts as training goes on; always fully without one.
         name: what stands in front of the method's losses where two methods' would clash.
-        part: of a detector with several heads the one to distil; each of them, by a copy of the method,
-            unless given.
+        head: of a detector with several heads the one to distil; each of them unless given.
+
+    Attributes:
+        requires: what of a step the method reads: ``"maps"`` (both feature pyramids), ``"towers"`` (features
+            inside a head), ``"predictions"`` (with anchors and label assignment), ``"objects"`` (boxes and
+            labels of the batch). What no method requires is not run, or not kept.
+
+    Example:
+        >>> class MapDistance(Method):
+        ...     requires = frozenset({"maps"})
+        ...
+        ...     def forward(self, step):
+        ...         student, teacher = step.student.maps[0], step.teacher.maps[0]
+        ...         return {"kd_maps": (student - teacher).square().mean()}
+        >>> sorted(MapDistance(name="distance").requires)
+        ['maps']
     """
 
-    def __init__(self, *, schedule: Schedule | None = None, name: str, part: str | None = None) -> None:
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"predictions"})
+
+    def __init__(self, *, schedule: Schedule | None = None, name: str, head: str | None = None) -> None:
         super().__init__()
         self.schedule = schedule
         self.name = name
-        self.part = part
+        self.head = head
 
-    def setup(
-        self,
-        teacher_branches: tuple[Branch, ...],
-        student_branches: tuple[Branch, ...],
-        recipe: HeadRecipe,
-    ) -> None:
-        """Called once, by the `Distiller`: settles open settings, checks them, makes projections.
+    @classmethod
+    def distils_heads(cls) -> bool:
+        """Whether the method is given one head of each detector."""
+        return not cls.requires.isdisjoint({"towers", "predictions", "queries"})
+
+    def setup(self, pair: Pair) -> None:
+        """Called once, by the `crosskd.Distiller`: demands what must agree, makes projections.
+
+        Args:
+            pair: the two detectors' adapters, and the heads to distil where the method distils heads.
 
         Raises:
-            ValueError: settings that don't fit the two heads.
+            ValueError: a pair that can't be distilled so, or settings that don't fit it.
         """
         return
 
-    def points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
-        """Where to tap a branch of the (student, teacher), or ``None`` not to."""
+    def check(self, step: Step) -> None:
+        """Called on the method's first step, before `forward`: demands what only a batch tells.
+
+        Raises:
+            ValueError: a pair that can't be distilled so.
+        """
+        return
+
+    def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
+        """Where to tap a branch's towers, as (student's, teacher's); ``None`` not to."""
         return None
 
-    def observe_teacher(self, features: Tensor) -> Any:
-        """What to keep of the teacher's tapped features until `forward`; all of them by default."""
-        return features
+    def keep_of_teacher(self, tapped: Tapped) -> Any:
+        """What to keep of the teacher's features at a tap until `forward`; all of them by default."""
+        return tapped.read()
 
     def loss_names(self) -> tuple[str, ...]:
         """The names of the losses, which are reported as 0 once the schedule has stopped the method."""

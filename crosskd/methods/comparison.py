@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crosskd.adapters.base import Head
 from crosskd.losses import (
     distribution_kl_loss,
     giou_loss,
@@ -13,9 +14,9 @@ from crosskd.losses import (
     quality_focal_loss,
     softmax_focal_loss,
 )
-from crosskd.methods.base import Step
-from crosskd.methods.recipes import HeadRecipe, RegressionLoss
-from crosskd.predictions import Predictions, mean_over_ranks
+from crosskd.methods.settings import RegressionLoss, settings_for
+from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.step import Side
 
 __all__ = ["Comparison"]
 
@@ -26,7 +27,7 @@ _SMALLEST_CONFIDENCE = 1e-6
 
 @dataclass(frozen=True)
 class Comparison:
-    """How predictions are held against the teacher's; ``None`` leaves the choice to the recipe.
+    """How predictions are held against the teacher's; ``None`` takes what is known for the teacher's head.
 
     Attributes:
         cls_weight: weight of ``kd_cls``, the quality focal loss of the logits, or its equal for a softmax.
@@ -63,17 +64,34 @@ class Comparison:
                 "cls_weight and reg_weight are both 0: there is nothing to distil; raise one of them"
             )
 
-    def settled(self, recipe: HeadRecipe) -> Comparison:
-        """The same comparison with every open choice filled in from a recipe."""
-        return Comparison(
-            cls_weight=recipe.cls_weight if self.cls_weight is None else self.cls_weight,
-            reg_weight=recipe.reg_weight if self.reg_weight is None else self.reg_weight,
-            quality_weight=(recipe.quality_weight if self.quality_weight is None else self.quality_weight),
-            regression=recipe.regression if self.regression is None else self.regression,
+    def settled(self, head: Head) -> Comparison:
+        """The same comparison with every open choice filled in for a teacher's head.
+
+        Raises:
+            ValueError: a choice that this head can't serve.
+        """
+        known = settings_for(head)
+        settled = Comparison(
+            cls_weight=known.cls_weight if self.cls_weight is None else self.cls_weight,
+            reg_weight=known.reg_weight if self.reg_weight is None else self.reg_weight,
+            quality_weight=known.quality_weight if self.quality_weight is None else self.quality_weight,
+            regression=known.regression if self.regression is None else self.regression,
             beta=self.beta,
             temperature=self.temperature,
-            times_batch=recipe.times_batch,
+            times_batch=head.times_batch,
         )
+        if settled.reg_weight and settled.regression != "distribution_kl" and not head.decodes:
+            raise ValueError(
+                f'boxes are to be compared (regression="{settled.regression}"), but the teacher\'s adapter '
+                "decodes "
+                "none: pass it decode=, or set reg_weight=0"
+            )
+        if settled.reg_weight and settled.regression == "distribution_kl" and head.bins == 1:
+            raise ValueError(
+                'regression="distribution_kl" needs a teacher that predicts distributions, more than one bin '
+                'for each side of a box; this one predicts plain numbers: choose "giou" or "log_iou"'
+            )
+        return settled
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,64 +103,64 @@ class Comparison:
         }
         return tuple(name for name, weight in weights.items() if weight)
 
-    def losses(self, predictions: Predictions, step: Step) -> dict[str, Tensor]:
+    def losses(
+        self, predictions: Predictions, teacher: Side, side: Side, assignment: Assignment
+    ) -> dict[str, Tensor]:
         """The weighted losses of predictions against the teacher's; those of weight 0 are left out.
 
         Args:
             predictions: the cross-head's predictions, or the student's own.
-            step: the step they belong to.
+            teacher: the teacher's side of the step.
+            side: whose head decodes the predictions into boxes.
+            assignment: which anchors count, and the normalizer.
         """
         losses: dict[str, Tensor] = {}
-        assignment = step.assignment
         if self.cls_weight:
-            # One sigmoid a class, or one softmax over all of them: the same loss of either kind of head.
-            sigmoid = step.teacher.background is None
+            # One sigmoid per class, or one softmax over all of them: the same loss of either kind of head.
+            sigmoid = teacher.predictions.background is None
             losses["kd_cls"] = self.cls_weight * (quality_focal_loss if sigmoid else softmax_focal_loss)(
                 predictions.logits,
-                step.teacher.logits,
+                teacher.predictions.logits,
                 beta=self.beta,
-                weight=assignment.counted,
+                weight=assignment.label_weights,
                 normalizer=assignment.normalizer,
             )
         if self.reg_weight:
-            losses["kd_reg"] = self.reg_weight * self._regression_loss(predictions, step)
+            losses["kd_reg"] = self.reg_weight * self._regression_loss(predictions, teacher, side, assignment)
         if self.quality_weight:
-            losses["kd_quality"] = self.quality_weight * _quality_loss(predictions, step)
+            losses["kd_quality"] = self.quality_weight * _quality_loss(predictions, teacher, assignment)
         images = len(predictions.logits) if self.times_batch else 1
         return {name: loss * images for name, loss in losses.items()} if images > 1 else losses
 
-    def _regression_loss(self, predictions: Predictions, step: Step) -> Tensor:
+    def _regression_loss(
+        self, predictions: Predictions, teacher: Side, side: Side, assignment: Assignment
+    ) -> Tensor:
         # Where the teacher sees no object its boxes mean nothing, hence its confidence as the weight.
-        weight = step.teacher.box_confidence()  # (batch, anchors), or (batch, anchors, classes)
-        counted = step.assignment.counted
-        if counted is not None:
-            weight = weight * (counted if weight.ndim == 2 else counted.unsqueeze(-1))
+        weight = teacher.predictions.box_confidence()  # (batch, anchors), or (batch, anchors, classes)
+        label_weights = assignment.label_weights
+        if label_weights is not None:
+            weight = weight * (label_weights if weight.ndim == 2 else label_weights.unsqueeze(-1))
         if self.regression == "distribution_kl":
-            if predictions.regression.ndim != 4 or predictions.box_per_class:
-                raise ValueError(
-                    'regression="distribution_kl" needs a head that predicts distributions, shape '
-                    f"(batch, anchors, 4, bins), got {tuple(predictions.regression.shape)}: choose "
-                    '"giou" or "log_iou"'
-                )
             return distribution_kl_loss(
                 predictions.regression,
-                step.teacher.regression,
+                teacher.predictions.regression,
                 temperature=self.temperature,
                 weight=weight.unsqueeze(-1).expand(predictions.regression.shape[:-1]),
                 normalizer=4 * mean_over_ranks(weight.sum()).clamp(min=_SMALLEST_CONFIDENCE),
             )
-        boxes, teacher_boxes = step.boxes(predictions), step.boxes(step.teacher)
+        boxes = side.head.decode(predictions, side.anchors)
+        teacher_boxes = side.head.decode(teacher.predictions, side.anchors)
         loss = giou_loss if self.regression == "giou" else iou_loss
-        return loss(boxes, teacher_boxes, weight=weight, normalizer=step.assignment.normalizer)
+        return loss(boxes, teacher_boxes, weight=weight, normalizer=assignment.normalizer)
 
 
-def _quality_loss(predictions: Predictions, step: Step) -> Tensor:
-    if predictions.quality is None or step.teacher.quality is None:
+def _quality_loss(predictions: Predictions, teacher: Side, assignment: Assignment) -> Tensor:
+    if predictions.quality is None or teacher.predictions.quality is None:
         raise ValueError("quality_weight is set, but this head predicts no centerness or IoU: leave it at 0")
     return quality_focal_loss(
         predictions.quality.unsqueeze(-1),
-        step.teacher.quality.unsqueeze(-1),
+        teacher.predictions.quality.unsqueeze(-1),
         beta=0.0,  # binary cross entropy
-        weight=step.assignment.positive.float(),
-        normalizer=step.assignment.normalizer,
+        weight=assignment.positive.float(),
+        normalizer=assignment.normalizer,
     )

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from crosskd._statistics import FeatureStatistics, feature_statistics
-from crosskd.align import ChannelProjection, align_statistics
-from crosskd.head import Branch, Tap, Tapped, TapPoint
-from crosskd.methods.base import Method, Step
+from crosskd.adapters.base import Head
+from crosskd.align import ChannelProjection, FeatureStatistics, align_statistics, feature_statistics
+from crosskd.methods.base import Method, Requirement
 from crosskd.methods.comparison import Comparison
-from crosskd.methods.recipes import HeadRecipe, RegressionLoss
-from crosskd.predictions import Predictions
+from crosskd.methods.settings import RegressionLoss, settings_for
+from crosskd.pairing import (
+    Pair,
+    anchors_agree,
+    require_all_levels,
+    require_branches,
+    require_grid,
+    require_heads,
+)
+from crosskd.predictions import Predictions, join_levels
 from crosskd.schedule import Schedule
+from crosskd.step import Step
+from crosskd.towers import Branch, Tap, Tapped, TapPoint
 
 __all__ = ["CrossKD"]
 
@@ -28,10 +36,15 @@ class CrossKD(Method):
 
     After ``position`` blocks the features of each of the student's towers are aligned to the teacher's
     statistics at the same place and passed through the rest of the teacher's tower and its predictors.
-    What comes out, the cross-head predictions, is held against the teacher's own. The student's own
-    predictors hear the ground truth alone, so the two targets never contradict each other.
+    What comes out, the cross-head predictions, is compared with the teacher's own. The student's own
+    predictors learn from the labels alone, so the two targets never contradict each other.
 
-    Everything left at ``None`` takes the published value of the head type that is distilled:
+    The teacher's head judges both sides, so the two need the same strides and towers of the same branches,
+    and nothing else: a RetinaNet can teach a GFL, and a teacher of 80 classes a student of three. Where the
+    two are heads of one type with the same anchors, the student's own label assignment says which anchors
+    count and what the losses are divided by; otherwise the teacher's does, on the objects of the batch.
+
+    Everything left at ``None`` takes the value published for the type of the teacher's head:
 
     ========= ======== ========== =================================== ==============
     head      position cls_weight reg_weight                          quality_weight
@@ -42,13 +55,13 @@ class CrossKD(Method):
     FCOS      2        0.4        0.75 (log IoU)                      0
     ========= ======== ========== =================================== ==============
 
-    For other heads nothing was published; their adapters say which settings they have instead.
+    For other heads nothing was published; ours are in `crosskd.methods.settings`.
 
     Args:
         position: after how many blocks of each tower the teacher's head takes over: from 0, the
             tower's input, to the number of blocks. `crosskd.describe` prints what a detector offers.
-            Two numbers, (student's, teacher's), where the towers differ in length. Of a two-stage detector
-            that it isn't given for, the last place in front of one of the teacher's blocks.
+            Two numbers, (student's, teacher's), where the towers differ in length. Of a two-stage detector,
+            unless given, the last place in front of one of the teacher's blocks.
         tap: ``"post"`` hands over the features after the block's activation, with which all published
             results were trained; ``"pre"`` those before it.
         cls_weight: weight of ``kd_cls``.
@@ -59,7 +72,7 @@ class CrossKD(Method):
         temperature: of the distributions, for ``"distribution_kl"``.
         schedule: how strongly the method counts as training goes on.
         name: what stands in front of the losses' names where two methods' would clash.
-        part: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
+        head: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
             them, each with its own settings, unless given.
 
     Raises:
@@ -74,6 +87,8 @@ class CrossKD(Method):
         "position=2, tap='post', cls_weight=None, reg_weight=0.5, quality_weight=None"
     """
 
+    requires: ClassVar[frozenset[Requirement]] = frozenset({"towers", "predictions"})
+
     def __init__(
         self,
         position: int | tuple[int, int] | None = None,
@@ -87,9 +102,9 @@ class CrossKD(Method):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
         name: str = "crosskd",
-        part: str | None = None,
+        head: str | None = None,
     ) -> None:
-        super().__init__(schedule=schedule, name=name, part=part)
+        super().__init__(schedule=schedule, name=name, head=head)
         if tap not in ("post", "pre"):
             raise ValueError(f'tap must be "post" or "pre", got {tap!r}')
         if position is not None and not _is_position(position):
@@ -107,6 +122,8 @@ class CrossKD(Method):
             temperature=temperature,
         )
         self.projections = nn.ModuleDict()
+        self.class_map: tuple[int, ...] | None = None
+        self.anchors_agree = False
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -124,80 +141,90 @@ class CrossKD(Method):
         both = (self.position, self.position) if isinstance(self.position, int) else self.position
         return TapPoint(both[0], self.tap), TapPoint(both[1], self.tap)
 
-    def setup(
-        self,
-        teacher_branches: tuple[Branch, ...],
-        student_branches: tuple[Branch, ...],
-        recipe: HeadRecipe,
-    ) -> None:
-        """Settles position and weights, checks them, and makes a projection where widths differ."""
+    def setup(self, pair: Pair) -> None:
+        """Demands levels and towers that fit, settles position and weights, makes projections."""
+        teacher, student = require_heads(pair)
+        require_grid(pair)
+        require_branches(pair)
+        require_all_levels(pair)
+        self.class_map = pair.class_map
+        branches = [(branch, _named(student, branch.name)) for branch in teacher.branches]
         if self.position is None:
-            self.position = recipe.position
+            self.position = settings_for(teacher).position
         if self.position is None:
-            self.position = _last_positions(teacher_branches, student_branches)
-        self.comparison = self.comparison.settled(recipe)
+            self.position = _last_positions(branches)
+        self.comparison = self.comparison.settled(teacher)
         student_point, teacher_point = self.split
-        for teacher, student in zip(teacher_branches, student_branches, strict=True):
-            sides = (("teacher", teacher, teacher_point), ("student", student, student_point))
+        for of_teacher, of_student in branches:
+            sides = (("teacher", of_teacher, teacher_point), ("student", of_student, student_point))
             for side, branch, point in sides:
                 try:
                     branch.check(point)
                 except ValueError as error:
                     raise ValueError(f"{side}: {error}") from None
-            _check_kinds(teacher, teacher_point, student, student_point)
-            self._add_projections(teacher, student)
+            _check_kinds(of_teacher, teacher_point, of_student, student_point)
+            self._add_projections(of_teacher, of_student, pair)
 
-    def _add_projections(self, teacher: Branch, student: Branch) -> None:
+    def _add_projections(self, teacher: Branch, student: Branch, pair: Pair) -> None:
         student_point, teacher_point = self.split
-        for level in range(max(len(teacher.towers), len(student.towers))):
+        per_level = len(teacher.towers) > 1 or len(student.towers) > 1
+        levels = pair.levels
+        if levels is None:
+            count = max(len(teacher.towers), len(student.towers))
+            levels = tuple((level, level) for level in range(count))
+        for place, (level, teacher_level) in enumerate(levels if per_level else levels[:1]):
             width = student.tower(level).width(student_point.position)
-            teacher_width = teacher.tower(level).width(teacher_point.position)
-            if width != teacher_width:
-                per_level = len(teacher.towers) > 1 or len(student.towers) > 1
-                key = f"{student.name}_level{level}" if per_level else student.name
-                self.projections[key] = ChannelProjection(width, teacher_width)
-                _logger.info(
-                    "%s: the split features differ in width, %d (student) and %d (teacher): a 1x1 projection "
-                    "is made and trained with the student, and left out of it when it is saved",
-                    key,
-                    width,
-                    teacher_width,
-                )
+            teacher_width = teacher.tower(teacher_level).width(teacher_point.position)
+            if width == teacher_width:
+                continue
+            key = f"{student.name}_level{place}" if per_level else student.name
+            self.projections[key] = ChannelProjection(width, teacher_width)
+            _logger.info(
+                "%s: the split features differ in width, %d (student) and %d (teacher): a 1x1 projection is "
+                "made and trained with the student, and left out of it when it is saved",
+                key,
+                width,
+                teacher_width,
+            )
 
-    def points(self, branch: str) -> tuple[TapPoint, TapPoint]:
+    def check(self, step: Step) -> None:
+        """Finds out whose label assignment says which of the teacher's anchors count."""
+        self.anchors_agree = anchors_agree(step)
+
+    def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint]:
         """The split, on either side."""
         return self.split
 
-    def observe_teacher(self, features: Tensor) -> FeatureStatistics:
+    def keep_of_teacher(self, tapped: Tapped) -> FeatureStatistics:
         """Alignment needs the teacher's statistics only, so its features need not be kept."""
-        return feature_statistics(features)
+        return feature_statistics(tapped.read())
 
     def loss_names(self) -> tuple[str, ...]:
         """The losses whose weight is not 0."""
         return self.comparison.names
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Holds the cross-head predictions against the teacher's own."""
-        return self.comparison.losses(self.cross_head(step), step)
+        """Compares the cross-head predictions with the teacher's own."""
+        assignment = step.assignment if self.anchors_agree else step.teacher_assignment()
+        return self.comparison.losses(self.cross_head(step), step.teacher, step.teacher, assignment)
 
     def cross_head(self, step: Step) -> Predictions:
         """What the teacher's head makes of the student's features."""
-        return step.predict_as_teacher(
-            {branch.name: self._tower_outputs(branch, step) for branch in step.teacher_branches}
-        )
+        levels = []
+        head = step.teacher.head
+        for place, level in enumerate(step.teacher.levels):
+            towers = {}
+            for branch in head.branches:
+                features = self._projected(step.student.taps[branch.name][place], branch.name, place)
+                aligned = align_statistics(features, step.teacher.taps[branch.name][place])
+                towers[branch.name] = branch.tower(level).tail(aligned, self.split[1])
+            levels.append(head.predict(level, towers).of_classes(self.class_map))
+        return join_levels(levels)
 
-    def _tower_outputs(self, branch: Branch, step: Step) -> Iterator[Tensor]:
-        """The rest of a teacher's towers on the student's features, level by level."""
-        taps: Sequence[Tapped] = step.student_taps[branch.name]
-        statistics: Sequence[FeatureStatistics] = step.teacher_taps[branch.name]
-        for level, (tap, teacher) in enumerate(zip(taps, statistics, strict=True)):
-            features = self._projected(tap, branch.name, level)
-            yield branch.tower(level).tail(align_statistics(features, teacher), self.split[1])
-
-    def _projected(self, tap: Tapped, branch: str, level: int) -> Tensor:
+    def _projected(self, tap: Tapped, branch: str, place: int) -> Tensor:
         """Tapped features of the student's, of the teacher's width."""
         features = tap.read()
-        for key in (branch, f"{branch}_level{level}"):
+        for key in (branch, f"{branch}_level{place}"):
             if key not in self.projections:
                 continue
             # The projection itself would train on.
@@ -217,14 +244,21 @@ def _is_position(value: Any) -> bool:
     return whole and (not isinstance(value, tuple) or len(value) == 2)
 
 
-def _last_positions(teacher: tuple[Branch, ...], student: tuple[Branch, ...]) -> tuple[int, int]:
+def _named(head: Head, name: str) -> Branch:
+    return next(branch for branch in head.branches if branch.name == name)
+
+
+def _last_positions(branches: list[tuple[Branch, Branch]]) -> tuple[int, int]:
     """Where to split towers for which no position was published, as (student's, teacher's).
 
     As late as leaves the teacher's towers a block to run, and at the same distance from the student's end
     if its features are of the same kind there, maps or vectors; else as near to it as they are.
+
+    Args:
+        branches: (the teacher's, the student's).
     """
-    pairs = [(t.tower(0), s.tower(0)) for t, s in zip(teacher, student, strict=True)]
-    theirs, ours = (min(len(tower.blocks) for tower in side) for side in zip(*pairs, strict=True))
+    pairs = [(theirs.tower(0), ours.tower(0)) for theirs, ours in branches]
+    theirs, ours = (min(len(pair[side].blocks) for pair in pairs) for side in (0, 1))
     own = [*range(max(ours - 1, 0), -1, -1), ours]
     # The inputs of both, at 0, are maps.
     return next(
@@ -236,8 +270,16 @@ def _last_positions(teacher: tuple[Branch, ...], student: tuple[Branch, ...]) ->
 
 
 def _check_kinds(teacher: Branch, teacher_point: TapPoint, student: Branch, student_point: TapPoint) -> None:
-    """Raises ``ValueError`` where one side's features are vectors at the split and the other's are maps."""
+    """Raises ``ValueError`` where the features of the two are of different kinds at the split."""
     theirs, ours = teacher.tower(0), student.tower(0)
+    if theirs.channels_last != ours.channels_last:
+        kinds = [
+            "linear layers, channels last" if t.channels_last else "convolutions" for t in (theirs, ours)
+        ]
+        raise ValueError(
+            f"the {student.name} tower differs in kind: {kinds[0]} (teacher), {kinds[1]} (student). Features "
+            "of one can't be read by the other: build both of the same kind of layers"
+        )
     flat = theirs.is_flat(teacher_point.position), ours.is_flat(student_point.position)
     if flat[0] == flat[1]:
         return

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crosskd.head import Branch
-from crosskd.methods.base import Method, Step
+from crosskd.methods.base import Method
 from crosskd.methods.comparison import Comparison
-from crosskd.methods.recipes import HeadRecipe, RegressionLoss
+from crosskd.methods.settings import RegressionLoss
+from crosskd.pairing import (
+    Pair,
+    require_all_levels,
+    require_classes,
+    require_grid,
+    require_heads,
+    require_predictions_alike,
+    require_same_anchors,
+    require_same_boxes,
+)
 from crosskd.schedule import Schedule
+from crosskd.step import Step
 
 __all__ = ["PredictionMimicking"]
 
@@ -16,19 +26,20 @@ __all__ = ["PredictionMimicking"]
 class PredictionMimicking(Method):
     """The student's own predictions mimic the teacher's, with the same losses and weights as `CrossKD`.
 
-    The student's predictors then hear two targets at once, the ground truth and the teacher, which
-    contradict each other wherever the teacher errs: what CrossKD avoids.
+    The student's predictors then have two targets at once, the labels and the teacher, which contradict each
+    other wherever the teacher errs: what CrossKD avoids. Classes (or a ``class_map``), anchors, box coding
+    and the kind of the predictions must agree.
 
     Args:
-        cls_weight: weight of ``kd_cls``; the recipe's without it.
-        reg_weight: weight of ``kd_reg``; the recipe's without it.
-        quality_weight: weight of ``kd_quality``; the recipe's without it.
+        cls_weight: weight of ``kd_cls``; the published one of the teacher's head type unless given.
+        reg_weight: weight of ``kd_reg``; the published one of the teacher's head type unless given.
+        quality_weight: weight of ``kd_quality``; the published one of the teacher's head type unless given.
         regression: which loss ``kd_reg`` is: ``"giou"``, ``"log_iou"`` or ``"distribution_kl"``.
         beta: exponent of the quality focal loss in ``kd_cls``.
         temperature: of the distributions, for ``"distribution_kl"``.
         schedule: how strongly the method counts as training goes on.
         name: what stands in front of the losses' names where two methods' would clash.
-        part: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
+        head: of a two-stage detector the head to distil, ``"rpn"`` or ``"box"`` for torchvision's; both of
             them, each with its own settings, unless given.
 
     Raises:
@@ -53,9 +64,9 @@ class PredictionMimicking(Method):
         temperature: float = 1.0,
         schedule: Schedule | None = None,
         name: str = "mimicking",
-        part: str | None = None,
+        head: str | None = None,
     ) -> None:
-        super().__init__(schedule=schedule, name=name, part=part)
+        super().__init__(schedule=schedule, name=name, head=head)
         self.comparison = Comparison(
             cls_weight=cls_weight,
             reg_weight=reg_weight,
@@ -65,19 +76,24 @@ class PredictionMimicking(Method):
             temperature=temperature,
         )
 
-    def setup(
-        self,
-        teacher_branches: tuple[Branch, ...],
-        student_branches: tuple[Branch, ...],
-        recipe: HeadRecipe,
-    ) -> None:
-        """Settles the weights."""
-        self.comparison = self.comparison.settled(recipe)
+    def setup(self, pair: Pair) -> None:
+        """Demands predictions that can be compared row by row, settles the weights."""
+        teacher, _ = require_heads(pair)
+        require_grid(pair)
+        require_all_levels(pair)
+        require_classes(pair)
+        require_predictions_alike(pair)
+        self.comparison = self.comparison.settled(teacher)
+
+    def check(self, step: Step) -> None:
+        """Demands the same anchors and the same box coding."""
+        require_same_anchors(step)
+        require_same_boxes(step)
 
     def loss_names(self) -> tuple[str, ...]:
         """The losses whose weight is not 0."""
         return self.comparison.names
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Holds the student's own predictions against the teacher's."""
-        return self.comparison.losses(step.student, step)
+        """Compares the student's own predictions with the teacher's."""
+        return self.comparison.losses(step.student.predictions, step.teacher, step.student, step.assignment)

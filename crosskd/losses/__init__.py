@@ -1,0 +1,30 @@
+"""Distillation losses: typed functions on tensors, one idea a file.
+
+All of them share three conventions.
+
+* **Rows.** A loss is first one number a row: the last dimension (classes, bins, box coordinates) is
+  used up, whatever stands before it are rows, in any order and any number of dimensions.
+* **Weight and normaliser.** ``weight`` holds one number a row. The result is
+  ``sum(weight * row loss) / normalizer``; without a ``normalizer`` it is the mean over rows. No rows
+  at all give a zero that can be back-propagated.
+* **Constants.** The teacher's side, ``weight`` and ``normalizer`` never receive a gradient.
+
+Arithmetic is float32 (float64 for float64 inputs), whatever autocast says.
+"""
+
+from __future__ import annotations
+
+from crosskd.losses.boxes import giou_loss, iou_loss
+from crosskd.losses.distributions import distribution_kl_loss
+from crosskd.losses.features import pkd_loss
+from crosskd.losses.quality_focal import quality_focal_loss
+from crosskd.losses.softmax_focal import softmax_focal_loss
+
+__all__ = [
+    "distribution_kl_loss",
+    "giou_loss",
+    "iou_loss",
+    "pkd_loss",
+    "quality_focal_loss",
+    "softmax_focal_loss",
+]

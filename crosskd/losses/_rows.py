@@ -1,0 +1,55 @@
+"""What the losses share: their conventions for rows, weights and normalisers, and their checks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from crosskd._checks import require_floating, require_rows, require_same_shape, shape_text
+
+__all__ = ["check_beta", "check_logits", "power", "weighted"]
+
+
+def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
+    """Turns one loss a row into a scalar: the only place that weights and normalises.
+
+    Args:
+        row_losses: one loss a row, any shape.
+        weight: one number a row, of the same shape, or ``None`` for ones.
+        normalizer: what the sum is divided by, or ``None`` for the number of rows.
+    """
+    if weight is not None:
+        if weight.shape != row_losses.shape:
+            raise ValueError(
+                f"weight must hold one number a row: expected {shape_text(row_losses)}, "
+                f"got {shape_text(weight)}"
+            )
+        row_losses = row_losses * weight.detach().to(row_losses.dtype)
+    total = row_losses.sum()
+    if normalizer is None:
+        return total / max(row_losses.numel(), 1)
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got shape {shape_text(normalizer)}")
+        return total / normalizer.detach().to(total.dtype).reshape(())
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be above 0, got {normalizer}")
+    return total / normalizer
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_rows("student_logits", student_logits)
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+
+
+def check_beta(beta: float) -> None:
+    if not beta >= 0:
+        raise ValueError(f"beta must be 0 or more, got {beta}")
+
+
+def power(distance: Tensor, exponent: float) -> Tensor:
+    """A power whose slope at 0 counts as 0, the minimum, where below 1 it would be infinite."""
+    if exponent >= 1:
+        return distance if exponent == 1 else distance.pow(exponent)
+    equal = distance == 0
+    return distance.masked_fill(equal, 1.0).pow(exponent).masked_fill(equal, 0.0)

@@ -1,0 +1,62 @@
+"""Divergence of distributions over bins."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosskd._checks import compute_dtype
+from crosskd.losses._rows import check_logits, weighted
+
+__all__ = ["distribution_kl_loss"]
+
+
+def distribution_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence from the teacher's distribution over bins to the student's.
+
+    .. math::
+        \frac{1}{Z} \sum_i w_i \, T^2 \,
+        \mathrm{KL}(\mathrm{softmax}(t_i / T) \,\|\, \mathrm{softmax}(s_i / T))
+
+    Used for detectors that predict each side of a box as a distribution (GFL): one row a side.
+
+    Args:
+        student_logits: shape (..., bins), before the softmax.
+        teacher_logits: shape (..., bins), a constant.
+        temperature: softens both distributions; above 0.
+        weight: one number a row, shape (...).
+        normalizer: what the weighted sum is divided by; the number of rows without it.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that differ, a weight that is not one number a row, a temperature or a
+            normaliser that is not above 0.
+        TypeError: logits that are not floating point.
+
+    References:
+        Localization Distillation (Zheng et al., CVPR 2022), equation 3; CrossKD, section 3.3.
+
+    Example:
+        >>> student = torch.zeros(1, 4, 17, requires_grad=True)
+        >>> loss = distribution_kl_loss(student, torch.randn(1, 4, 17))
+        >>> loss.backward()
+        >>> bool(loss > 0)
+        True
+    """
+    check_logits(student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    dtype = compute_dtype(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
+    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return weighted(rows * temperature**2, weight, normalizer)

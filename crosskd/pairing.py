@@ -1,0 +1,316 @@
+"""What a method may demand of a pair of detectors: one function each, one error each.
+
+Some facts are known when the `crosskd.Distiller` is made, and a method demands them in its ``setup``, which
+gets a `Pair`. Others need a batch, and a method demands them in its ``check``, which gets the first
+`crosskd.step.Step`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosskd.adapters.base import Adapter, Head
+from crosskd.step import Step
+
+__all__ = [
+    "ClassMap",
+    "Pair",
+    "anchors_agree",
+    "class_columns",
+    "match_levels",
+    "require_all_levels",
+    "require_branches",
+    "require_classes",
+    "require_grid",
+    "require_heads",
+    "require_predictions_alike",
+    "require_same_anchors",
+    "require_same_boxes",
+]
+
+ClassMap = Sequence[int] | Mapping[int, int]
+"""The teacher's class for each of the student's: a sequence, or a mapping with the keys 0 to n - 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A teacher and a student, as a method's ``setup`` sees them.
+
+    Attributes:
+        teacher: the teacher's adapter.
+        student: the student's.
+        teacher_head: the heads that the method distils; ``None`` for methods of feature maps.
+        student_head: likewise.
+        levels: (student's level, teacher's level) of equal strides; ``None`` where nothing tells how many
+            levels there are, and the two go level by level.
+        scale: the teacher's strides over the student's. Other than 1 where the teacher sees the images at
+            another resolution.
+        class_map: the teacher's column of the logits for each of the student's, where the user gave one.
+        own_view: the teacher sees images of its own (``teacher_view=``).
+        resize_levels: the teacher's towers' outputs are resized to the student's levels.
+    """
+
+    teacher: Adapter
+    student: Adapter
+    teacher_head: Head | None = None
+    student_head: Head | None = None
+    levels: tuple[tuple[int, int], ...] | None = None
+    scale: float = 1.0
+    class_map: tuple[int, ...] | None = None
+    own_view: bool = False
+    resize_levels: bool = False
+
+    def left_out(self) -> tuple[list[float], list[float]]:
+        """The strides of levels without a counterpart: (the teacher's, the student's)."""
+        if self.levels is None or self.teacher.strides is None or self.student.strides is None:
+            return [], []
+        ours, theirs = [{pair[side] for pair in self.levels} for side in (0, 1)]
+        return (
+            [stride for level, stride in enumerate(self.teacher.strides) if level not in theirs],
+            [stride for level, stride in enumerate(self.student.strides) if level not in ours],
+        )
+
+
+# -- when the distiller is made ------------------------------------------------------------------
+
+
+def match_levels(
+    teacher: Sequence[float], student: Sequence[float], *, rescaled: bool = False
+) -> tuple[tuple[tuple[int, int], ...], float]:
+    """Matches levels of equal strides; each detector may have levels that the other lacks.
+
+    Args:
+        teacher: pixels between neighbouring locations, one per level, finest first.
+        student: likewise.
+        rescaled: the teacher sees images of its own, maybe at another resolution, so that all strides may
+            differ by one factor. The factor that matches most levels is taken, 1 before any other.
+
+    Returns:
+        (student's level, teacher's level) of each match, and the teacher's strides over the student's.
+
+    Example:
+        >>> match_levels([8, 16, 32, 64], [16, 32])
+        (((0, 1), (1, 2)), 1.0)
+        >>> match_levels([32, 64], [16, 32], rescaled=True)
+        (((0, 0), (1, 1)), 2.0)
+    """
+    factors = [1.0, *(stride / student[0] for stride in teacher)] if rescaled else [1.0]
+    best: tuple[tuple[tuple[int, int], ...], float] = ((), 1.0)
+    for factor in factors:
+        found: list[tuple[int, int]] = []
+        for level, stride in enumerate(student):
+            # Two levels may have one stride: they are matched in order.
+            first = found[-1][1] + 1 if found else 0
+            for other in range(first, len(teacher)):
+                if math.isclose(teacher[other], factor * stride, rel_tol=1e-6):
+                    found.append((level, other))
+                    break
+        if len(found) > len(best[0]):
+            best = (tuple(found), factor)
+    return best
+
+
+def class_columns(
+    class_map: ClassMap | None, teacher: int, student: int, background: int | None
+) -> tuple[int, ...] | None:
+    """A ``class_map`` as the teacher's column of the logits for each of the student's.
+
+    Args:
+        class_map: as the user gave it.
+        teacher: columns of the teacher's logits.
+        student: likewise.
+        background: the column of either that means no object, where there is one.
+
+    Returns:
+        The columns; ``None`` where none was given.
+
+    Raises:
+        ValueError: columns that the teacher doesn't have, one of them twice, too few or too many.
+        TypeError: something else than whole numbers.
+
+    Example:
+        >>> class_columns({0: 4, 1: 3}, teacher=5, student=2, background=None)
+        (4, 3)
+    """
+    if class_map is None:
+        return None
+    expected = (
+        f"class_map must name a class of the teacher's, 0 to {teacher - 1}, for each of the student's "
+        f"{student}, none of them twice, as a sequence or as a mapping with the student's classes as keys"
+    )
+    values: list[Any] = list(class_map)
+    if isinstance(class_map, Mapping):
+        if set(class_map) != set(range(student)) or any(isinstance(key, bool) for key in class_map):
+            raise ValueError(f"{expected}; got the keys {list(class_map)}")
+        values = [class_map[key] for key in range(student)]
+    columns = []
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{expected}; got {value!r}, a {type(value).__name__}")
+        columns.append(operator.index(value))
+    in_range = all(0 <= column < teacher for column in columns)
+    if len(columns) != student or not in_range or len(set(columns)) < len(columns):
+        raise ValueError(f"{expected}; got {len(columns)}: {columns}")
+    if background is not None and columns[background] != background:
+        raise ValueError(
+            f"class {background} means no object, to the teacher and to the student: class_map must leave it "
+            f"where it is, class_map[{background}] = {background}; got {columns}"
+        )
+    return tuple(columns)
+
+
+def require_heads(pair: Pair) -> tuple[Head, Head]:
+    """The (teacher's, student's) head; raises ``ValueError`` where the teacher has none to compare."""
+    if pair.teacher_head is None or pair.student_head is None:
+        names = [head.name or "its only head" for head in pair.teacher.heads]
+        wanted = "?" if pair.student_head is None else pair.student_head.name or "a head"
+        raise ValueError(
+            f"the student's {wanted} has no counterpart: the teacher, a "
+            f"{type(pair.teacher.detector).__name__}, has {', '.join(names) if names else 'no head'}. Choose "
+            "a method of feature maps, such as crosskd.PKD(), or a teacher with such a head"
+        )
+    return pair.teacher_head, pair.student_head
+
+
+def require_all_levels(pair: Pair) -> None:
+    """Raises ``ValueError`` where one of the student's levels has no counterpart of the same stride."""
+    strides = pair.teacher.strides, pair.student.strides
+    if pair.levels is None or strides[0] is None or strides[1] is None:
+        return
+    if len(pair.levels) < len(strides[1]):
+        raise ValueError(
+            f"strides differ: {list(strides[0])} (teacher), {list(strides[1])} (student). Each of the "
+            "student's levels needs one of the teacher's with the same stride, while the teacher may have "
+            "more: build both with the same pyramid levels, and for images of one size where they resize "
+            "them to a fixed one"
+        )
+
+
+def require_grid(pair: Pair) -> None:
+    """Raises ``ValueError`` where a row of one head means nothing to the other: rows that are a set."""
+    for side, head in (("teacher", pair.teacher_head), ("student", pair.student_head)):
+        if head is not None and head.rows == "queries":
+            raise ValueError(
+                f"the {side}'s rows of predictions are a set of queries in no order, so comparing them row "
+                "by row with another detector's compares unrelated objects: choose a method of feature maps, "
+                "such as crosskd.PKD(), or one made for queries"
+            )
+
+
+def require_branches(pair: Pair) -> None:
+    """Raises ``ValueError`` where one of the teacher's branches has no counterpart in the student's head."""
+    teacher, student = require_heads(pair)
+    theirs, ours = ([branch.name for branch in head.branches] for head in (teacher, student))
+    if not set(theirs) <= set(ours):
+        raise ValueError(
+            f"the towers can't be joined: branches {theirs} (teacher), {ours} (student). Each of the "
+            "teacher's branches needs one of the student's with the same name: name them alike in the "
+            "adapters"
+        )
+
+
+def require_classes(pair: Pair) -> None:
+    """Raises ``ValueError`` where the classes of the two can't be compared column by column."""
+    teacher, student = require_heads(pair)
+    if pair.class_map is None and teacher.num_classes != student.num_classes:
+        raise ValueError(
+            f"the teacher predicts {teacher.num_classes} classes and the student {student.num_classes}: give "
+            "class_map=, the teacher's class index for each of the student's, or train a teacher for the "
+            "student's classes"
+        )
+
+
+def require_predictions_alike(pair: Pair) -> None:
+    """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
+    teacher, student = require_heads(pair)
+    kinds = [
+        "a sigmoid per class"
+        if head.background is None
+        else f"a softmax whose class {head.background} is no object"
+        for head in (teacher, student)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "
+            "be compared with those of the other. Build both heads alike, or choose crosskd.CrossKD(), where "
+            "the teacher's head judges both sides"
+        )
+    if teacher.bins != student.bins:
+        raise ValueError(
+            f"the sides of boxes are predicted as distributions over {teacher.bins} (teacher), "
+            f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
+            "alike, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
+        )
+
+
+# -- on the first step ---------------------------------------------------------------------------
+
+
+def anchors_agree(step: Step) -> bool:
+    """Whether the two heads are of one type and stand at the same anchors.
+
+    The student's own label assignment says then which of the teacher's anchors count.
+    """
+    teacher, student = step.teacher, step.student
+    if teacher.head.rows == "regions" and student.head.rows == "regions":
+        return True
+    if teacher.head.head_type != student.head.head_type:
+        return False
+    theirs, ours = teacher.anchors, student.anchors
+    if theirs.per_level != ours.per_level and not step.resized:
+        return False
+    if theirs.boxes is None or ours.boxes is None or step.resized:
+        return True
+    scaled = step.scale * ours.boxes.to(theirs.boxes)
+    # Anchors may be rounded to whole pixels, which a factor enlarges.
+    rounding = 1e-3 if step.scale == 1 else max(step.scale, 1.0)
+    return theirs.boxes.shape == scaled.shape and torch.allclose(
+        theirs.boxes, scaled, rtol=1e-5, atol=rounding
+    )
+
+
+def require_same_anchors(step: Step) -> None:
+    """Raises ``ValueError`` where teacher and student predict boxes at different anchors."""
+    if anchors_agree(step):
+        return
+    texts = []
+    for side in (step.teacher, step.student):
+        anchors = side.anchors
+        boxes = "" if anchors.boxes is None else f", the first {_rounded(anchors.boxes[0])}"
+        texts.append(f"{list(anchors.per_level)} per level of a {side.head.head_type} head{boxes}")
+    raise ValueError(
+        f"the anchors differ on the first batch: {texts[0]} (teacher), {texts[1]} (student). Predictions at "
+        "different anchors can't be compared row by row: build both detectors with the same anchors and "
+        "train the teacher with them, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
+    )
+
+
+def require_same_boxes(step: Step) -> None:
+    """Raises ``ValueError`` where one prediction is another box to the teacher than to the student."""
+    teacher, student = step.teacher, step.student
+    if not (teacher.head.decodes and student.head.decodes) or step.scale != 1 or step.resized:
+        return
+    with torch.no_grad():
+        theirs, ours = (
+            side.head.decode(teacher.predictions, side.anchors).flatten(0, -2) for side in (teacher, student)
+        )
+    if torch.allclose(theirs, ours.to(theirs), rtol=1e-3, atol=1e-2, equal_nan=True):
+        return
+    at = int((theirs - ours).abs().amax(dim=-1).argmax())
+    raise ValueError(
+        f"box coding differs: one prediction is the box {_rounded(theirs[at])} (teacher) and "
+        f"{_rounded(ours[at])} (student), xyxy in pixels. Give both the same means, deviations, scale or "
+        "strides and train the teacher with them, or choose crosskd.CrossKD(), where the teacher's head "
+        "judges both sides"
+    )
+
+
+def _rounded(box: Tensor) -> list[float]:
+    return [round(value, 2) for value in box.tolist()]

@@ -1,0 +1,237 @@
+"""Holds the pieces that a step runs against the detector's own forward, once.
+
+A detector is distilled piece by piece: maps, towers, predictors, losses. Whether the pieces are the detector
+is not guessed from types and attributes but seen: the detector's own forward and its pieces run on the same
+batch under the same random numbers, on copies, and what they compute must agree: the outputs of its layers,
+the teacher's predictions, the student's own losses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosskd.adapters.base import Adapter, Batch, RegionHead
+from crosskd.predictions import Predictions
+from crosskd.step import run_head
+
+__all__ = ["losses_of_pieces", "parting_layer", "prove_student", "prove_teacher", "same_random_numbers"]
+
+# The same operators on the same numbers; under autocast, or where the two run in another order, rounding.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE = 2e-2
+
+Outputs = dict[str, list[Tensor]]
+"""What each layer of a detector gave, call by call, by its path."""
+
+
+def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
+    """Raises ``ValueError`` where the student's pieces compute other losses than its own forward.
+
+    Args:
+        adapter: the student's, whose detector is in train mode. It is copied and stays as it is.
+        images: as the student takes them.
+        targets: likewise.
+    """
+    buffers = _saved_buffers(adapter.detector)
+    try:
+        with torch.no_grad():
+            own, own_outputs = _run_copy(adapter, "own", images, targets)
+            pieces, outputs = _run_copy(adapter, "pieces", images, targets)
+    finally:
+        _restore_buffers(buffers)  # a forward that was bound to the student itself has run on it
+    name = type(adapter.detector).__name__
+    place = parting_layer(own_outputs, outputs)
+    if own is None:
+        if place is not None:
+            raise ValueError(_message(f"student: {name}", place, "its layers give other numbers"))
+        return
+    if own.keys() != pieces.keys():
+        extra = sorted(own.keys() ^ pieces.keys())
+        raise ValueError(
+            _message(
+                f"student: {name}",
+                place,
+                f"alone it has the losses {sorted(own)}, its pieces {sorted(pieces)}: {', '.join(extra)} "
+                "would be lost",
+            )
+        )
+    for key, loss in own.items():
+        if not _alike(loss.detach(), pieces[key].detach()):
+            values = f"{key} is {float(loss):.6g} alone and {float(pieces[key]):.6g} by its pieces"
+            raise ValueError(_message(f"student: {name}", place, values))
+
+
+def prove_teacher(adapter: Adapter, batch: Batch) -> None:
+    """Raises ``ValueError`` where the teacher's pieces predict something else than its own forward.
+
+    Args:
+        adapter: the frozen teacher's.
+        batch: as the teacher takes it.
+    """
+    name = type(adapter.detector).__name__
+    with torch.no_grad(), same_random_numbers(adapter.detector):
+        with _recorded(adapter.detector) as own_outputs:
+            own = adapter.own_outputs(batch)
+        with _recorded(adapter.detector) as outputs:
+            maps = adapter.maps(batch.pixels)
+            runs = []
+            for head, given in zip(adapter.heads, own, strict=False):
+                if isinstance(head, RegionHead):
+                    feed, levels = [head.pool(given.maps, given.regions, batch)], [0]
+                else:
+                    feed, levels = maps, list(range(len(maps)))
+                runs.append((head, given, run_head(head, feed, levels).predictions))
+    place = parting_layer(own_outputs, outputs)
+    for head, given, predictions in runs:
+        if given.predictions is None:
+            continue
+        for what, theirs, ours in _paired(given.predictions, predictions):
+            if not _alike(theirs, ours):
+                which = f"the {head.name or 'head'}'s {what} differ"
+                raise ValueError(_message(f"teacher: {name}", place, f"{which}: {_difference(theirs, ours)}"))
+    if place is not None and any(given.predictions is None for _, given, _ in runs):
+        raise ValueError(_message(f"teacher: {name}", place, "its layers give other numbers"))
+
+
+def losses_of_pieces(adapter: Adapter, images: Any, targets: Any) -> dict[str, Tensor]:
+    """The student's own losses by its pieces, without a teacher.
+
+    Args:
+        adapter: the student's.
+        images: as the student takes them.
+        targets: likewise.
+    """
+    batch = adapter.prepare(images, targets)
+    maps = adapter.maps(batch.pixels)
+    losses: dict[str, Tensor] = {}
+    predictions, anchors = None, None
+    for head in adapter.heads:
+        if isinstance(head, RegionHead):
+            assert predictions is not None
+            anchors = head.regions(predictions.detach(), anchors, batch)
+            predictions = run_head(head, [head.pool(maps, anchors, batch)], [0]).predictions
+        else:
+            predictions = run_head(head, maps, range(len(maps))).predictions
+            anchors = head.anchors(batch, maps)
+        losses.update(head.losses(predictions, anchors, batch)[0])
+    return losses
+
+
+def parting_layer(own: Outputs, pieces: Outputs) -> str | None:
+    """The path of the first layer whose outputs differ, in the order of the detector's own forward.
+
+    Args:
+        own: recorded in the detector's own forward.
+        pieces: recorded while its pieces ran.
+
+    Returns:
+        ``None`` where all layers that both have called agree. Layers that the pieces don't call are behind
+        the predictions.
+    """
+    for path, outputs in own.items():
+        if path not in pieces:
+            continue
+        others = pieces[path]
+        if len(outputs) != len(others) or not all(map(_alike, outputs, others)):
+            return path
+    return next((path for path in pieces if path not in own), None)
+
+
+@contextmanager
+def same_random_numbers(detector: nn.Module) -> Iterator[None]:
+    """What is drawn inside is drawn again afterwards.
+
+    Args:
+        detector: on whose devices.
+    """
+    devices = sorted({p.device.index or 0 for p in detector.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _run_copy(adapter: Adapter, what: str, images: Any, targets: Any) -> tuple[Any, Outputs]:
+    """The losses that a copy's own forward, or its pieces, give, and the outputs of its layers."""
+    twin = copy.deepcopy(adapter)
+    batch = copy.deepcopy((images, targets))
+    with same_random_numbers(adapter.detector), _recorded(twin.detector) as outputs:
+        losses = twin.own_losses(*batch) if what == "own" else losses_of_pieces(twin, *batch)
+    return losses, outputs
+
+
+@contextmanager
+def _recorded(detector: nn.Module) -> Iterator[Outputs]:
+    """Records the outputs of a detector's layers, those without children, while it runs."""
+    outputs: Outputs = {}
+    handles = []
+    for path, module in detector.named_modules():
+        if any(True for _ in module.children()):
+            continue
+
+        def record(_: nn.Module, given: Any, output: Any, path: str = path) -> None:
+            if isinstance(output, Tensor):
+                # A few numbers tell outputs apart, and all of them would not fit into memory.
+                numbers = output.detach().double()
+                sums = [numbers.sum(), numbers.abs().sum(), numbers.square().sum()]
+                outputs.setdefault(path, []).append(torch.stack(sums))
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _paired(own: Predictions, pieces: Predictions) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for what in ("logits", "regression", "quality"):
+        theirs, ours = getattr(own, what), getattr(pieces, what)
+        if theirs is not None and ours is not None:
+            yield what, theirs, ours
+
+
+def _alike(own: Tensor, pieces: Tensor) -> bool:
+    if own.shape != pieces.shape:
+        return False
+    if not own.numel():
+        return True
+    narrow = torch.is_autocast_enabled(own.device.type) or own.dtype not in _TOLERANCE
+    tolerance = _COARSE if narrow else max(_TOLERANCE[own.dtype], _TOLERANCE.get(pieces.dtype, _COARSE))
+    a, b = own.double(), pieces.double()
+    if not bool(a.isfinite().all()):
+        return bool(torch.allclose(a, b, rtol=tolerance, equal_nan=True))
+    return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-12))
+
+
+def _difference(own: Tensor, pieces: Tensor) -> str:
+    if own.shape != pieces.shape:
+        return f"shapes {tuple(own.shape)} alone and {tuple(pieces.shape)} by its pieces"
+    largest = float((own.double() - pieces.double()).abs().max())
+    return f"by up to {largest:.3g}, where the largest is {float(own.abs().max()):.3g}"
+
+
+def _message(who: str, place: str | None, what: str) -> str:
+    where = f"They part at {place}." if place is not None else "All layers that both run agree."
+    return (
+        f"{who}'s own forward computes something else than the pieces that distillation runs: {what}. "
+        f"{where} A forward, a loss or a wrapper of its own would be lost: put what wraps the detector "
+        "(autocast, accelerate's prepare) around the distiller instead, write an adapter that runs what is "
+        "special (docs/adapters.md), or pass prove=False if the difference is wanted"
+    )
+
+
+def _saved_buffers(detector: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    return [(buffer, buffer.detach().clone()) for buffer in detector.buffers()]
+
+
+def _restore_buffers(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in saved:
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.copy_(value)

@@ -1,0 +1,277 @@
+"""One training step: how a head is run, what a method sees of it, and the trace that it leaves.
+
+`Distiller.forward <crosskd.Distiller>` runs a step and reads its `Trace`; so do `crosskd.check`,
+`crosskd.check_adapter` and the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosskd.adapters.base import Adapter, Batch, Head, Objects
+from crosskd.predictions import Assignment, Predictions, join_levels
+from crosskd.towers import Branch, Tapped, TapPoint
+
+__all__ = ["DetectorTrace", "HeadTrace", "Side", "Step", "Trace", "run_head", "shape_only", "space"]
+
+Points = Mapping[str, Mapping[str, TapPoint]]
+"""Where to tap a head's towers: by branch name, each method's point by its name."""
+
+Taps = dict[str, dict[str, list[Any]]]
+"""What was tapped: by method and branch name, one entry per level."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTrace:
+    """What one head's run on one side has left.
+
+    Attributes:
+        head: the head.
+        predictions: of the levels that were run.
+        levels: which levels those are.
+        taps: by method and branch name, one entry per level.
+        anchors: of those levels, or the regions.
+        all_anchors: of all levels.
+        losses: the student's own losses of this head.
+        assignment: the student's own label assignment; ``None`` without targets.
+    """
+
+    head: Head
+    predictions: Predictions
+    levels: tuple[int, ...]
+    taps: Taps
+    anchors: Any = None
+    all_anchors: Any = None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DetectorTrace:
+    """What a step has left of one detector.
+
+    Attributes:
+        adapter: takes the detector apart.
+        batch: as the detector took it; the teacher's pixels may be no more than their shape.
+        maps: its feature maps, all levels; the teacher's are no more than their shapes where no method asked
+            for them.
+        heads: what was run of its heads, by name.
+    """
+
+    adapter: Adapter
+    batch: Batch
+    maps: Sequence[Tensor]
+    heads: dict[str, HeadTrace]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one training step has left.
+
+    Attributes:
+        teacher: of the teacher; ``None`` where no method was active.
+        student: of the student.
+        steps: what each active method saw, by its name.
+        losses: what it returned.
+    """
+
+    teacher: DetectorTrace | None
+    student: DetectorTrace
+    steps: dict[str, Step]
+    losses: dict[str, dict[str, Tensor]]
+
+    @property
+    def own_losses(self) -> dict[str, Tensor]:
+        """The student's own losses under their own names."""
+        return {name: loss for run in self.student.heads.values() for name, loss in run.losses.items()}
+
+
+class Side:
+    """One side of a `Step`: what a method's ``requires`` asked for.
+
+    Attributes:
+        adapter: takes the detector apart.
+        batch: as the detector took it: image sizes, the pixels' shape.
+    """
+
+    def __init__(
+        self, trace: DetectorTrace, run: HeadTrace | None, requires: frozenset[str], method: str
+    ) -> None:
+        self.adapter, self.batch = trace.adapter, trace.batch
+        self._trace, self._run, self._requires, self._method = trace, run, requires, method
+
+    def _required(self, name: str) -> None:
+        if name not in self._requires:
+            raise AttributeError(
+                f"{self._method} reads {name}, but its requires is {sorted(self._requires)}: add {name!r} to "
+                "it"
+            )
+
+    @property
+    def strides(self) -> tuple[float, ...] | None:
+        """Pixels between neighbouring locations of each level's map."""
+        return self.adapter.strides
+
+    @property
+    def maps(self) -> Sequence[Tensor]:
+        """Feature maps (batch, channels, height, width), one per level, finest first (``"maps"``)."""
+        self._required("maps")
+        return self._trace.maps
+
+    @property
+    def _head_run(self) -> HeadTrace:
+        if self._run is None:
+            raise AttributeError(f"{self._method} reads a head, but it requires none")
+        return self._run
+
+    @property
+    def head(self) -> Head:
+        """The head that the method distils."""
+        return self._head_run.head
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that are compared, in the same order on both sides."""
+        return self._head_run.levels
+
+    @property
+    def taps(self) -> Mapping[str, Sequence[Any]]:
+        """By branch name, one entry per compared level (``"towers"``).
+
+        The student's are `crosskd.towers.Tapped` features at the method's point, the teacher's what
+        `Method.keep_of_teacher` made of its features.
+        """
+        self._required("towers")
+        return self._head_run.taps[self._method]
+
+    @property
+    def predictions(self) -> Predictions:
+        """Of the compared levels (``"predictions"``); the teacher's are constants."""
+        self._required("predictions")
+        return self._head_run.predictions
+
+    @property
+    def anchors(self) -> Any:
+        """What the predictions stand at (``"predictions"``)."""
+        self._required("predictions")
+        return self._head_run.anchors
+
+
+class Step:
+    """One training step, as a method sees it.
+
+    Attributes:
+        teacher: the teacher's side.
+        student: the student's side.
+        class_map: the teacher's column of the logits for each of the student's, where the user gave one: the
+            teacher's predictions are of those columns alone.
+        scale: the teacher's pixels per pixel of the student's, by their strides.
+        resized: the teacher's towers' outputs were resized to the student's levels.
+        assignment: the student's own label assignment; without targets that which the teacher's predictions
+            give; ``None`` for methods that don't require predictions.
+    """
+
+    def __init__(
+        self,
+        teacher: Side,
+        student: Side,
+        *,
+        class_map: tuple[int, ...] | None = None,
+        scale: float = 1.0,
+        resized: bool = False,
+        assignment: Assignment | None = None,
+        assign_by_teacher: Callable[[], Assignment] | None = None,
+    ) -> None:
+        self.teacher, self.student = teacher, student
+        self.class_map, self.scale, self.resized = class_map, scale, resized
+        self._assignment, self._assign_by_teacher = assignment, assign_by_teacher
+
+    @property
+    def objects(self) -> tuple[Objects, ...] | None:
+        """Of each image: boxes in pixels of the student's batch, labels; ``None`` without targets."""
+        return self.student.batch.objects
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each image in the student's batch, without padding."""
+        return self.student.batch.image_sizes
+
+    @property
+    def assignment(self) -> Assignment:
+        """Which of the student's anchors count, and what losses over them are divided by."""
+        if self._assignment is None:
+            raise AttributeError('the label assignment is there for methods that require "predictions"')
+        return self._assignment
+
+    def teacher_assignment(self) -> Assignment:
+        """Which of the teacher's anchors count, by its own label assignment on the batch's objects."""
+        if self._assign_by_teacher is None:
+            raise AttributeError('the label assignment is there for methods that require "predictions"')
+        return self._assign_by_teacher()
+
+
+def run_head(
+    head: Head,
+    maps: Sequence[Tensor],
+    levels: Sequence[int],
+    points: Points | None = None,
+    keep: Callable[[str, Tapped], Any] | None = None,
+    sizes: Sequence[tuple[int, ...]] | None = None,
+    class_map: tuple[int, ...] | None = None,
+) -> HeadTrace:
+    r"""Runs a head's towers and predictors, tapping the towers on the way.
+
+    Args:
+        head: the head.
+        maps: what it is fed: one (batch, channels, \*space) per level in ``levels``.
+        levels: which levels those are.
+        points: where to tap.
+        keep: makes of a method's name and features what is kept of them; the features themselves without it.
+        sizes: resizes the towers' outputs to these spaces, one per level.
+        class_map: keeps these columns of the logits.
+    """
+    taps: Taps = {}
+    predictions = []
+    for place, level in enumerate(levels):
+        towers = {}
+        for branch in head.branches:
+            wanted = {} if points is None else points.get(branch.name, {})
+            output, tapped = branch.tower(level).run(maps[place], set(wanted.values()))
+            for method, point in wanted.items():
+                kept = tapped[point] if keep is None else keep(method, tapped[point])
+                taps.setdefault(method, {}).setdefault(branch.name, []).append(kept)
+            if sizes is not None:
+                output = _resized(output, sizes[place], branch)
+            towers[branch.name] = output
+        predictions.append(head.predict(level, towers).of_classes(class_map))
+    return HeadTrace(head, join_levels(predictions), tuple(levels), taps)
+
+
+def space(feature_map: Tensor, *, channels_last: bool) -> tuple[int, ...]:
+    """A map's shape without batch and channels: (height, width), (locations,) or ()."""
+    return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
+
+
+def _resized(output: Tensor, size: tuple[int, ...], branch: Branch) -> Tensor:
+    """A tower's output, resized where its (height, width) is another."""
+    channels_last = branch.towers[0].channels_last
+    if space(output, channels_last=channels_last) == size:
+        return output
+    if output.ndim != 4 or len(size) != 2:
+        raise ValueError(
+            f"resize_levels=True, but the teacher's features {tuple(output.shape)} are no map of (height, "
+            "width): what the student predicts at must be given to the teacher as it is"
+        )
+    features = output.movedim(-1, 1) if channels_last else output
+    features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    return features.movedim(1, -1) if channels_last else features
+
+
+def shape_only(tensor: Tensor) -> Tensor:
+    """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
+    return tensor.new_empty(()).expand(tensor.shape)
