@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.examples import conftest  # noqa: F401  # so that the examples' modules are found
-from tests.reference_files import bccd_folder
+from tests.helpers.reference_files import bccd_folder
 
 SIZE = (96, 128)  # of images of 480 x 640
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosskd.align import ChannelProjection, align_statistics, feature_statistics
-from tests.reference_files import load_parity
+from tests.helpers.reference_files import load_parity
 
 
 def test_published_value_and_gradient():

@@ -9,17 +9,17 @@ import types
 
 import pytest
 import torch
+from crosskd.checking import Fit, _fit_of
+from crosskd.head import TapPoint
 from torch import nn
 
 import crosskd
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule, check
 from crosskd._truth import truth_of
 from crosskd.adapters import Inputs, TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
-from crosskd.checking import Fit, _fit_of
-from crosskd.head import TapPoint
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.test_mismatched_pairs import larger_teacher, same, with_levels
 from tests.test_teacher_untouched import digest, flags
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.two_stages import POOLED, REGIONS, tiny_faster_rcnn, two_stage_batch
 
 BUILD = {"retinanet": tiny_retinanet, "fcos": tiny_fcos}

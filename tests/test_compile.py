@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 
 @pytest.fixture(autouse=True)

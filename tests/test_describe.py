@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from crosskd.head import Branch, Tower
 from torch import nn
 
 from crosskd import describe
-from crosskd.head import Branch, Tower
 from crosskd.methods import GFL, HeadRecipe
-from tests.tiny import tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_fcos, tiny_retinanet
 from tests.two_stages import tiny_faster_rcnn
 
 RETINANET_TABLE = """\

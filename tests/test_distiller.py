@@ -15,7 +15,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from crosskd import CrossKD, Distiller, Method, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionRetinaNetAdapter
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 OWN_LOSSES = {
     tiny_retinanet: {"classification", "bbox_regression"},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 FAMILIES = {"retinanet": tiny_retinanet, "fcos": tiny_fcos}
 

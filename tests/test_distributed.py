@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.predictions import mean_over_ranks
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
 
 pytestmark = pytest.mark.slow
@@ -62,7 +62,7 @@ def _in_process(rank: int, folder: str, job, *arguments: Any) -> None:
 def on_two_ranks(folder: Path, job, *arguments: Any) -> list[Any]:
     """Runs ``job(rank, *arguments)`` in two processes; what each returned."""
     # A server that has imported torch once hands out processes at once, and has no threads to lose.
-    multiprocessing.set_forkserver_preload(["torchvision", "tests.tiny", "crosskd"])
+    multiprocessing.set_forkserver_preload(["torchvision", "tests.helpers.tiny", "crosskd"])
     arguments = (str(folder), job, *arguments)
     mp.start_processes(_in_process, args=arguments, nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]

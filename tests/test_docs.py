@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 from torchvision.models import detection
 
+from tests.helpers.tiny import tiny_batch
 from tests.mmdet_recipes import mmdet_batch
-from tests.tiny import tiny_batch
 from tests.yolo import batch_of
 
 ROOT = Path(__file__).parents[1]

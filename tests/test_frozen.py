@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from crosskd.frozen import frozen_copy
-from tests.tiny import tiny_retinanet
+from tests.helpers.tiny import tiny_retinanet
 
 
 def test_copy_is_frozen_and_the_original_is_not():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller
-from tests.tiny import STRIDES, tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import STRIDES, tiny_batch, tiny_fcos, tiny_retinanet
 
 BRANCHES = ("classification", "regression")
 

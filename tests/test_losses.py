@@ -26,7 +26,7 @@ from crosskd.losses import (
     sigmoid_focal_loss,
     softmax_focal_loss,
 )
-from tests.plain_losses import (
+from tests.helpers.plain_losses import (
     focal_row,
     giou_row,
     iou_row,
@@ -35,7 +35,7 @@ from tests.plain_losses import (
     quality_focal_row,
     softmax_focal_row,
 )
-from tests.reference_files import load_parity
+from tests.helpers.reference_files import load_parity
 
 # ---------------------------------------------------------------------------------------------
 # The losses as one table

@@ -16,8 +16,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.predictions import Predictions
 from tests.adapters.test_generic import Fully, PerLevel, Shared, adapter_for, fully_adapter, pixels
+from tests.helpers.tiny import STRIDES, TinyBackbone, liven, tiny_batch, tiny_fcos, tiny_retinanet
 from tests.test_docs import ROOT, python_blocks
-from tests.tiny import STRIDES, TinyBackbone, liven, tiny_batch, tiny_fcos, tiny_retinanet
 
 
 @pytest.fixture(params=[tiny_retinanet, tiny_fcos], ids=["retinanet", "fcos"])
@@ -609,6 +609,7 @@ def test_images_too_small_for_a_coarser_level_of_the_teachers():
 )
 def test_yolos_classes_of_other_names(theirs, options, message):
     from crosskd.adapters._ultralytics_trainer import Settings, _distil, _undo
+
     from tests.yolo import model_of
 
     teacher, student = model_of("yolov8n", seed=1).eval(), model_of("yolov8n")

@@ -27,6 +27,7 @@ from torchvision.models.detection.fcos import FCOSHead
 
 from crosskd.adapters import TorchvisionFCOSAdapter
 from crosskd.predictions import Predictions
+from tests.helpers.reference_files import load_parity
 from tests.published_heads import (
     ExactAnchors,
     FixedBackbone,
@@ -35,7 +36,6 @@ from tests.published_heads import (
     gradient_errors,
     rows,
 )
-from tests.reference_files import load_parity
 
 
 class FixedFCOSAdapter(FixedFeatures, TorchvisionFCOSAdapter):

@@ -11,6 +11,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from crosskd.adapters import TorchvisionRetinaNetAdapter
+from tests.helpers.reference_files import load_parity
 from tests.published_heads import (
     ExactAnchors,
     FixedBackbone,
@@ -19,7 +20,6 @@ from tests.published_heads import (
     gradient_errors,
     rows,
 )
-from tests.reference_files import load_parity
 
 CASES = [("retinanet_base.pt", 3), ("retinanet_position4.pt", 4)]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.frozen import frozen_copy
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 
 def digest(module: nn.Module) -> dict[str, str]:

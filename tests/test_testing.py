@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from crosskd.head import Block, Branch, Tower
+from crosskd.testing import AdapterError, check_adapter
 from torch import nn
 
 from crosskd import CrossKD, PredictionMimicking
 from crosskd._conformance import CHECKS
 from crosskd.adapters import GenericAdapter, Inputs, TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
-from crosskd.head import Block, Branch, Tower
 from crosskd.predictions import Predictions
-from crosskd.testing import AdapterError, check_adapter
 from tests.conformance import assert_green, only
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.test_docs import ROOT, python_blocks
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 TINY = {
     "retinanet": (TorchvisionRetinaNetAdapter, tiny_retinanet),

@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from tests.tiny import SIDE, STRIDES, TinyBackbone, tiny_batch
+from tests.helpers.tiny import SIDE, STRIDES, TinyBackbone, tiny_batch
 
 CLASSES = 5  # the background, which is 0, is one of them
 POOLED = 3

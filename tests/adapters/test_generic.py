@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from crosskd.methods.recipes import HeadRecipe
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
@@ -25,9 +26,8 @@ from crosskd.adapters.torchvision import Locations, prepare_images
 from crosskd.align import align_statistics
 from crosskd.losses import giou_loss, quality_focal_loss
 from crosskd.methods import recipes
-from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 CLASSES = 3
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.reference_files import bccd_folder
 from tests.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
-from tests.reference_files import bccd_folder
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

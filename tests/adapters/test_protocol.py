@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from crosskd.head import Branch, Tower
+from crosskd.methods.recipes import RETINANET
 from torch import nn
 
 from crosskd import CrossKD, Distiller
@@ -15,10 +17,8 @@ from crosskd.adapters import (
     TorchvisionRetinaNetAdapter,
     find_adapter,
 )
-from crosskd.head import Branch, Tower
-from crosskd.methods.recipes import RETINANET
 from crosskd.predictions import Assignment, Predictions
-from tests.tiny import tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import tiny_fcos, tiny_retinanet
 
 
 @pytest.mark.parametrize(

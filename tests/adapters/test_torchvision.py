@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import TorchvisionFCOSAdapter, TorchvisionRetinaNetAdapter
 from crosskd.predictions import join_levels
-from tests.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet
 
 ADAPTERS = {tiny_retinanet: TorchvisionRetinaNetAdapter(), tiny_fcos: TorchvisionFCOSAdapter()}
 BRANCHES = ("classification_head", "regression_head")

@@ -22,7 +22,7 @@ from crosskd.losses import giou_loss, softmax_focal_loss
 from crosskd.methods import Step
 from crosskd.predictions import join_levels
 from tests.conformance import assert_green
-from tests.tiny import tiny_batch, tiny_retinanet, tiny_ssd
+from tests.helpers.tiny import tiny_batch, tiny_retinanet, tiny_ssd
 
 ADAPTER = TorchvisionSSDAdapter()
 WIDER = (32, 24, 16)

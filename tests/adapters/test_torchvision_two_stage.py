@@ -27,8 +27,8 @@ from torchvision.ops import roi_align
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionFasterRCNNAdapter, find_adapter
 from tests.blood_cells import average_precision, cells
+from tests.helpers.tiny import STRIDES, tiny_retinanet
 from tests.test_teacher_untouched import digest, flags
-from tests.tiny import STRIDES, tiny_retinanet
 from tests.two_stages import ANCHORS, CLASSES, POOLED, REGIONS, tiny_faster_rcnn, two_stage_batch
 
 OWN = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}

@@ -20,7 +20,7 @@ import torch
 
 from crosskd import CrossKD, PredictionMimicking, Schedule
 from tests.benchmarks.test_benchmarks import load
-from tests.reference_files import bccd_folder
+from tests.helpers.reference_files import bccd_folder
 from tests.yolo import batch_of, model_of
 
 pytestmark = pytest.mark.ultralytics
@@ -158,9 +158,8 @@ def test_checkpoints_are_read_without_running_what_they_say(tmp_path, teacher_fi
 
 
 def distilled(*methods: Any) -> Any:
-    from ultralytics.cfg import get_cfg
-
     from crosskd.adapters._ultralytics_trainer import Settings, _distil
+    from ultralytics.cfg import get_cfg
 
     student = model_of("yolo11n")
     student.args = get_cfg()
@@ -170,9 +169,8 @@ def distilled(*methods: Any) -> Any:
 
 
 def test_copies_of_it_are_the_plain_student():
-    from ultralytics.nn.tasks import DetectionModel
-
     from crosskd.adapters._ultralytics_trainer import _undo
+    from ultralytics.nn.tasks import DetectionModel
 
     student = distilled()
     plain = model_of("yolo11n")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.test_benchmarks import load
-from tests.reference_files import bccd_folder
+from tests.helpers.reference_files import bccd_folder
 from tests.yolo import model_of
 
 yolo_bccd = load("yolo_bccd")

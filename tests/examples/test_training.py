@@ -13,7 +13,7 @@ from training import Trainer, learning_rate_factor, make_optimizer, save_atomica
 
 from crosskd import CrossKD, Distiller
 from tests.examples.coco_files import write_coco
-from tests.tiny import tiny_retinanet
+from tests.helpers.tiny import tiny_retinanet
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

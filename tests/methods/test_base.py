@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crosskd.head import TapPoint
 from torch import Tensor
 
 from crosskd import CrossKD, Distiller, Method
-from crosskd.head import TapPoint
 from crosskd.methods import Step
-from tests.tiny import tiny_batch, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_retinanet
 
 
 class LogitDistance(Method):

@@ -14,8 +14,7 @@ from torch import Tensor
 from crosskd.methods import ATSS, FCOS, GFL, RETINANET, Step
 from crosskd.methods.comparison import Comparison
 from crosskd.predictions import Assignment, Predictions
-from tests.methods.steps import ANCHORS, BATCH, BINS, make_assignment, make_predictions, make_step
-from tests.plain_losses import (
+from tests.helpers.plain_losses import (
     cross_entropy,
     giou_row,
     kl_row,
@@ -25,6 +24,7 @@ from tests.plain_losses import (
     softmax,
     softmax_focal_row,
 )
+from tests.methods.steps import ANCHORS, BATCH, BINS, make_assignment, make_predictions, make_step
 
 RECIPES = [GFL, RETINANET, ATSS, FCOS]
 

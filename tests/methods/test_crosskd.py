@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from crosskd.head import Branch, TapPoint, Tower
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.align import align_statistics, feature_statistics
-from crosskd.head import Branch, TapPoint, Tower
 from crosskd.methods import ATSS, FCOS, GFL, RETINANET
 from crosskd.predictions import Predictions
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.methods.steps import make_predictions, make_step
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 BRANCHES = ("classification_head", "regression_head")
 PREDICTORS = {"classification_head": ("cls_logits",), "regression_head": ("bbox_reg", "bbox_ctrness")}

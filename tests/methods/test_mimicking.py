@@ -9,8 +9,8 @@ import torch
 
 from crosskd import Distiller, PredictionMimicking
 from crosskd.methods import ATSS, FCOS
+from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.methods.steps import make_predictions, make_step
-from tests.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 
 def settled(recipe=ATSS, **settings) -> PredictionMimicking:

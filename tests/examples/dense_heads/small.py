@@ -10,7 +10,7 @@ from dense_heads.detector import Grid
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from tests.tiny import STRIDES, TinyBackbone, tiny_batch
+from tests.helpers.tiny import STRIDES, TinyBackbone, tiny_batch
 
 FAMILIES = {"gfl": GFL, "atss": ATSS}
 CLASSES = 4

@@ -14,7 +14,7 @@ from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import Adapter, find_adapter
 from crosskd.predictions import join_levels
 from tests.examples.dense_heads.small import FAMILIES, batch_with_and_without_objects, small
-from tests.tiny import tiny_batch, tiny_retinanet
+from tests.helpers.tiny import tiny_batch, tiny_retinanet
 
 families = pytest.mark.parametrize("family", FAMILIES)
 ADAPTERS = {"gfl": GFLAdapter(), "atss": ATSSAdapter()}

@@ -7,7 +7,7 @@ from dense_heads import adapter_of
 
 from tests.conformance import assert_green
 from tests.examples.dense_heads.small import CLASSES, FAMILIES, small
-from tests.tiny import tiny_batch
+from tests.helpers.tiny import tiny_batch
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -21,7 +21,7 @@ from tests.examples.dense_heads.small import (
     random_boxes,
     small,
 )
-from tests.tiny import STRIDES, tiny_batch
+from tests.helpers.tiny import STRIDES, tiny_batch
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -11,8 +11,8 @@ from dense_heads.mmdet_weights import mmdet_name
 from torch import Tensor
 
 from crosskd import Distiller
+from tests.helpers.reference_files import load_parity
 from tests.published_heads import FixedBackbone, Watched, distil, gradient_errors, rows
-from tests.reference_files import load_parity
 
 CASES = [("gfl_base.pt", 3), ("gfl_position0.pt", 0)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-SHARED = Path(os.environ.get("CROSSKD_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("CROSSKD_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 def load_parity(name: str) -> dict[str, Any]:
