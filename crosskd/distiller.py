@@ -8,35 +8,26 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crosskd.adapters import find_adapter
-from crosskd.adapters.base import Adapter, AdapterSpec, Anchors, Batch, Head, Objects, RegionHead, recoded
+from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
 from crosskd.frozen import frozen_copy
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
-from crosskd.predictions import Assignment
 from crosskd.proof import prove_student, prove_teacher
-from crosskd.step import DetectorTrace, HeadTrace, Side, Step, Trace, run_head, shape_only, space
-from crosskd.towers import Tapped, TapPoint
+from crosskd.running import outside_graph, points_of, run_region_heads, run_teacher, steps_of, with_own_losses
+from crosskd.step import DetectorTrace, Step, Trace, run_head
 
 __all__ = ["Distiller"]
 
 _logger = logging.getLogger("crosskd")
 
-CallableT = TypeVar("CallableT", bound=Callable[..., Any])
-
-
 TeacherView = Callable[[Any, Any], Any]
 """Makes the teacher's images of a batch's (images, targets)."""
-
-
-def _outside_graph(function: CallableT) -> CallableT:
-    """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
-    return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 class Distiller(nn.Module):
@@ -137,9 +128,8 @@ class Distiller(nn.Module):
         self._structure = dict(student.named_modules())
         self._proved: set[str] = set()
         self._checked: set[str] = set()
-        pair = self._pair(class_map)
         self.methods = nn.ModuleDict(_named(methods, ours.heads))
-        self._pairs = {name: _of_method(method, pair) for name, method in self._methods().items()}
+        self._pairs = {name: _of_method(method, self._pair) for name, method in self._methods().items()}
         for name, method in self._methods().items():
             method.setup(self._pairs[name])
         scheduled = any(method.schedule is not None for method in self._methods().values())
@@ -148,9 +138,8 @@ class Distiller(nn.Module):
         parameter = next(student.parameters())
         self.methods.to(device=parameter.device, dtype=parameter.dtype)
 
-    def _pair(self, class_map: ClassMap | None) -> Pair:
+    def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
-        teacher, student = self._adapters
         view = self.teacher_view is not None
         codings = [adapter.pixel_coding for adapter in (teacher, student)]
         if not view and (codings[0] is None) != (codings[1] is None):
@@ -193,12 +182,12 @@ class Distiller(nn.Module):
     @property
     def teacher_adapter(self) -> Adapter:
         """Takes the frozen teacher apart."""
-        return self._adapters[0]
+        return self._pair.teacher
 
     @property
     def student_adapter(self) -> Adapter:
         """Takes the student apart."""
-        return self._adapters[1]
+        return self._pair.student
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of schedules with ``unit="epoch"``, counted from 0."""
@@ -238,6 +227,16 @@ class Distiller(nn.Module):
         factors = self._advance()
         trace = self.trace(images, targets, _active(self._methods(), factors))
         self._check_effects(trace.losses)
+        return self.named_losses(trace, factors)
+
+    def named_losses(self, trace: Trace, factors: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+        """All losses of a step by the names that `forward` gives them, the student's own first.
+
+        Args:
+            trace: what the step left.
+            factors: what each method's losses are multiplied by, by its name; 1 unless given.
+        """
+        factors = dict.fromkeys(self.methods, 1.0) if factors is None else factors
         return _flat(trace, self._methods(), factors, self.student)
 
     # -- one training step ----------------------------------------------------------------------
@@ -251,121 +250,34 @@ class Distiller(nn.Module):
             methods: those that are active, by name; all of them unless given.
         """
         active = self._methods() if methods is None else methods
+        pair, student = self._pair, self._pair.student
         batch, seen = self._prepare(images, targets, active)
         # The teacher runs first, so that what it needed is freed; but where its levels are resized to the
         # student's, those sizes must be known for it.
-        maps = self.student_adapter.maps(batch.pixels) if self.resize_levels or not active else []
-        teacher = self._run_teacher(seen, active, maps) if active else None
-        maps = maps or self.student_adapter.maps(batch.pixels)
-        student = DetectorTrace(self.student_adapter, batch, maps, {})
-        if targets is not None or any(method.distils_heads() for method in active.values()):
-            first = self.student_adapter.heads[0]
-            run = run_head(first, maps, range(len(maps)), self._points(first, active, 0))
-            student.heads[first.name] = self._with_own_losses(run, batch, maps)
-            if len(self.student_adapter.heads) > 1:
-                self._run_region_heads(student, teacher, active)
-        steps = {} if teacher is None else self._steps(teacher, student, active)
-        return Trace(teacher, student, steps, _losses_of(active, steps))
-
-    def _run_teacher(
-        self, batch: Batch, active: Mapping[str, Method], student_maps: Sequence[Tensor]
-    ) -> DetectorTrace:
-        """The teacher's maps, and its first head's run, as far as active methods require them.
-
-        Args:
-            batch: as the teacher takes it.
-            active: the methods, of which there is one at least.
-            student_maps: the student's, where the teacher's levels are resized to them.
-        """
-        adapter = self.teacher_adapter
-        # No decorator: the compiler doesn't follow a decorated method of an object that it made itself.
-        with torch.no_grad():
-            maps = adapter.maps(batch.pixels)
-            heads = {}
-            head = self._head_of(adapter, self.student_adapter.heads[0].name)
-            if head is not None and _of_head(active, head.name):
-                levels = self._teacher_levels(len(maps))
-                sizes = None
-                if student_maps:
-                    last = head.branches[0].towers[0].channels_last
-                    sizes = [space(feature_map, channels_last=last) for feature_map in student_maps]
-                heads[head.name] = self._observed(head, [maps[t] for t in levels], levels, active, sizes)
-        kept = any(
-            "maps" in method.requires or method.head not in (None, *heads) for method in active.values()
+        maps = student.maps(batch.pixels) if self.resize_levels or not active else []
+        theirs = run_teacher(pair, seen, active, maps) if active else None
+        ours = DetectorTrace(student, batch, maps or student.maps(batch.pixels), {})
+        if targets is not None or _needs_heads(active):
+            head = student.heads[0]
+            run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0))
+            ours.heads[head.name] = with_own_losses(run, batch, ours.maps)
+            if len(student.heads) > 1:
+                run_region_heads(pair, theirs, ours, active)
+        steps = (
+            {} if theirs is None else steps_of(self._pairs, theirs, ours, active, self.unlabelled_threshold)
         )
-        batch = replace(batch, pixels=shape_only(batch.pixels))
-        return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
-
-    def _observed(
-        self,
-        head: Head,
-        maps: Sequence[Tensor],
-        levels: Sequence[int],
-        active: Mapping[str, Method],
-        sizes: Sequence[tuple[int, ...]] | None = None,
-    ) -> HeadTrace:
-        """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
-
-        def keep(name: str, tapped: Tapped) -> Any:
-            return active[name].keep_of_teacher(tapped)
-
-        points, columns = self._points(head, active, 1), self._columns(head)
-        return run_head(head, maps, levels, points, keep, sizes=sizes, class_map=columns)
-
-    def _run_region_heads(
-        self, student: DetectorTrace, teacher: DetectorTrace | None, active: Mapping[str, Method]
-    ) -> None:
-        """Runs what comes after the first head, on the regions that it proposes."""
-        previous = student.heads[self.student_adapter.heads[0].name]
-        for head in self.student_adapter.heads[1:]:
-            assert isinstance(head, RegionHead)
-            if student.batch.targets is None and not _of_head(active, head.name):
-                return
-            regions = self._regions(head, previous, student.batch)
-            theirs = self._head_of(self.teacher_adapter, head.name)
-            if teacher is not None and _of_head(active, head.name):
-                assert isinstance(theirs, RegionHead)
-                with torch.no_grad():
-                    pooled = theirs.pool(teacher.maps, regions, teacher.batch)
-                    run = self._observed(theirs, [pooled], [0], active)
-                teacher.heads[head.name] = replace(run, anchors=regions, all_anchors=regions)
-            pooled = head.pool(student.maps, regions, student.batch)
-            run = replace(run_head(head, [pooled], [0], self._points(head, active, 0)), anchors=regions)
-            previous = self._with_own_losses(run, student.batch, student.maps)
-            student.heads[head.name] = previous
-
-    def _points(self, head: Head, active: Mapping[str, Method], side: int) -> dict[str, dict[str, TapPoint]]:
-        """Where active methods tap a head's towers, by branch and method; ``side`` 0 is the student's."""
-        points: dict[str, dict[str, TapPoint]] = {}
-        for branch in head.branches:
-            for name, method in _of_head(active, head.name).items():
-                both = method.tap_points(branch.name) if "towers" in method.requires else None
-                if both is not None:
-                    points.setdefault(branch.name, {})[name] = both[side]
-        return points
-
-    def _teacher_levels(self, count: int) -> Sequence[int]:
-        """The teacher's levels that belong to the student's, of so many."""
-        levels = next(iter(self._pairs.values())).levels
-        return range(count) if levels is None else [teacher for _, teacher in levels]
-
-    def _columns(self, head: Head) -> tuple[int, ...] | None:
-        """The teacher's columns of the logits that count: the classes are those of its last head."""
-        pair = next(iter(self._pairs.values()))
-        return pair.class_map if head is self.teacher_adapter.heads[-1] else None
-
-    def _head_of(self, adapter: Adapter, name: str) -> Head | None:
-        return next((head for head in adapter.heads if head.name == name), None)
+        self._check_first(steps)
+        return Trace(theirs, ours, steps, _losses_of(active, steps))
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
 
     # -- what runs outside a compiled graph: it depends on the data, or happens once ---------------
 
-    @_outside_graph
+    @outside_graph
     def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
-        teacher, student = self._adapters
+        teacher, student = self._pair.teacher, self._pair.student
         self._check_unchanged()
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
@@ -373,15 +285,25 @@ class Distiller(nn.Module):
         batch = student.prepare(images, targets)
         if not active:
             return batch, batch
-        if self.teacher_view is None:
-            pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
-            seen = teacher.take(Batch(pixels, batch.image_sizes))
-        else:
-            seen = teacher.prepare(self.teacher_view(images, targets), None)
+        seen = self.teacher_batch(batch, images, targets)
         if self.prove and "teacher" not in self._proved:
             prove_teacher(teacher, seen)
             self._proved.add("teacher")
         return batch, seen
+
+    def teacher_batch(self, batch: Batch, images: Any, targets: Any) -> Batch:
+        """A batch as the teacher takes it.
+
+        Args:
+            batch: as the student takes it.
+            images: what it was made of, for a ``teacher_view``.
+            targets: likewise.
+        """
+        teacher, student = self._adapters
+        if self.teacher_view is not None:
+            return teacher.prepare(self.teacher_view(images, targets), None)
+        pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
+        return teacher.take(Batch(pixels, batch.image_sizes))
 
     def _check_unchanged(self) -> None:
         """Raises ``ValueError`` where something has changed that was read off when the distiller was made."""
@@ -403,137 +325,7 @@ class Distiller(nn.Module):
         if not self._checked:
             _check_devices(self.teacher, self.student)
 
-    @_outside_graph
-    def _with_own_losses(self, run: HeadTrace, batch: Batch, maps: Sequence[Tensor]) -> HeadTrace:
-        """A run of one of the student's heads with its anchors, own losses and label assignment."""
-        anchors = run.head.anchors(batch, maps) if run.anchors is None else run.anchors
-        run = replace(run, anchors=anchors, all_anchors=anchors)
-        if batch.targets is None:
-            return run
-        losses, assignment = run.head.losses(run.predictions, anchors, batch)
-        return replace(run, losses=losses, assignment=assignment)
-
-    @_outside_graph
-    def _regions(self, head: RegionHead, previous: HeadTrace, batch: Batch) -> Any:
-        """The student's regions, which are constants."""
-        with torch.no_grad():
-            return head.regions(previous.predictions.detach(), previous.anchors, batch)
-
-    @_outside_graph
-    def _steps(
-        self, teacher: DetectorTrace, student: DetectorTrace, active: Mapping[str, Method]
-    ) -> dict[str, Step]:
-        """What each active method sees; on its first step it demands what only a batch tells."""
-        steps = {}
-        for name, method in active.items():
-            theirs, ours = (
-                None if method.head is None else detector.heads.get(method.head)
-                for detector in (teacher, student)
-            )
-            assignment, assign, resized = None, None, False
-            if theirs is not None and ours is not None:
-                resized = self._check_levels(teacher, student, theirs)
-                theirs = self._with_anchors(theirs, teacher, student, resized)
-                assign = self._teacher_assigner(theirs, teacher, student)
-                assignment = ours.assignment or self._unlabelled(theirs)
-            required = frozenset(method.requires)
-            pair = self._pairs[name]
-            steps[name] = Step(
-                Side(teacher, theirs, required, name),
-                Side(student, ours, required, name),
-                class_map=None if theirs is None else self._columns(theirs.head),
-                scale=pair.scale,
-                resized=resized,
-                assignment=assignment,
-                assign_by_teacher=assign,
-            )
-            if name not in self._checked:
-                method.check(steps[name])
-        return steps
-
-    def _check_levels(self, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace) -> bool:
-        """Whether levels of the teacher's were resized; raises ``ValueError`` where they had to be."""
-        if run.head.rows == "regions":
-            return False
-        last = run.head.branches[0].towers[0].channels_last
-        theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
-        ours = [space(feature_map, channels_last=last) for feature_map in student.maps]
-        if theirs == ours:
-            return False
-        if not (self.resize_levels and len(theirs) == len(ours)):
-            raise ValueError(
-                f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the "
-                "same strides, and images of the same size; build them with the same pyramid levels, or have "
-                "the teacher's resized by resize_levels=True"
-            )
-        return True
-
-    def _with_anchors(
-        self, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, resized: bool
-    ) -> HeadTrace:
-        """A run of one of the teacher's heads with its anchors."""
-        if run.anchors is not None:
-            return run
-        maps = [shape_only(feature_map) for feature_map in teacher.maps]
-        if resized:
-            for place, level in enumerate(run.levels):
-                size = student.maps[place].shape[2:]
-                maps[level] = maps[level][:, :, :1, :1].expand(-1, -1, *size)
-        anchors = run.head.anchors(teacher.batch, maps)
-        return replace(run, anchors=anchors.of_levels(run.levels), all_anchors=anchors)
-
-    def _teacher_assigner(
-        self, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace
-    ) -> Callable[[], Assignment]:
-        """What gives the teacher's own label assignment at the levels that are compared."""
-
-        @_outside_graph
-        def assign() -> Assignment:
-            objects = self._teacher_objects(teacher, student)
-            if objects is None:
-                return self._unlabelled(run)
-            with torch.no_grad():
-                batch = replace(teacher.batch, objects=objects)
-                whole = run.head.assign(run.predictions, run.all_anchors, batch)
-                if run.anchors is run.all_anchors:
-                    return whole
-                rows = cast(Anchors, run.all_anchors).rows(run.levels).to(whole.positive.device)
-                weights = whole.label_weights
-                weights = None if weights is None else weights[:, rows]
-                return Assignment(weights, whole.positive[:, rows], whole.normalizer)
-
-        return assign
-
-    def _teacher_objects(self, teacher: DetectorTrace, student: DetectorTrace) -> tuple[Objects, ...] | None:
-        """The batch's objects in pixels of the teacher's batch, labelled by the teacher's classes."""
-        objects = student.batch.objects
-        if objects is None:
-            if student.batch.targets is not None:
-                raise ValueError(
-                    "the student's adapter tells no objects of the targets, which the teacher's label "
-                    "assignment needs: give generic() objects=, a function of the targets"
-                )
-            return None
-        columns = next(iter(self._pairs.values())).class_map
-        same = self.teacher_adapter.heads[-1].num_classes == self.student_adapter.heads[-1].num_classes
-        mapped = []
-        sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
-        for of_image, ((height, width), (own_height, own_width)) in zip(objects, sizes, strict=True):
-            factors = of_image.boxes.new_tensor([width / own_width, height / own_height] * 2)
-            labels = of_image.labels
-            if columns is not None:
-                labels = labels.new_tensor(columns)[labels]
-            elif not same:
-                # Most assigners look at places alone; those that look at classes refuse this.
-                labels = torch.full_like(labels, -1)
-            mapped.append(Objects(of_image.boxes * factors, labels))
-        return tuple(mapped)
-
-    def _unlabelled(self, run: HeadTrace) -> Assignment:
-        """What the teacher makes of images without targets."""
-        return run.head.assign_unlabelled(run.predictions, self.unlabelled_threshold)
-
-    @_outside_graph
+    @outside_graph
     def _advance(self) -> dict[str, float]:
         """Each method's factor at this step; moves the step count on."""
         if self.progress is None:
@@ -553,7 +345,13 @@ class Distiller(nn.Module):
         self.progress[0] += 1
         return factors
 
-    @_outside_graph
+    @outside_graph
+    def _check_first(self, steps: Mapping[str, Step]) -> None:
+        """Lets each method demand, on its first step, what only a batch tells."""
+        for name in steps.keys() - self._checked:
+            self._methods()[name].check(steps[name])
+
+    @outside_graph
     def _check_effects(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuses, on a method's first step, a distillation that would silently do nothing."""
         for name in losses.keys() - self._checked:
@@ -590,9 +388,8 @@ def _of_method(method: Method, pair: Pair) -> Pair:
     return replace(pair, teacher_head=teacher, student_head=student, class_map=columns)
 
 
-def _of_head(methods: Mapping[str, Method], name: str) -> dict[str, Method]:
-    """Those of some methods that distil the head of a name."""
-    return {key: method for key, method in methods.items() if method.head == name}
+def _needs_heads(methods: Mapping[str, Method]) -> bool:
+    return any(method.distils_heads() for method in methods.values())
 
 
 def _active(methods: Mapping[str, Method], factors: Mapping[str, float]) -> dict[str, Method]:
