@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crosskd._guards import bare, check_devices, check_effect, check_same_pixels, check_shared
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
 from crosskd.frozen import frozen_copy
@@ -23,8 +21,6 @@ from crosskd.running import outside_graph, points_of, run_region_heads, run_teac
 from crosskd.step import DetectorTrace, Step, Trace, run_head
 
 __all__ = ["Distiller"]
-
-_logger = logging.getLogger("crosskd")
 
 TeacherView = Callable[[Any, Any], Any]
 """Makes the teacher's images of a batch's (images, targets)."""
@@ -69,6 +65,9 @@ class Distiller(nn.Module):
         prove: compare the pieces with the detectors' own forward on the first step. To be switched off for a
             detector whose own forward can't be called on its own.
 
+    Attributes:
+        pair: the two adapters, the levels that belong together, the class map.
+
     Raises:
         ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
         TypeError: no adapter understands a detector, or something that is not a method.
@@ -109,12 +108,12 @@ class Distiller(nn.Module):
         prove: bool = True,
     ) -> None:
         super().__init__()
-        teacher, student = _bare("teacher", teacher), _bare("student", student)
+        teacher, student = bare("teacher", teacher), bare("student", student)
         if not 0 < unlabelled_threshold < 1:
             raise ValueError(
                 f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
             )
-        _check_shared(teacher, student)
+        check_shared(teacher, student)
         self.teacher_view, self.resize_levels = teacher_view, resize_levels
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
         theirs = _bound("teacher", teacher_adapter or adapter or find_adapter, frozen_copy(teacher))
@@ -122,9 +121,9 @@ class Distiller(nn.Module):
         if not ours.heads:
             raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
         self.student = student
-        # In a tuple and a dict, so that the module machinery (parameters, state_dict, train) doesn't see
-        # them.
-        self._adapters = (theirs, ours)
+        # In plain objects, so that the module machinery (parameters, state_dict, train) doesn't see the
+        # teacher.
+        self._pair = self._paired(theirs, ours, class_map)
         self._structure = dict(student.named_modules())
         self._proved: set[str] = set()
         self._checked: set[str] = set()
@@ -141,20 +140,8 @@ class Distiller(nn.Module):
     def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
         view = self.teacher_view is not None
-        codings = [adapter.pixel_coding for adapter in (teacher, student)]
-        if not view and (codings[0] is None) != (codings[1] is None):
-            unknown = "teacher" if codings[0] is None else "student"
-            raise ValueError(
-                f"nothing tells how the {unknown}'s pixels are coded, so they can't be made of the other's: "
-                "pass generic() the pixel_coding= (crosskd.adapters.PixelCoding), or the distiller a "
-                "teacher_view="
-            )
-        if not view and codings[0] and codings[1] and len(codings[0].mean) != len(codings[1].mean):
-            raise ValueError(
-                f"the images' channels differ: {len(codings[0].mean)} (teacher), {len(codings[1].mean)} "
-                "(student). Both get the same pixels: give the teacher images of its own by teacher_view=, "
-                "or train one for the student's"
-            )
+        if not view:
+            check_same_pixels(teacher, student)
         levels, scale = None, 1.0
         if teacher.strides is not None and student.strides is not None:
             levels, scale = match_levels(teacher.strides, student.strides, rescaled=view)
@@ -299,7 +286,7 @@ class Distiller(nn.Module):
             images: what it was made of, for a ``teacher_view``.
             targets: likewise.
         """
-        teacher, student = self._adapters
+        teacher, student = self._pair.teacher, self._pair.student
         if self.teacher_view is not None:
             return teacher.prepare(self.teacher_view(images, targets), None)
         pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
@@ -323,7 +310,7 @@ class Distiller(nn.Module):
                 "distiller.teacher.eval(), or leave its mode alone"
             )
         if not self._checked:
-            _check_devices(self.teacher, self.student)
+            check_devices(self.teacher, self.student)
 
     @outside_graph
     def _advance(self) -> dict[str, float]:
@@ -346,16 +333,20 @@ class Distiller(nn.Module):
         return factors
 
     @outside_graph
-    def _check_first(self, steps: Mapping[str, Step]) -> None:
-        """Lets each method demand, on its first step, what only a batch tells."""
+    def _steps(
+        self, teacher: DetectorTrace, student: DetectorTrace, active: Mapping[str, Method]
+    ) -> dict[str, Step]:
+        """What each active method sees; on its first step it demands what only a batch tells."""
+        steps = steps_of(self._pairs, teacher, student, active, self.unlabelled_threshold)
         for name in steps.keys() - self._checked:
-            self._methods()[name].check(steps[name])
+            active[name].check(steps[name])
+        return steps
 
     @outside_graph
     def _check_effects(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuses, on a method's first step, a distillation that would silently do nothing."""
         for name in losses.keys() - self._checked:
-            _check_effect(name, losses[name])
+            check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
                 self._checked.add(name)
@@ -398,40 +389,6 @@ def _active(methods: Mapping[str, Method], factors: Mapping[str, float]) -> dict
 
 def _losses_of(methods: Mapping[str, Method], steps: Mapping[str, Step]) -> dict[str, dict[str, Tensor]]:
     return {name: method(steps[name]) for name, method in methods.items()}
-
-
-def _bare(side: str, detector: nn.Module) -> nn.Module:
-    """A detector without the wrapper that ``torch.compile`` puts around it."""
-    if not isinstance(detector, nn.Module):
-        raise TypeError(f"{side} must be an nn.Module, got {type(detector).__name__}")
-    if isinstance(detector, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ValueError(
-            f"{side} is wrapped in {type(detector).__name__}: hand in the detector itself, and wrap the "
-            "distiller instead"
-        )
-    compiled = getattr(detector, "_orig_mod", None)
-    if isinstance(compiled, nn.Module) or getattr(detector, "_compiled_call_impl", None) is not None:
-        warnings.warn(
-            f"{side} was compiled as a whole, but distillation runs it stage by stage, so in training it "
-            "runs uncompiled: call torch.compile(distiller) instead",
-            stacklevel=3,
-        )
-    return compiled if isinstance(compiled, nn.Module) else detector
-
-
-def _check_shared(teacher: nn.Module, student: nn.Module) -> None:
-    if teacher is student:
-        raise ValueError(
-            "teacher and student are one object, so there is nothing to distil: to distil a detector into "
-            "itself pass copy.deepcopy(student) as the teacher"
-        )
-    theirs = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
-    if any(parameter.data_ptr() in theirs for parameter in student.parameters()):
-        warnings.warn(
-            "teacher and student share weights, so the teacher will change as the student trains: pass "
-            "copy.deepcopy(student) as the teacher",
-            stacklevel=3,
-        )
 
 
 def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[str, Method]:
@@ -509,44 +466,3 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
     parameters = list(method.parameters()) or [next(student.parameters())]
     zero = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
     return dict.fromkeys(method.loss_names(), zero)
-
-
-def _check_devices(teacher: nn.Module, student: nn.Module) -> None:
-    theirs, ours = (next(detector.parameters()) for detector in (teacher, student))
-    if theirs.device != ours.device:
-        raise ValueError(
-            f"the teacher is on {theirs.device} and the student on {ours.device}: move both with "
-            "distiller.to(device)"
-        )
-    if theirs.dtype != ours.dtype and not torch.is_autocast_enabled(ours.device.type):
-        raise ValueError(
-            f"the teacher's weights are {theirs.dtype} and the student's {ours.dtype}: cast both with "
-            "distiller.to(dtype), or run the step under torch.autocast"
-        )
-
-
-def _check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for losses that are none, warns for one that is zero."""
-    if not losses:
-        raise ValueError(f"{name} returned no loss at all: give one of its weights a value above 0")
-    for key, loss in losses.items():
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{name}: {key} must be a scalar tensor, shape (), got {got}")
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError(
-                f"{name}: {key} depends on no trainable parameter of the student, so distilling it has no "
-                "effect: the student's features are frozen or detached before the split"
-            )
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{name}: {key} is {value} on the first step: look for numbers that are not finite in the "
-                "images, the teacher's weights or the student's"
-            )
-        if value == 0:
-            warnings.warn(
-                f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
-                "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
-                stacklevel=5,
-            )
