@@ -56,17 +56,3 @@ def giou_row(box: list[float], target: list[float]) -> float:
 def log_iou_row(box: list[float], target: list[float]) -> float:
     intersection, union, _ = areas(box, target)
     return -math.log(max(intersection / union, 1e-6))
-
-
-def iou_row(box: list[float], target: list[float]) -> float:
-    intersection, union, _ = areas(box, target)
-    return 1 - intersection / union
-
-
-def focal_row(logits: list[float], targets: list[float], alpha: float = 0.25, gamma: float = 2.0) -> float:
-    total = 0.0
-    for logit, target in zip(logits, targets, strict=True):
-        agreement = sigmoid(logit) if target else sigmoid(-logit)
-        share = alpha if target else 1 - alpha
-        total += (share if alpha >= 0 else 1) * (1 - agreement) ** gamma * cross_entropy(logit, target)
-    return total

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from crosskd.head import Block, Branch, Tapped, TapPoint, Tower, split_tower
+from crosskd.towers import Block, Branch, Tapped, TapPoint, Tower, split_tower
 
 WIDTH = 8
 

@@ -1,0 +1,36 @@
+"""The divergence of distributions over bins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from crosskd.losses import distribution_kl_loss
+from tests.helpers.loss_cases import assert_published, make_logits
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 10])
+def test_published_value_and_gradient(temperature):
+    assert_published(f"distribution_kl_T{temperature}", distribution_kl_loss)
+
+
+def test_a_value_by_hand():
+    # The teacher is sure of 3/4 and 1/4, the student undecided.
+    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert distribution_kl_loss(student, teacher).item() == pytest.approx(expected)
+
+
+def test_it_is_the_divergence_of_torchs_own_distributions():
+    student, teacher = make_logits(6)
+    categories = [torch.distributions.Categorical(logits=logits) for logits in (teacher, student)]
+    expected = torch.distributions.kl_divergence(*categories).mean()
+    torch.testing.assert_close(distribution_kl_loss(student, teacher), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_error_temperature(temperature):
+    with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature}"):
+        distribution_kl_loss(torch.zeros(2, 4), torch.zeros(2, 4), temperature=temperature)
