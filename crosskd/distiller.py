@@ -123,12 +123,12 @@ class Distiller(nn.Module):
         self.student = student
         # In plain objects, so that the module machinery (parameters, state_dict, train) doesn't see the
         # teacher.
-        self._pair = self._paired(theirs, ours, class_map)
+        self.pair = self._paired(theirs, ours, class_map)
         self._structure = dict(student.named_modules())
         self._proved: set[str] = set()
         self._checked: set[str] = set()
         self.methods = nn.ModuleDict(_named(methods, ours.heads))
-        self._pairs = {name: _of_method(method, self._pair) for name, method in self._methods().items()}
+        self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
         for name, method in self._methods().items():
             method.setup(self._pairs[name])
         scheduled = any(method.schedule is not None for method in self._methods().values())
@@ -169,12 +169,12 @@ class Distiller(nn.Module):
     @property
     def teacher_adapter(self) -> Adapter:
         """Takes the frozen teacher apart."""
-        return self._pair.teacher
+        return self.pair.teacher
 
     @property
     def student_adapter(self) -> Adapter:
         """Takes the student apart."""
-        return self._pair.student
+        return self.pair.student
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of schedules with ``unit="epoch"``, counted from 0."""
@@ -237,7 +237,7 @@ class Distiller(nn.Module):
             methods: those that are active, by name; all of them unless given.
         """
         active = self._methods() if methods is None else methods
-        pair, student = self._pair, self._pair.student
+        pair, student = self.pair, self.pair.student
         batch, seen = self._prepare(images, targets, active)
         # The teacher runs first, so that what it needed is freed; but where its levels are resized to the
         # student's, those sizes must be known for it.
@@ -250,10 +250,7 @@ class Distiller(nn.Module):
             ours.heads[head.name] = with_own_losses(run, batch, ours.maps)
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
-        steps = (
-            {} if theirs is None else steps_of(self._pairs, theirs, ours, active, self.unlabelled_threshold)
-        )
-        self._check_first(steps)
+        steps = {} if theirs is None else self._steps(theirs, ours, active)
         return Trace(theirs, ours, steps, _losses_of(active, steps))
 
     def _methods(self) -> dict[str, Method]:
@@ -264,7 +261,7 @@ class Distiller(nn.Module):
     @outside_graph
     def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
-        teacher, student = self._pair.teacher, self._pair.student
+        teacher, student = self.pair.teacher, self.pair.student
         self._check_unchanged()
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
@@ -286,7 +283,7 @@ class Distiller(nn.Module):
             images: what it was made of, for a ``teacher_view``.
             targets: likewise.
         """
-        teacher, student = self._pair.teacher, self._pair.student
+        teacher, student = self.pair.teacher, self.pair.student
         if self.teacher_view is not None:
             return teacher.prepare(self.teacher_view(images, targets), None)
         pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
