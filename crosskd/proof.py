@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.adapters.base import Adapter, Batch, RegionHead
+from crosskd.pairing import Pair
 from crosskd.predictions import Predictions
-from crosskd.step import run_head
+from crosskd.running import run_region_heads, with_own_losses
+from crosskd.step import DetectorTrace, run_head
 
 __all__ = ["losses_of_pieces", "parting_layer", "prove_student", "prove_teacher", "same_random_numbers"]
 
@@ -108,19 +110,12 @@ def losses_of_pieces(adapter: Adapter, images: Any, targets: Any) -> dict[str, T
         targets: likewise.
     """
     batch = adapter.prepare(images, targets)
-    maps = adapter.maps(batch.pixels)
-    losses: dict[str, Tensor] = {}
-    predictions, anchors = None, None
-    for head in adapter.heads:
-        if isinstance(head, RegionHead):
-            assert predictions is not None
-            anchors = head.regions(predictions.detach(), anchors, batch)
-            predictions = run_head(head, [head.pool(maps, anchors, batch)], [0]).predictions
-        else:
-            predictions = run_head(head, maps, range(len(maps))).predictions
-            anchors = head.anchors(batch, maps)
-        losses.update(head.losses(predictions, anchors, batch)[0])
-    return losses
+    student = DetectorTrace(adapter, batch, adapter.maps(batch.pixels), {})
+    head = adapter.heads[0]
+    run = run_head(head, student.maps, range(len(student.maps)))
+    student.heads[head.name] = with_own_losses(run, batch, student.maps)
+    run_region_heads(Pair(adapter, adapter), None, student, {})
+    return {name: loss for run in student.heads.values() for name, loss in run.losses.items()}
 
 
 def parting_layer(own: Outputs, pieces: Outputs) -> str | None:

@@ -1,0 +1,106 @@
+"""What a `crosskd.Distiller` refuses or warns of: detectors that can't be a pair, losses without effect."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from crosskd.adapters.base import Adapter
+
+__all__ = ["bare", "check_devices", "check_effect", "check_same_pixels", "check_shared"]
+
+
+def bare(side: str, detector: nn.Module) -> nn.Module:
+    """A detector without the wrapper that ``torch.compile`` puts around it."""
+    if not isinstance(detector, nn.Module):
+        raise TypeError(f"{side} must be an nn.Module, got {type(detector).__name__}")
+    if isinstance(detector, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"{side} is wrapped in {type(detector).__name__}: hand in the detector itself, and wrap the "
+            "distiller instead"
+        )
+    compiled = getattr(detector, "_orig_mod", None)
+    if isinstance(compiled, nn.Module) or getattr(detector, "_compiled_call_impl", None) is not None:
+        warnings.warn(
+            f"{side} was compiled as a whole, but distillation runs it stage by stage, so in training it "
+            "runs uncompiled: call torch.compile(distiller) instead",
+            stacklevel=3,
+        )
+    return compiled if isinstance(compiled, nn.Module) else detector
+
+
+def check_shared(teacher: nn.Module, student: nn.Module) -> None:
+    if teacher is student:
+        raise ValueError(
+            "teacher and student are one object, so there is nothing to distil: to distil a detector into "
+            "itself pass copy.deepcopy(student) as the teacher"
+        )
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
+    if any(parameter.data_ptr() in theirs for parameter in student.parameters()):
+        warnings.warn(
+            "teacher and student share weights, so the teacher will change as the student trains: pass "
+            "copy.deepcopy(student) as the teacher",
+            stacklevel=3,
+        )
+
+
+def check_same_pixels(teacher: Adapter, student: Adapter) -> None:
+    """Raises ``ValueError`` where the teacher's pixels can't be made of the student's."""
+    theirs, ours = teacher.pixel_coding, student.pixel_coding
+    if (theirs is None) != (ours is None):
+        raise ValueError(
+            f"nothing tells how the {'teacher' if theirs is None else 'student'}'s pixels are coded, so the "
+            "teacher's can't be made of the student's: pass generic() the pixel_coding= "
+            "(crosskd.adapters.PixelCoding), or the distiller a teacher_view="
+        )
+    if theirs is not None and ours is not None and len(theirs.mean) != len(ours.mean):
+        raise ValueError(
+            f"the images' channels differ: {len(theirs.mean)} (teacher), {len(ours.mean)} (student). Both "
+            "get the same pixels: give the teacher images of its own by teacher_view=, or train one for the "
+            "student's"
+        )
+
+
+def check_devices(teacher: nn.Module, student: nn.Module) -> None:
+    theirs, ours = (next(detector.parameters()) for detector in (teacher, student))
+    if theirs.device != ours.device:
+        raise ValueError(
+            f"the teacher is on {theirs.device} and the student on {ours.device}: move both with "
+            "distiller.to(device)"
+        )
+    if theirs.dtype != ours.dtype and not torch.is_autocast_enabled(ours.device.type):
+        raise ValueError(
+            f"the teacher's weights are {theirs.dtype} and the student's {ours.dtype}: cast both with "
+            "distiller.to(dtype), or run the step under torch.autocast"
+        )
+
+
+def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` for losses that are none, warns for one that is zero."""
+    if not losses:
+        raise ValueError(f"{name} returned no loss at all: give one of its weights a value above 0")
+    for key, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{name}: {key} must be a scalar tensor, shape (), got {got}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                f"{name}: {key} depends on no trainable parameter of the student, so distilling it has no "
+                "effect: the student's features are frozen or detached before the split"
+            )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{name}: {key} is {value} on the first step: look for numbers that are not finite in the "
+                "images, the teacher's weights or the student's"
+            )
+        if value == 0:
+            warnings.warn(
+                f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
+                "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
+                stacklevel=5,
+            )

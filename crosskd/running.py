@@ -1,0 +1,296 @@
+"""The pieces of one training step, which `crosskd.Distiller` puts together in its ``trace``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
+from crosskd.methods.base import Method
+from crosskd.pairing import Pair
+from crosskd.predictions import Assignment
+from crosskd.step import DetectorTrace, HeadTrace, Side, Step, run_head, shape_only, space
+from crosskd.towers import Tapped, TapPoint
+
+__all__ = [
+    "outside_graph",
+    "points_of",
+    "run_region_heads",
+    "run_teacher",
+    "steps_of",
+    "with_own_losses",
+]
+
+Methods = Mapping[str, Method]
+"""Active methods by their names."""
+
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
+
+def outside_graph(function: CallableT) -> CallableT:
+    """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
+    return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _of_head(methods: Methods, name: str) -> dict[str, Method]:
+    """Those of some methods that distil the head of a name."""
+    return {key: method for key, method in methods.items() if method.head == name}
+
+
+def points_of(head: Head, methods: Methods, side: int) -> dict[str, dict[str, TapPoint]]:
+    """Where methods tap a head's towers, by branch and method.
+
+    Args:
+        head: the student's or the teacher's.
+        methods: the active ones.
+        side: 0 for the student's points, 1 for the teacher's.
+    """
+    points: dict[str, dict[str, TapPoint]] = {}
+    for branch in head.branches:
+        for name, method in _of_head(methods, head.name).items():
+            both = method.tap_points(branch.name) if "towers" in method.requires else None
+            if both is not None:
+                points.setdefault(branch.name, {})[name] = both[side]
+    return points
+
+
+# -- the teacher ---------------------------------------------------------------------------------
+
+
+def run_teacher(pair: Pair, batch: Batch, methods: Methods, student_maps: Sequence[Tensor]) -> DetectorTrace:
+    """The teacher's maps and its first head's run, as far as methods require them.
+
+    Args:
+        pair: the two detectors.
+        batch: as the teacher takes it.
+        methods: the active ones, one at least.
+        student_maps: the student's, where the teacher's levels are resized to them; else none.
+    """
+    adapter = pair.teacher
+    # No decorator: the compiler doesn't follow a decorated function into no_grad and out again.
+    with torch.no_grad():
+        maps = adapter.maps(batch.pixels)
+        heads = {}
+        head = _head_named(adapter, pair.student.heads[0].name)
+        if head is not None and _of_head(methods, head.name):
+            levels = (
+                [level for _, level in pair.levels] if pair.levels is not None else list(range(len(maps)))
+            )
+            sizes = None
+            if student_maps:
+                last = head.branches[0].towers[0].channels_last
+                sizes = [space(feature_map, channels_last=last) for feature_map in student_maps]
+            heads[head.name] = _observed(
+                pair, head, [maps[level] for level in levels], levels, methods, sizes
+            )
+    kept = any("maps" in method.requires or method.head not in (None, *heads) for method in methods.values())
+    batch = replace(batch, pixels=shape_only(batch.pixels))
+    return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
+
+
+def _observed(
+    pair: Pair,
+    head: Head,
+    maps: Sequence[Tensor],
+    levels: Sequence[int],
+    methods: Methods,
+    sizes: Sequence[tuple[int, ...]] | None = None,
+) -> HeadTrace:
+    """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
+
+    def keep(name: str, tapped: Tapped) -> Any:
+        return methods[name].keep_of_teacher(tapped)
+
+    points, columns = points_of(head, methods, 1), _columns(pair, head)
+    return run_head(head, maps, levels, points, keep, sizes=sizes, class_map=columns)
+
+
+def _columns(pair: Pair, head: Head) -> tuple[int, ...] | None:
+    """The teacher's columns of the logits that count: the classes are those of its last head."""
+    return pair.class_map if head is pair.teacher.heads[-1] else None
+
+
+def _head_named(adapter: Adapter, name: str) -> Head | None:
+    return next((head for head in adapter.heads if head.name == name), None)
+
+
+# -- the student ---------------------------------------------------------------------------------
+
+
+@outside_graph
+def with_own_losses(run: HeadTrace, batch: Batch, maps: Sequence[Tensor]) -> HeadTrace:
+    """A run of one of the student's heads with its anchors, own losses and label assignment.
+
+    Args:
+        run: the head's run; of a `RegionHead` with its regions as anchors.
+        batch: as the student takes it.
+        maps: the student's.
+    """
+    anchors = run.head.anchors(batch, maps) if run.anchors is None else run.anchors
+    run = replace(run, anchors=anchors, all_anchors=anchors)
+    if batch.targets is None:
+        return run
+    losses, assignment = run.head.losses(run.predictions, anchors, batch)
+    return replace(run, losses=losses, assignment=assignment)
+
+
+def run_region_heads(
+    pair: Pair, teacher: DetectorTrace | None, student: DetectorTrace, methods: Methods
+) -> None:
+    """Runs what comes after the student's first head, on the regions that it proposes, on both sides.
+
+    Args:
+        pair: the two detectors.
+        teacher: gets the runs of its heads that methods distil; ``None`` without active methods.
+        student: gets the runs of its heads.
+        methods: the active ones.
+    """
+    previous = student.heads[student.adapter.heads[0].name]
+    for head in student.adapter.heads[1:]:
+        assert isinstance(head, RegionHead)
+        distilled = bool(_of_head(methods, head.name))
+        if student.batch.targets is None and not distilled:
+            return
+        regions = _regions(head, previous, student.batch)
+        if teacher is not None and distilled:
+            theirs = _head_named(pair.teacher, head.name)
+            assert isinstance(theirs, RegionHead)
+            with torch.no_grad():
+                pooled = theirs.pool(teacher.maps, regions, teacher.batch)
+                observed = _observed(pair, theirs, [pooled], [0], methods)
+            teacher.heads[head.name] = replace(observed, anchors=regions, all_anchors=regions)
+        pooled = head.pool(student.maps, regions, student.batch)
+        run = replace(run_head(head, [pooled], [0], points_of(head, methods, 0)), anchors=regions)
+        previous = with_own_losses(run, student.batch, student.maps)
+        student.heads[head.name] = previous
+
+
+@outside_graph
+def _regions(head: RegionHead, previous: HeadTrace, batch: Batch) -> Any:
+    """The student's regions, which are constants."""
+    with torch.no_grad():
+        return head.regions(previous.predictions.detach(), previous.anchors, batch)
+
+
+# -- what methods see ----------------------------------------------------------------------------
+
+
+def steps_of(
+    pairs: Mapping[str, Pair],
+    teacher: DetectorTrace,
+    student: DetectorTrace,
+    methods: Methods,
+    unlabelled_threshold: float,
+) -> dict[str, Step]:
+    """What each method sees of a step.
+
+    Args:
+        pairs: each method's.
+        teacher: its run.
+        student: its run.
+        methods: the active ones.
+        unlabelled_threshold: the class probability from which on the teacher's anchors are positives, for
+            images without targets.
+    """
+    steps = {}
+    for name, method in methods.items():
+        pair, theirs, ours = pairs[name], None, None
+        assignment, assign, resized = None, None, False
+        if method.head is not None:
+            theirs, ours = teacher.heads[method.head], student.heads[method.head]
+            resized = _check_levels(pair, teacher, student, theirs)
+            theirs = _with_anchors(theirs, teacher, student, resized)
+            assign = _teacher_assigner(pair, theirs, teacher, student, unlabelled_threshold)
+            assignment = ours.assignment
+            if assignment is None:
+                assignment = theirs.head.assign_unlabelled(theirs.predictions, unlabelled_threshold)
+        required = frozenset(method.requires)
+        steps[name] = Step(
+            Side(teacher, theirs, required, name),
+            Side(student, ours, required, name),
+            class_map=pair.class_map,
+            scale=pair.scale,
+            resized=resized,
+            assignment=assignment,
+            assign_by_teacher=assign,
+        )
+    return steps
+
+
+def _check_levels(pair: Pair, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace) -> bool:
+    """Whether levels of the teacher's were resized; raises ``ValueError`` where they had to be."""
+    if run.head.rows == "regions":
+        return False
+    last = run.head.branches[0].towers[0].channels_last
+    theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
+    ours = [space(feature_map, channels_last=last) for feature_map in student.maps]
+    if theirs == ours:
+        return False
+    if not (pair.resize_levels and len(theirs) == len(ours)):
+        raise ValueError(
+            f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the same "
+            "strides, and images of the same size; build them with the same pyramid levels, or have the "
+            "teacher's resized by resize_levels=True"
+        )
+    return True
+
+
+def _with_anchors(run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, resized: bool) -> HeadTrace:
+    """A run of one of the teacher's heads with its anchors."""
+    if run.anchors is not None:
+        return run
+    maps = [shape_only(feature_map) for feature_map in teacher.maps]
+    if resized:
+        for place, level in enumerate(run.levels):
+            maps[level] = maps[level][:, :, :1, :1].expand(-1, -1, *student.maps[place].shape[2:])
+    anchors = run.head.anchors(teacher.batch, maps)
+    return replace(run, anchors=anchors.of_levels(run.levels), all_anchors=anchors)
+
+
+def _teacher_assigner(
+    pair: Pair, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, unlabelled_threshold: float
+) -> Callable[[], Assignment]:
+    """What gives the teacher's own label assignment at the levels that are compared."""
+
+    @outside_graph
+    def assign() -> Assignment:
+        if student.batch.targets is None:
+            return run.head.assign_unlabelled(run.predictions, unlabelled_threshold)
+        with torch.no_grad():
+            batch = replace(teacher.batch, objects=_teacher_objects(pair, teacher, student))
+            whole = run.head.assign(run.predictions, run.all_anchors, batch)
+        if run.anchors is run.all_anchors:
+            return whole
+        rows = cast(Anchors, run.all_anchors).rows(run.levels).to(whole.positive.device)
+        weights = None if whole.label_weights is None else whole.label_weights[:, rows]
+        return Assignment(weights, whole.positive[:, rows], whole.normalizer)
+
+    return assign
+
+
+def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace) -> tuple[Objects, ...]:
+    """The batch's objects in pixels of the teacher's batch, labelled by the teacher's classes."""
+    if student.batch.objects is None:
+        raise ValueError(
+            "the student's adapter gives no objects of the targets, which the teacher's label assignment "
+            "needs: give generic() objects=, a function of the targets"
+        )
+    same = pair.teacher.heads[-1].num_classes == pair.student.heads[-1].num_classes
+    objects = []
+    sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
+    for of_image, ((height, width), (own_height, own_width)) in zip(
+        student.batch.objects, sizes, strict=True
+    ):
+        factors = of_image.boxes.new_tensor([width / own_width, height / own_height] * 2)
+        labels = of_image.labels
+        if pair.class_map is not None:
+            labels = labels.new_tensor(pair.class_map)[labels]
+        elif not same:
+            # Most assigners look at places alone; those that look at classes refuse this.
+            labels = torch.full_like(labels, -1)
+        objects.append(Objects(of_image.boxes * factors, labels))
+    return tuple(objects)
