@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosskd._checks import compute_dtype, shape_text
 
-__all__ = ["Assignment", "Predictions", "positives_of_teacher", "join_levels", "mean_over_ranks"]
+__all__ = ["Assignment", "Predictions", "join_levels", "mean_over_ranks", "positives_of_teacher"]
 
 
 @dataclass(frozen=True, eq=False)

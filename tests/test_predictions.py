@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from crosskd.predictions import Predictions, assignment_from_teacher, join_levels, mean_over_ranks
+from crosskd.predictions import Predictions, join_levels, mean_over_ranks, positives_of_teacher
 
 
 def predictions(logits: torch.Tensor, quality: torch.Tensor | None = None, **fields) -> Predictions:
@@ -61,7 +61,7 @@ def test_an_anchor_that_is_sure_of_the_background_is_confident_of_nothing():
     confidence = predictions(logits, background=0).confidence()
     assert confidence[0, 0] < 1e-3
     assert confidence[0, 1] > 0.99
-    assignment = assignment_from_teacher(predictions(logits, background=0), 0.5, quality=False)
+    assignment = positives_of_teacher(predictions(logits, background=0), 0.5)
     assert assignment.positive.tolist() == [[False, True]]
     assert assignment.normalizer == 1
 
@@ -155,23 +155,23 @@ def logit(probability: float) -> float:
 def test_assignment_from_a_confident_teacher():
     logits = torch.full((2, 4, 3), -5.0)
     logits[0, 1, 2], logits[0, 3, 0], logits[1, 0, 1] = logit(0.6), logit(0.9), logit(0.4)
-    assignment = assignment_from_teacher(predictions(logits), 0.5, quality=False)
-    assert assignment.counted is None
+    assignment = positives_of_teacher(predictions(logits), 0.5)
+    assert assignment.label_weights is None
     assert assignment.positive.tolist() == [[False, True, False, True], [False] * 4]
     # Two in the first image; the second, without any, counts as one.
     assert assignment.normalizer.item() == 3
-    lower = assignment_from_teacher(predictions(logits), 0.3, quality=False)
+    lower = positives_of_teacher(predictions(logits), 0.3)
     assert lower.positive[1, 0]
     assert lower.normalizer.item() == 3
 
 
 def test_assignment_sums_quality_where_the_head_is_normalised_by_it():
     logits, quality = torch.full((1, 4, 2), 3.0), torch.tensor([[0.5, 0.8, 0.9, 0.1]]).logit()
-    summed = assignment_from_teacher(predictions(logits, quality), 0.5, quality=True)
+    summed = positives_of_teacher(predictions(logits, quality), 0.5, sum_quality=True)
     assert summed.normalizer.item() == pytest.approx(2.3)
-    counted = assignment_from_teacher(predictions(logits, quality), 0.5, quality=False)
+    counted = positives_of_teacher(predictions(logits, quality), 0.5)
     assert counted.normalizer.item() == 4
-    without = assignment_from_teacher(predictions(logits), 0.5, quality=True)
+    without = positives_of_teacher(predictions(logits), 0.5, sum_quality=True)
     assert without.normalizer.item() == 4
 
 
