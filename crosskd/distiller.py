@@ -243,6 +243,7 @@ class Distiller(nn.Module):
         # student's, those sizes must be known for it.
         maps = student.maps(batch.pixels) if self.resize_levels or not active else []
         theirs = run_teacher(pair, seen, active, maps) if active else None
+        del seen  # pixels of the teacher's own coding are freed before the student runs
         ours = DetectorTrace(student, batch, maps or student.maps(batch.pixels), {})
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
