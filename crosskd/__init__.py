@@ -3,6 +3,7 @@
 ``Distiller(teacher, student, CrossKD())`` wraps a detector; call it, back-propagate, keep the student.
 """
 
+from crosskd.diagnostics import check, describe
 from crosskd.distiller import Distiller
 from crosskd.methods import PKD, CrossKD, Method, PredictionMimicking
 from crosskd.schedule import Schedule

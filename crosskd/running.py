@@ -203,7 +203,7 @@ def steps_of(
         if method.head is not None:
             theirs, ours = teacher.heads[method.head], student.heads[method.head]
             resized = _check_levels(pair, teacher, student, theirs)
-            theirs = _with_anchors(theirs, teacher, student, resized)
+            theirs = teacher.heads[method.head] = _with_anchors(theirs, teacher, student, resized)
             assign = _teacher_assigner(pair, theirs, teacher, student, unlabelled_threshold)
             assignment = ours.assignment
             if assignment is None:

@@ -1,22 +1,23 @@
-"""A look at a detector's head before choosing where to split it."""
+"""A look at a detector's heads before choosing where to split them."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from crosskd.adapters import Adapter, find_adapter
-from crosskd.adapters.protocol import heads_of
-from crosskd.head import Block, Branch
+from crosskd.adapters import find_adapter
+from crosskd.adapters.base import Adapter, AdapterSpec, Head
+from crosskd.methods.settings import settings_for
+from crosskd.towers import Block, Branch
 
 __all__ = ["describe"]
 
 
-def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
-    """Prints a detector's branches, blocks, widths, levels and the positions it can be split at.
+def describe(detector: nn.Module, adapter: AdapterSpec | None = None) -> str:
+    """Prints a detector's levels, heads, branches, blocks, and the positions where it can be split.
 
     Args:
         detector: a detector that an adapter understands.
-        adapter: the adapter, where it can't be found from the detector's type.
+        adapter: makes the adapter of the detector; found from its type unless given.
 
     Returns:
         The printed text.
@@ -28,25 +29,51 @@ def describe(detector: nn.Module, adapter: Adapter | None = None) -> str:
     Example:
         >>> from torchvision.models.detection import fcos_resnet50_fpn
         >>> detector = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
-        >>> print(describe(detector).splitlines()[0])  # doctest: +ELLIPSIS
-        FCOS ...
+        >>> print(describe(detector).splitlines()[0])
+        FCOS, adapter TorchvisionFCOS
+        ...
     """
-    adapter = find_adapter(detector) if adapter is None else adapter
-    lines = [f"{type(detector).__name__} (settings: {adapter.recipe.head})"]
-    for part, source in heads_of(adapter).items():
-        lines += [f"part {part}"] if part else []
-        for branch in source.branches(detector):
-            lines += _branch_lines(branch)
-        lines.append(_position_text(source.recipe.position))
+    bound = find_adapter(detector) if adapter is None else adapter(detector)
+    lines = [f"{type(detector).__name__}, adapter {type(bound).__name__}", *_level_lines(bound)]
+    for head in bound.heads:
+        lines += _head_lines(head)
+    if not bound.heads:
+        lines.append("no head: it can be the teacher of methods of feature maps, such as crosskd.PKD()")
     text = "\n".join(lines)
     print(text)
     return text
 
 
-def _position_text(position: int | None) -> str:
-    if position is None:
-        return "position unless given: the last that leaves the teacher's tower a block"
-    return f"position unless given: {position}"
+def _level_lines(adapter: Adapter) -> list[str]:
+    lines = []
+    for name, values in (("strides", adapter.strides), ("channels", adapter.widths)):
+        numbers = "unknown" if values is None else ", ".join(f"{value:g}" for value in values)
+        lines.append(f"{name} per level: {numbers}")
+    return lines
+
+
+def _head_lines(head: Head) -> list[str]:
+    """A head, its branches, and what methods do for it unless they are given something else."""
+    name = f"head {head.name}" if head.name else "head"
+    background = "" if head.background is None else f", of which {head.background} is the background"
+    lines = [f"{name}: {head.head_type}, {head.num_classes} classes{background}"]
+    if head.rows == "queries":
+        lines.append("its predictions are a set of queries, which no method compares row by row")
+    for branch in head.branches:
+        lines += _branch_lines(branch)
+    if head.rows != "queries":
+        known = settings_for(head)
+        position = known.position
+        weights = [
+            f"cls_weight {known.cls_weight:g}",
+            f"reg_weight {known.reg_weight:g} ({known.regression})",
+        ]
+        if known.quality_weight:
+            weights.append(f"quality_weight {known.quality_weight:g}")
+        split = "the last that leaves the teacher's tower a block" if position is None else str(position)
+        origin = "published" if known.published else "ours, none are published"
+        lines.append(f"settings unless given ({origin}): position {split}, {', '.join(weights)}")
+    return lines
 
 
 def _branch_lines(branch: Branch) -> list[str]:
@@ -63,11 +90,11 @@ def _branch_lines(branch: Branch) -> list[str]:
         for number, block in enumerate(tower.blocks, 1):
             taps = "post, pre" if block.has_pre else "post"
             lines.append(f"  {number:>8}  {tower.width(number):>8}  {taps:<9}  {_block_text(block)}")
-    predictors = ", ".join(
-        f"{name} ({getattr(module, 'out_channels', getattr(module, 'out_features', '?'))} channels)"
-        for name, module in branch.predictors.items()
-    )
-    return [*lines, f"  predictors: {predictors}"]
+    predictors = []
+    for name, module in branch.predictors.items():
+        width = getattr(module, "out_channels", getattr(module, "out_features", "?"))
+        predictors.append(f"{name} ({width} channels)")
+    return [*lines, f"  predictors: {', '.join(predictors)}"]
 
 
 def _block_text(block: Block) -> str:
