@@ -292,16 +292,20 @@ class Distiller(nn.Module):
 
     def _check_unchanged(self) -> None:
         """Raises ``ValueError`` where something has changed that was read off when the distiller was made."""
+        made_for = self.student_adapter.detector
+        if self.student is not made_for:
+            raise ValueError(
+                f"distiller.student, a {type(made_for).__name__}, was replaced by a "
+                f"{type(self.student).__name__}: make a new Distiller for it"
+            )
         now = dict(self.student.named_modules())
         for path, module in self._structure.items():
             if now.get(path) is not module:
                 raise ValueError(
-                    f"the student's {path or 'whole'} was replaced since the distiller was made, so the new "
+                    f"the student's {path} was replaced since the distiller was made, so the new "
                     f"{type(now.get(path)).__name__} would not be trained: make the distiller after the last "
                     "change of the student (SyncBatchNorm and the like included)"
                 )
-        if self.student is not self.student_adapter.detector:
-            raise ValueError("distiller.student was replaced: make a new Distiller for it")
         if self.teacher.training:
             raise ValueError(
                 "distiller.teacher is in train mode, in which its answers change: call "
