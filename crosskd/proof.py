@@ -9,6 +9,7 @@ the teacher's predictions, the student's own losses.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -164,8 +165,10 @@ def _recorded(detector: nn.Module) -> Iterator[Outputs]:
     """Records the outputs of a detector's layers, those without children, while it runs."""
     outputs: Outputs = {}
     handles = []
+    # A layer at several places, an activation that all blocks share, is called in another order by the pieces.
+    places = Counter(id(module) for _, module in detector.named_modules(remove_duplicate=False))
     for path, module in detector.named_modules():
-        if any(True for _ in module.children()):
+        if any(True for _ in module.children()) or places[id(module)] > 1:
             continue
 
         def record(_: nn.Module, given: Any, output: Any, path: str = path) -> None:

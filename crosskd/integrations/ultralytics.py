@@ -16,8 +16,9 @@ from ultralytics.nn.tasks import DetectionModel, torch_safe_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from crosskd.adapters._ultralytics_detect import Criterion, UltralyticsAdapter
-from crosskd.adapters.protocol import Inputs
+from crosskd.adapters import find_adapter
+from crosskd.adapters.base import Anchors
+from crosskd.adapters.ultralytics.detect import Criterion, DetectHead, UltralyticsDetect
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
 from crosskd.predictions import Predictions
@@ -27,6 +28,7 @@ __all__ = ["CrossKDTrainer", "trainer"]
 # What is trained or counted beside the student: its name in the student while that is trained, and the
 # stem of the file beside the checkpoints.
 _EXTRAS = "distillation"
+_OPTIONS = ("teacher_adapter", "class_map", "teacher_view", "resize_levels", "prove")
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ def trainer(
     teacher is read, pass a model.
 
     Args:
-        teacher: a ``YOLO`` object, a ``DetectionModel``, or the path of a checkpoint.
+        teacher: a ``YOLO`` object, a detector or backbone that an adapter understands, or the path
+            of one of ultralytics' checkpoints.
         methods: `CrossKD` unless given.
-        options: further arguments of `Distiller`: ``class_map``, ``teacher_view``, ``resize_levels``.
+        options: further arguments of `Distiller`: ``teacher_adapter``, ``class_map``, ``teacher_view``,
+            ``resize_levels``, ``prove``.
 
     Raises:
-        TypeError: a teacher that is no detection model, or an option that `Distiller` doesn't have.
+        TypeError: a teacher that no adapter understands, or another option.
 
     Example:
         >>> from ultralytics import YOLO
@@ -73,13 +77,15 @@ def trainer(
         >>> kind.__mro__[2].__name__
         'DetectionTrainer'
     """
-    unknown = sorted(options.keys() - {"class_map", "teacher_view", "resize_levels"})
+    unknown = sorted(options.keys() - set(_OPTIONS))
     if unknown:
         raise TypeError(
-            f"trainer() got {', '.join(unknown)}, but takes class_map, teacher_view and resize_levels beside "
-            "teacher and methods"
+            f"trainer() got {', '.join(unknown)}, but takes {', '.join(_OPTIONS)} beside teacher and methods"
         )
-    given = _model_in(teacher) if isinstance(teacher, nn.Module) else str(teacher)
+    given: nn.Module | str = str(teacher)
+    if isinstance(teacher, nn.Module):
+        given = _model_in(teacher)
+        (options.get("teacher_adapter") or find_adapter)(given)  # to be refused now, not after the data
     settings = Settings(given, CrossKD() if methods is None else methods, options)
     # A class of its own for these settings. For several GPUs ultralytics pickles it as a whole, settings
     # included, for the processes that it starts.
@@ -182,27 +188,49 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
         self._distilled().load_extras(extras)
 
 
-class _NotingAdapter(UltralyticsAdapter):
+class _LoggingHead(DetectHead):
     """Keeps what the criterion logs, which may be something else than its losses."""
 
-    def __init__(self, distributions: bool = True) -> None:
-        super().__init__(distributions)
+    def __init__(self, detector: Any) -> None:
+        super().__init__(detector)
         self.logged: dict[str, Tensor] = {}
 
     def run_criterion(
-        self, student: Any, predictions: Predictions, locations: Any, inputs: Inputs
+        self, predictions: Predictions, anchors: Anchors, targets: Mapping[str, Tensor]
     ) -> Criterion:
-        answer = super().run_criterion(student, predictions, locations, inputs)
+        answer = super().run_criterion(predictions, anchors, targets)
         self.logged = answer.logged
         return answer
 
 
+class _LoggingDetect(UltralyticsDetect):
+    head = _LoggingHead
+
+
 class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
-    """What the student is while it is trained: the same object, of this class.
+    """What the student is while it is trained: the same object, of a class made of this one and its own.
 
     It stays one object, so whatever ultralytics sets on its model or reads from it is the student's. Copies
-    of it, as the averaged one that checkpoints hold, are plain.
+    of it, as the averaged one that checkpoints hold and those that the first step's comparison runs on, are
+    plain.
     """
+
+    @classmethod
+    def wrap(cls, student: nn.Module, distiller: Distiller) -> None:
+        """Makes a student one that distils, in place."""
+        own = type(student)
+        student.__class__ = type(own.__name__, (cls, own), {})
+        # In a tuple, where the module machinery doesn't see it: the distiller holds the student itself.
+        student.__dict__["_distiller"] = (distiller, own)
+        # What the methods train belongs to the model, so that optimizer and processes treat it as the rest.
+        student.add_module(_EXTRAS, distiller.methods)
+        student.train(student.training)
+
+    def unwrap(self) -> None:
+        """Makes it the plain student again, in place."""
+        own = self.__dict__["_distiller"][1]
+        del self._modules[_EXTRAS], self.__dict__["_distiller"]
+        self.__class__ = own
 
     @property
     def distiller(self) -> Distiller:
@@ -212,7 +240,7 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
     @property
     def logged(self) -> dict[str, Tensor]:
         """What the criterion logged of the student's own losses last."""
-        return cast(_NotingAdapter, self.distiller.adapter).logged
+        return cast(_LoggingHead, self.distiller.student_adapter.heads[0]).logged
 
     def loss(self, batch: Any, preds: Any = None) -> Any:
         """The criterion's losses and the methods', as ultralytics' models give them: (losses, logged)."""
@@ -247,8 +275,9 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
         return super().load_state_dict({**own, **state_dict}, *arguments, **options)
 
     def plain(self) -> DetectionModel:
-        """The plain student, which shares everything with this one."""
-        student = DetectionModel.__new__(DetectionModel)
+        """The plain student, of its own class, which shares everything with this one."""
+        own = self.__dict__["_distiller"][1]
+        student: DetectionModel = own.__new__(own)
         modules = {name: module for name, module in self._modules.items() if name != _EXTRAS}
         student.__dict__.update({**self.__dict__, "_modules": modules})
         del student.__dict__["_distiller"]
@@ -263,41 +292,14 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
 
 def _distil(student: nn.Module, teacher: nn.Module, settings: Settings, device: torch.device) -> None:
     """Makes a student one that distils, in place."""
-    if settings.options.get("class_map") is None:
-        _check_names(teacher, student)
-    adapter = _NotingAdapter.for_detectors(teacher, student)
-    distiller = Distiller(teacher, student, settings.methods, adapter, **settings.options).to(device)
-    student.__class__ = _DistilledModel
-    # In a tuple, where the module machinery doesn't see it: the distiller holds the student itself.
-    student.__dict__["_distiller"] = (distiller,)
-    # What the methods train belongs to the model, so that optimizer and processes treat it as the rest.
-    student.add_module(_EXTRAS, distiller.methods)
-    student.train(student.training)
-
-
-def _check_names(teacher: nn.Module, student: nn.Module) -> None:
-    """Raises ``ValueError`` where one index is the name of two classes: the student has its data's by now."""
-    theirs, ours = (
-        {int(index): str(name) for index, name in cast(Any, side).names.items()}
-        for side in (teacher, student)
-    )
-    unnamed = any(all(name == str(index) for index, name in side.items()) for side in (theirs, ours))
-    if unnamed or len(theirs) != len(ours):
-        return
-    for index, name in ours.items():
-        if theirs.get(index, "").casefold() != name.casefold():
-            raise ValueError(
-                f"the names of the classes differ: class {index} is {theirs.get(index)!r} (teacher), "
-                f"{name!r} (student, by its data). Give class_map=, the teacher's class index for each of "
-                f"the student's; class_map=range({len(ours)}) if they mean the same"
-            )
+    options = {"teacher_adapter": find_adapter, **settings.options}
+    distiller = Distiller(teacher, student, settings.methods, _LoggingDetect, **options).to(device)
+    _DistilledModel.wrap(student, distiller)
 
 
 def _undo(student: nn.Module) -> None:
     if isinstance(student, _DistilledModel):
-        del student._modules[_EXTRAS]
-        del student.__dict__["_distiller"]
-        student.__class__ = DetectionModel
+        student.unwrap()
 
 
 def _model_in(teacher: nn.Module) -> nn.Module:
@@ -307,7 +309,6 @@ def _model_in(teacher: nn.Module) -> nn.Module:
         raise TypeError(
             f"the teacher's model is {inside!r}, not a PyTorch model: load it from a .pt or a yaml"
         )
-    UltralyticsAdapter.for_detectors(inside)
     return inside
 
 

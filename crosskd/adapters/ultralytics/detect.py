@@ -1,21 +1,20 @@
-"""Takes ultralytics' ``DetectionModel`` apart: towers, predictions, boxes, and its own criterion.
+"""Takes ultralytics' ``DetectionModel`` apart: maps, towers, predictions, boxes, and its own criterion.
 
 A detection head has, for each level, a sequence of convolutions for boxes (``cv2``) and one for classes
 (``cv3``). All but the last are the tower, the last is the predictor. Heads that are trained end to end have
-both twice: one copy is trained on one-to-many assignments, the other (``one2one_cv2``, ``one2one_cv3``),
-without gradients into the features, on one-to-one assignments.
+both twice: one half is trained on one-to-many assignments, the other (``one2one_cv2``, ``one2one_cv3``),
+without gradients into the maps, on one-to-one assignments.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import ultralytics
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, v10Detect
@@ -23,13 +22,12 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 
 from crosskd._checks import compute_dtype
-from crosskd.adapters.levels import LevelPairs, check_channels
-from crosskd.adapters.protocol import Inputs
-from crosskd.head import Block, Branch, Tower
-from crosskd.methods.recipes import HeadRecipe
+from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, OwnOutput, PixelCoding
+from crosskd.adapters.replacing import replaced
 from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.towers import Block, Branch, Tower
 
-__all__ = ["UltralyticsAdapter"]
+__all__ = ["Criterion", "DetectHead", "UltralyticsDetect"]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -41,26 +39,9 @@ _OLDEST = "8.4.190"
 if _numbers(ultralytics.__version__) < _numbers(_OLDEST):
     raise ImportError(f"{ultralytics.__version__} is installed, which is older than {_OLDEST}")
 
-# Ours, not published: each weight is that of the head's own loss of the same kind in ultralytics' defaults
-# (``cls``, ``dfl``, ``box``), so that the teacher counts as much as the ground truth does.
-_DISTRIBUTIONS = HeadRecipe(
-    "YOLO with distributions",
-    1,
-    cls_weight=0.5,
-    reg_weight=1.5,
-    regression="distribution_kl",
-    times_batch=True,
-)
-_DISTANCES = HeadRecipe(
-    "YOLO with distances",
-    1,
-    cls_weight=0.5,
-    reg_weight=7.5,
-    regression="giou",
-    times_batch=True,
-)
-
 _HEADS = (Detect, v10Detect)
+_GREY = 114 / 255  # what ultralytics' data loader pads images with
+_NO_LOGIT = -100.0  # a class that the teacher's predictions leave out
 
 
 class _Half(NamedTuple):
@@ -83,35 +64,6 @@ _ONE_TO_MANY = _Half("", "cv2", "cv3", "one2many")
 _ONE_TO_ONE = _Half("one2one_", "one2one_cv2", "one2one_cv3", "one2one")
 
 
-@dataclass(frozen=True, eq=False)
-class Locations:
-    """Where a head predicts, in the order of its predictions.
-
-    Attributes:
-        sizes: (height, width) of each level.
-        halves: how many copies of the head predict at each place, their rows one behind the other.
-        points: shape (anchors, 2), xy in pixels.
-        strides: shape (anchors, 1), pixels.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    halves: int
-    points: Tensor
-    strides: Tensor
-
-    def by_half(self, rows: Tensor) -> list[Tensor]:
-        """Rows (batch, anchors, …) of each half, of shape (batch, anchors / halves, …), level by level."""
-        counts = [height * width for height, width in self.sizes for _ in range(self.halves)]
-        parts = torch.split(rows, counts, dim=1)
-        return [torch.cat(parts[half :: self.halves], dim=1) for half in range(self.halves)]
-
-    def joined(self, halves: Sequence[Tensor]) -> Tensor:
-        """The reverse of `by_half`."""
-        counts = [height * width for height, width in self.sizes]
-        levels = zip(*(torch.split(rows, counts, dim=1) for rows in halves), strict=True)
-        return torch.cat([rows for level in levels for rows in level], dim=1)
-
-
 class Criterion(NamedTuple):
     """What a model's own criterion answered.
 
@@ -126,7 +78,189 @@ class Criterion(NamedTuple):
     assignment: Assignment
 
 
-class UltralyticsAdapter:
+class DetectHead(Head):
+    """The head of a `UltralyticsDetect`; of a head end to end, the one-to-one half's rows come second.
+
+    Rows stand level by level; within a level, one half behind the other.
+    """
+
+    times_batch = True
+
+    def __init__(self, detector: Any) -> None:
+        self.detector, self.detect = detector, detector.model[-1]
+        self.num_classes = int(self.detect.nc)
+        self.class_names = _class_names(detector, self.num_classes)
+        self.bins = int(self.detect.reg_max)
+        self.head_type = "YOLO with distributions" if self.bins > 1 else "YOLO with distances"
+        end_to_end = getattr(self.detect, _ONE_TO_ONE.boxes, None) is not None
+        self.halves = (_ONE_TO_MANY, _ONE_TO_ONE) if end_to_end else (_ONE_TO_MANY,)
+        branches = []
+        for half in self.halves:
+            branches.append(_branch(f"{half.prefix}classification", half.classes, self.detect))
+            branches.append(_branch(f"{half.prefix}regression", half.boxes, self.detect))
+        self.branches = tuple(branches)
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the last convolutions."""
+        logits, regression = [], []
+        for half in self.halves:
+            classes = getattr(self.detect, half.classes)[level][-1]
+            boxes = getattr(self.detect, half.boxes)[level][-1]
+            logits.append(_rows(classes(towers[f"{half.prefix}classification"])))
+            regression.append(_rows(boxes(towers[f"{half.prefix}regression"])))
+        return self._predictions(torch.cat(logits, dim=1), torch.cat(regression, dim=1))
+
+    def _predictions(self, logits: Tensor, sides: Tensor) -> Predictions:
+        """Predictions of logits (batch, anchors, classes) and sides (batch, anchors, 4 * bins)."""
+        if self.bins > 1:
+            sides = sides.reshape(*sides.shape[:2], 4, self.bins)
+        return Predictions(logits, sides, None)
+
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """The middle of each cell, xy; once for each half."""
+        points, strides, sizes = [], [], []
+        for stride, feature_map in zip(self.detect.stride.tolist(), maps, strict=True):
+            height, width = int(feature_map.shape[2]), int(feature_map.shape[3])
+            y, x = torch.meshgrid(
+                torch.arange(height, device=feature_map.device),
+                torch.arange(width, device=feature_map.device),
+                indexing="ij",
+            )
+            middles = (torch.stack([x, y], dim=-1).reshape(-1, 2) + 0.5) * stride
+            points.append(middles.repeat(len(self.halves), 1))
+            strides.append(middles.new_full((len(self.halves) * height * width,), stride))
+            sizes.append((height, width))
+        per_level = tuple(len(of_level) for of_level in points)
+        return Anchors(torch.cat(points), per_level, torch.cat(strides), tuple(sizes))
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
+        """Distances in strides from each point to the four sides; of a distribution, its mean."""
+        assert anchors.boxes is not None
+        assert anchors.strides is not None
+        sides = predictions.regression.to(compute_dtype(predictions.regression))
+        if sides.ndim == 4:
+            bins = torch.arange(sides.shape[-1], dtype=sides.dtype, device=sides.device)
+            sides = sides.softmax(dim=-1) @ bins
+        left_top, right_bottom = torch.split(sides * anchors.strides.to(sides)[:, None], 2, dim=-1)
+        points = anchors.boxes.to(sides)
+        return torch.cat([points - left_top, points + right_bottom], dim=-1)
+
+    def losses(
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The model's own criterion, run once, and the assignment that its assigner made for it.
+
+        The criterion is kept on the model, ``model.criterion``, as ultralytics itself keeps it: that of a
+        head end to end counts epochs (``model.criterion.update()`` at the end of each, which ultralytics'
+        trainer calls).
+        """
+        answer = self.run_criterion(predictions, anchors, batch.targets)
+        return dict(zip(answer.logged, answer.losses, strict=True)), answer.assignment
+
+    def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
+        """What the model's own assigner makes of a batch's objects, by predictions of all levels.
+
+        Raises:
+            ValueError: objects of unknown classes, predictions of some levels alone: the assigner compares
+                what all of them predict for an object's class.
+        """
+        assert batch.objects is not None
+        if any(bool((of_image.labels < 0).any()) for of_image in batch.objects):
+            raise ValueError(
+                f"the {self.head_type} head's label assignment compares what it predicts for each object's "
+                f"class, but nothing tells which of its {self.num_classes} classes the objects are: give "
+                "class_map=, the teacher's class index for each of the student's"
+            )
+        rows, needed = predictions.logits.shape[1], sum(anchors.per_level)
+        if rows != needed:
+            raise ValueError(
+                f"the {self.head_type} head's label assignment compares the predictions of all its levels, "
+                f"{needed} rows, but there are {rows}: take a student whose levels have the same strides, "
+                f"{self.detect.stride.tolist()}"
+            )
+        return self.run_criterion(predictions, anchors, _targets_of(batch)).assignment
+
+    def run_criterion(
+        self, predictions: Predictions, anchors: Anchors, targets: Mapping[str, Tensor]
+    ) -> Criterion:
+        """What the model's own criterion makes of predictions of all levels.
+
+        Args:
+            predictions: of as many classes as the head has, or fewer.
+            anchors: of all levels.
+            targets: ultralytics' own batch.
+        """
+        if getattr(self.detector, "criterion", None) is None:
+            with settings_of(self.detector):
+                self.detector.criterion = self.detector.init_criterion()
+        criterion = self.detector.criterion
+        both = len(self.halves) > 1
+        parts = [getattr(criterion, half.output, None) for half in self.halves] if both else [criterion]
+        outputs = self._as_outputs(predictions, anchors)
+        given = dict(zip((half.output for half in self.halves), outputs, strict=True)) if both else outputs[0]
+        with ExitStack() as stack:
+            calls = [stack.enter_context(_assigner_calls(part)) for part in parts]
+            losses, logged = criterion(given, targets)
+        gains = [criterion.o2m, criterion.o2o] if both else [1.0]
+        return Criterion(losses, dict(logged), self._assignment([of[-1] for of in calls], gains, anchors))
+
+    def _as_outputs(self, predictions: Predictions, anchors: Anchors) -> list[dict[str, Any]]:
+        """Predictions in the form that a head's own forward gives each half's in.
+
+        Of the maps a criterion reads no more than shape, type and device.
+        """
+        logits = predictions.logits
+        left_out = self.num_classes - logits.shape[-1]
+        if left_out:
+            logits = F.pad(logits, (0, left_out), value=_NO_LOGIT)
+        scores, sides = self.by_half(logits, anchors), self.by_half(predictions.regression, anchors)
+        stand_ins = [logits.new_empty(()).expand(len(logits), 1, *size) for size in anchors.sizes]
+        return [
+            {"boxes": side.flatten(2).transpose(1, 2), "scores": score.transpose(1, 2), "feats": stand_ins}
+            for side, score in zip(sides, scores, strict=True)
+        ]
+
+    def predictions_of(self, raw: Mapping[str, Any]) -> Predictions:
+        """What a head's own forward gave, as predictions of all levels."""
+        halves = [raw[half.output] for half in self.halves] if len(self.halves) > 1 else [raw]
+        counts = [feature_map.shape[2] * feature_map.shape[3] for feature_map in halves[0]["feats"]]
+        logits = _joined([half["scores"].transpose(1, 2) for half in halves], counts)
+        sides = _joined([half["boxes"].transpose(1, 2) for half in halves], counts)
+        return self._predictions(logits, sides)
+
+    def by_half(self, rows: Tensor, anchors: Anchors) -> list[Tensor]:
+        """Rows (batch, anchors, …) of each half, shape (batch, anchors / halves, …), level by level."""
+        count = len(self.halves)
+        per_half = [rows // count for rows in anchors.per_level for _ in self.halves]
+        parts = torch.split(rows, per_half, dim=1)
+        return [torch.cat(parts[half::count], dim=1) for half in range(count)]
+
+    def _assignment(
+        self, calls: Sequence[tuple[Tensor, Tensor]], gains: Sequence[float], anchors: Anchors
+    ) -> Assignment:
+        """The assignment of all halves.
+
+        Each half's own losses are divided by its summed target scores and multiplied by its gain. One number
+        normalises all anchors here, the halves' sum, so what is left of both stands in the anchors' weights.
+
+        Args:
+            calls: of each half, target scores (batch, anchors, classes) and its positives (batch, anchors).
+            gains: how much each half counts in the model's own losses.
+            anchors: of all levels.
+        """
+        counts = [height * width for height, width in anchors.sizes]
+        positive = _joined([mask.bool() for _, mask in calls], counts)
+        sums = [mean_over_ranks(scores.sum().float().clamp(min=1)) for scores, _ in calls]
+        normalizer = torch.stack(sums).sum()
+        if len(calls) == 1:
+            return Assignment(None, positive, normalizer)
+        weights = []
+        for gain, total, (_, mask) in zip(gains, sums, calls, strict=True):
+            weights.append((gain * normalizer / total).expand(mask.shape))
+        return Assignment(_joined(weights, counts), positive, normalizer)
+
+
+class UltralyticsDetect(Adapter):
     """Adapter for ultralytics' ``DetectionModel`` with a ``Detect`` head: YOLOv8, 11, 26 and their like.
 
     Images are a batch (batch, channels, height, width) of values from 0 to 1, targets ultralytics' own batch:
@@ -137,271 +271,172 @@ class UltralyticsAdapter:
     ``l1_loss``). Their sum is exactly what its own training minimises: a mean over the batch times the number
     of its images. So the methods' losses are multiplied by it too.
 
-    The settings of the methods are ours, nothing is published for these heads: after the first of two blocks,
-    each loss weighted as ultralytics weights the head's own of that kind (0.5 for classes, 1.5 for
-    distributions of sides or 7.5 for boxes), normalised as that one is, by the summed target scores.
-
     Args:
-        distributions: whether the heads predict a distribution for each side (``reg_max`` above 1).
+        detector: a detection model that was not fused for inference.
 
-    Attributes:
-        recipe: the settings for such heads.
+    Raises:
+        TypeError: something else, or a head of another type.
+        ValueError: a fused model, whose normalisations or a half of its head are gone.
 
     Example:
-        >>> from crosskd import CrossKD, Distiller
-        >>> teacher = DetectionModel("yolov8s.yaml", nc=3, verbose=False)
-        >>> student = DetectionModel("yolov8n.yaml", nc=3, verbose=False)
-        >>> distiller = Distiller(teacher, student, CrossKD())
-        >>> batch = {
-        ...     "batch_idx": torch.tensor([0.0]),
-        ...     "cls": torch.tensor([[2.0]]),
-        ...     "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]]),
-        ... }
-        >>> sorted(distiller(torch.rand(1, 3, 64, 64), batch))
-        ['box_loss', 'cls_loss', 'dfl_loss', 'kd_cls', 'kd_reg']
+        >>> adapter = UltralyticsDetect(DetectionModel("yolov8n.yaml", nc=3, verbose=False))
+        >>> adapter.strides, adapter.heads[0].head_type
+        ((8.0, 16.0, 32.0), 'YOLO with distributions')
     """
 
-    def __init__(self, distributions: bool = True) -> None:
-        self.recipe = _DISTRIBUTIONS if distributions else _DISTANCES
+    head: type[DetectHead] = DetectHead
 
-    @classmethod
-    def for_detectors(cls, *detectors: nn.Module) -> UltralyticsAdapter:
-        """The adapter for some models, by the last one's head: (teacher, student).
+    def __init__(self, detector: Any) -> None:
+        _check_type(detector)
+        self.detector: Any = detector
+        head = self.head(detector)
+        self.heads: tuple[DetectHead] = (head,)
+        self.strides = tuple(map(float, detector.model[-1].stride.tolist()))
+        self.widths = tuple(tower.width_in for tower in head.branches[0].towers)
+        channels = int(detector.yaml.get("channels", 3))
+        self.pixel_coding = PixelCoding((0.0,) * channels, (1.0,) * channels, padding=_GREY)
+        self._sources, self._unread = _reading_plan(detector.model)
+
+    def prepare(self, images: Any, targets: Any) -> Batch:
+        """Takes images and targets as they are.
+
+        Args:
+            images: shape (batch, channels, height, width), values from 0 to 1.
+            targets: ultralytics' own batch, or ``None``.
 
         Raises:
-            TypeError: something else than a detection model with a head that is known.
+            ValueError: images or targets in another form, or that the model can't take.
         """
-        sides = ("the teacher", "the student") if len(detectors) == 2 else ("the detector",) * len(detectors)
-        for side, detector in zip(sides, detectors, strict=True):
-            _check_type(side, detector)
-        return cls(distributions=_head(detectors[-1]).reg_max > 1)
-
-    def supports(self, detector: nn.Module) -> bool:
-        """Whether a detector is a ``DetectionModel`` with a ``Detect`` head (of YOLOv10 too)."""
-        return isinstance(detector, DetectionModel) and type(detector.model[-1]) in _HEADS
-
-    # -- construction -------------------------------------------------------------------------
-
-    def num_classes(self, detector: nn.Module) -> int:
-        """How many classes the head predicts."""
-        return int(_head(detector).nc)
-
-    def strides(self, detector: nn.Module) -> list[float]:
-        """Pixels between neighbouring locations a level."""
-        strides: list[float] = _head(detector).stride.tolist()
-        return strides
-
-    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` for a pair whose predictions can't be compared."""
-        for side, detector in (("teacher", teacher), ("student", student)):
-            if detector.is_fused():  # type: ignore[operator, unused-ignore]
-                raise ValueError(
-                    f"{side}: the model was fused for inference, so its normalisations, or a half of its "
-                    "head, are gone: load the checkpoint anew, and don't predict, validate or export with "
-                    "that object before you distil"
-                )
-        theirs, ours = _head(teacher), _head(student)
-        if theirs.reg_max != ours.reg_max:
-            raise ValueError(
-                f"reg_max differs: {theirs.reg_max} (teacher), {ours.reg_max} (student). It is the number of "
-                "bins of each side's distribution, 1 for a plain distance, and predictions of two kinds "
-                "can't be compared: take a teacher of the student's family, YOLOv8 or 11 (16 bins) or "
-                "YOLO26 (1)"
-            )
-        halves = [len(_halves(head)) for head in (theirs, ours)]
-        if halves[0] != halves[1]:
-            kinds = ["end to end, with a one-to-one half" if n == 2 else "one-to-many alone" for n in halves]
-            raise ValueError(
-                f"the heads differ: {kinds[0]} (teacher), {kinds[1]} (student). Build both with the same "
-                "end2end in their yaml, or take a teacher of the student's family"
-            )
-        check_channels(_channels(teacher), _channels(student), levels)
-
-    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
-        """Classification and regression; for a head end to end, both for its one-to-one half too."""
-        head = _head(detector)
-        branches = []
-        for half in _halves(head):
-            # As in the head's own forward. At position 0 the library taps before it: the features themselves.
-            detached = half is _ONE_TO_ONE and head.training
-            for name, attribute in (("classification", half.classes), ("regression", half.boxes)):
-                branches.append(_branch(half.prefix + name, attribute, head, detached=detached))
-        return tuple(branches)
-
-    # -- one step -----------------------------------------------------------------------------
-
-    def prepare(self, teacher: nn.Module, student: nn.Module, images: Any, targets: Any) -> Inputs:
-        """Takes images and targets as they are: both models see the same pixels."""
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            got = (
-                f"{images.dtype} {tuple(images.shape)}"
-                if isinstance(images, Tensor)
-                else type(images).__name__
-            )
+            got = type(images).__name__
+            if isinstance(images, Tensor):
+                got = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(
                 "images must be one floating point tensor (batch, channels, height, width) of values from 0 "
                 f"to 1, got {got}: divide what the data loader gives by 255, as its trainer's "
                 "preprocess_batch does"
             )
-        strides, theirs = self.strides(student), self.strides(teacher)
-        # A teacher of other strides sees images of its own.
-        coarsest = int(max(theirs if set(strides) <= set(theirs) else strides))
-        if any(side % coarsest for side in images.shape[2:]):
+        self._check_sides(images)
+        height, width = int(images.shape[2]), int(images.shape[3])
+        sizes = ((height, width),) * len(images)
+        if targets is None:
+            return Batch(images, sizes)
+        _check_targets(targets, len(images), self.heads[0].num_classes)
+        return Batch(images, sizes, _objects_of(targets, images), targets)
+
+    def take(self, batch: Batch) -> Batch:
+        """Another detector's batch as it is, if the model's coarsest stride divides its sides."""
+        self._check_sides(batch.pixels)
+        return batch
+
+    def _check_sides(self, pixels: Tensor) -> None:
+        assert self.strides is not None
+        coarsest = int(max(self.strides))
+        if any(side % coarsest for side in pixels.shape[2:]):
             raise ValueError(
                 f"images must have sides that are multiples of the coarsest stride, {coarsest}, got "
-                f"{tuple(images.shape[2:])}: pad them, as ultralytics' data loader does"
+                f"{tuple(pixels.shape[2:])}: pad them, as ultralytics' data loader does"
             )
-        if targets is not None:
-            _check_targets(targets, len(images), self.num_classes(student))
-        return Inputs(images, images, targets)
 
-    def features(self, detector: nn.Module, pixels: Tensor) -> list[Tensor]:
+    def maps(self, pixels: Tensor) -> list[Tensor]:
         """Runs all of the model's layers but the head; each says itself which outputs it reads (``f``)."""
-        *layers, head = detector.model  # type: ignore[misc, union-attr, unused-ignore]
-        readers = {index: number for number, layer in enumerate(layers) for index in _sources(layer, number)}
-        wanted = _sources(head, len(layers))
         outputs: dict[int, Any] = {-1: pixels}
-        for number, layer in enumerate(layers):
-            read = [outputs[index] for index in _sources(layer, number)]
+        for number, layer in enumerate(self.detector.model[:-1]):
+            read = [outputs[source] for source in self._sources[number]]
             outputs[number] = layer(read[0] if isinstance(layer.f, int) else read)
-            done = [i for i in outputs if i not in wanted and i < number and readers.get(i, i) <= number]
-            for index in done:  # the teacher's are not needed for a backward pass, so this frees them
-                del outputs[index]
-        return [outputs[index] for index in wanted]
+            for index in self._unread[number]:
+                del outputs[index]  # the teacher's are not needed for a backward pass, so this frees them
+        return [outputs[source] for source in self._sources[-1]]
 
-    def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """Runs the last convolutions; of a head end to end, the one-to-one half's rows come second."""
-        head = _head(detector)
-        logits, regression = [], []
-        for half in _halves(head):
-            classes, boxes = getattr(head, half.classes)[level][-1], getattr(head, half.boxes)[level][-1]
-            logits.append(_rows(classes(towers[f"{half.prefix}classification"])))
-            regression.append(_rows(boxes(towers[f"{half.prefix}regression"])))
-        sides = torch.cat(regression, dim=1)  # (batch, anchors, 4 * bins)
-        if head.reg_max > 1:
-            sides = sides.reshape(*sides.shape[:2], 4, head.reg_max)
-        return Predictions(torch.cat(logits, dim=1), sides, None)
+    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor]:
+        """What the model's own forward makes of a batch in train mode, by the names that it logs."""
+        with settings_of(self.detector):
+            losses, logged = self.detector({**targets, "img": images})
+        if losses.shape != (len(logged),):
+            return {"sum": losses.sum()}
+        return dict(zip(logged, losses, strict=True))
 
-    def locations(self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]) -> Locations:
-        """The middle of each cell."""
-        head = _head(detector)
-        halves = len(_halves(head))
-        points, strides = [], []
-        for stride, feature in zip(self.strides(detector), features, strict=True):
-            height, width = feature.shape[2:]
-            y, x = torch.meshgrid(
-                torch.arange(height, device=feature.device),
-                torch.arange(width, device=feature.device),
-                indexing="ij",
+    def own_outputs(self, batch: Batch) -> list[OwnOutput]:
+        """The raw predictions that the model's own forward gives beside its detections."""
+        head = self.detector.model[-1]
+        # In eval mode a head keeps the anchors of the last images that it has seen.
+        with replaced(head, export=False, shape=None, anchors=head.anchors, strides=head.strides):
+            output = self.detector(batch.pixels)
+        raw = output[1] if isinstance(output, tuple) and len(output) == 2 else None
+        if not isinstance(raw, Mapping):
+            raise ValueError(
+                f"{type(self.detector).__name__}'s own forward doesn't give a pair of detections and raw "
+                f"predictions, as ultralytics' models do, but a {type(output).__name__}: write an adapter "
+                "for it (docs/adapters.md), or pass prove=False"
             )
-            middles = (torch.stack([x, y], dim=-1).reshape(-1, 2) + 0.5) * stride
-            points.append(middles.repeat(halves, 1))
-            strides.append(torch.full((halves * height * width, 1), stride, device=feature.device))
-        sizes = tuple((int(feature.shape[2]), int(feature.shape[3])) for feature in features)
-        return Locations(sizes, halves, torch.cat(points), torch.cat(strides))
-
-    def decode(self, detector: nn.Module, predictions: Predictions, locations: Locations) -> Tensor:
-        """Distances in strides from each point to the four sides; of a distribution, its mean."""
-        sides = predictions.regression.to(compute_dtype(predictions.regression))
-        if sides.ndim == 4:
-            sides = sides.softmax(dim=-1) @ torch.arange(
-                sides.shape[-1], dtype=sides.dtype, device=sides.device
-            )
-        left_top, right_bottom = torch.split(sides * locations.strides.to(sides), 2, dim=-1)
-        points = locations.points.to(sides)
-        return torch.cat([points - left_top, points + right_bottom], dim=-1)
-
-    def losses(
-        self, student: nn.Module, predictions: Predictions, locations: Locations, inputs: Inputs
-    ) -> tuple[dict[str, Tensor], Assignment]:
-        """The model's own criterion, run once; its assigner is listened to.
-
-        The criterion is kept on the student, ``student.criterion``, as ultralytics itself keeps it: that of a
-        head end to end counts epochs (``student.criterion.update()`` at the end of each, which ultralytics'
-        trainer calls).
-        """
-        answer = self.run_criterion(student, predictions, locations, inputs)
-        return dict(zip(answer.logged, answer.losses, strict=True)), answer.assignment
-
-    def run_criterion(
-        self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
-    ) -> Criterion:
-        """What the model's own criterion makes of predictions."""
-        if getattr(student, "criterion", None) is None:
-            student.criterion = _new_criterion(student)
-        criterion = student.criterion
-        halves = _halves(_head(student))
-        outputs = _as_outputs(predictions, locations)
-        parts = [getattr(criterion, half.output) if len(halves) > 1 else criterion for half in halves]
-        with ExitStack() as stack:
-            heard = [stack.enter_context(_listening(part.assigner)) for part in parts]
-            given = dict(zip((half.output for half in halves), outputs, strict=True))
-            losses, logged = criterion(given if len(halves) > 1 else outputs[0], inputs.targets)
-        gains = [criterion.o2m, criterion.o2o] if len(halves) > 1 else [1.0]
-        return Criterion(losses, dict(logged), _assignment([one[-1] for one in heard], gains, locations))
-
-    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
-        """``student(images)``: raw outputs in ultralytics' own form, before non-maximum suppression."""
-        return student(images)
-
-    def check_locations(self, teacher: Locations, student: Locations, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where the points of the two differ."""
-        used = levels.of_teacher(len(teacher.sizes))
-        theirs = tuple(teacher.sizes[level] for level in used)
-        # Strides were paired at construction, so points on grids of one size are the same places.
-        if theirs != student.sizes:
-            raise ValueError(f"the levels differ: {theirs} (teacher), {student.sizes} (student)")
+        return [OwnOutput(self.heads[0].predictions_of(raw))]
 
 
-class _Detach(nn.Module):
-    """Stops gradients: a head's one-to-one half trains without moving the features."""
+class _DetachInTraining(nn.Module):
+    """Stops gradients while a head trains: its one-to-one half trains without moving the maps."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._head = (head,)  # in a tuple: the head contains the tower, and not the tower the head
 
     def forward(self, features: Tensor) -> Tensor:
-        return features.detach()
+        return features.detach() if self._head[0].training else features
 
 
-def _head(detector: nn.Module) -> Any:
-    return detector.model[-1]  # type: ignore[index, unused-ignore]
+@contextmanager
+def settings_of(model: Any) -> Iterator[None]:
+    """While it is open, a model that no trainer gave settings has ultralytics' defaults.
+
+    Outside of a trainer models hold a dict, or nothing, which criteria can't read.
+    """
+    settings = getattr(model, "args", None) or {}
+    if isinstance(settings, Mapping):
+        settings = IterableSimpleNamespace(**{**DEFAULT_CFG_DICT, **settings})
+    with replaced(model, args=settings):
+        yield
 
 
-def _halves(head: Any) -> tuple[_Half, ...]:
-    if getattr(head, _ONE_TO_ONE.boxes, None) is None:
-        return (_ONE_TO_MANY,)
-    return (_ONE_TO_MANY, _ONE_TO_ONE)
-
-
-def _channels(detector: Any) -> int:
-    return int(detector.yaml.get("channels", 3))
-
-
-def _check_type(side: str, detector: nn.Module) -> None:
+def _check_type(detector: nn.Module) -> None:
     name = type(detector).__name__
     if not isinstance(detector, DetectionModel):
         inside = getattr(detector, "model", None)
-        advice = (
-            f"hand in what is inside it, {name}.model"
-            if isinstance(inside, DetectionModel)
-            else "build one from a yaml or a checkpoint for detection"
-        )
-        raise TypeError(f"{side} is a {name}, not one of ultralytics' DetectionModels: {advice}")
+        advice = "build one from a yaml or a checkpoint for detection"
+        if isinstance(inside, DetectionModel):
+            advice = f"hand in what is inside it, {name}.model"
+        raise TypeError(f"a {name} is not one of ultralytics' DetectionModels: {advice}")
     head = type(detector.model[-1])
     if head not in _HEADS:
         raise TypeError(
-            f"{side}, a {name}, ends in a {head.__name__}; ultralytics' adapter knows the heads "
+            f"a {name} that ends in a {head.__name__}; ultralytics' adapter knows the heads "
             f"{', '.join(known.__name__ for known in _HEADS)}. For another one write an adapter "
             "(crosskd.adapters.Adapter) and pass it as adapter="
         )
+    if detector.is_fused():
+        raise ValueError(
+            "the model was fused for inference, so its normalisations, or a half of its head, are gone: load "
+            "the checkpoint anew, and don't predict, validate or export with that object before you distil"
+        )
 
 
-def _branch(name: str, attribute: str, head: Any, *, detached: bool) -> Branch:
+def _class_names(detector: Any, classes: int) -> tuple[str, ...] | None:
+    """The classes' names; ``None`` for a model that has numbers in their place."""
+    names = getattr(detector, "names", None) or {}
+    listed = [str(names.get(index, index)) for index in range(classes)]
+    unnamed = listed == [str(index) for index in range(classes)]
+    return None if unnamed else tuple(listed)
+
+
+def _branch(name: str, attribute: str, head: Any) -> Branch:
+    """A tower per level with its last convolution as predictor."""
     towers, predictors = [], {}
     for level, sequence in enumerate(getattr(head, attribute)):
         *layers, predictor = sequence
         # One module each, its activation included: SiLU, unlike ReLU, changes what has passed it once, so a
         # tail that ran it again would not be the teacher's.
         blocks = [Block((layer,), opaque=True) for layer in layers]
-        if detached and blocks:
-            blocks[0] = Block((_Detach(), *blocks[0].layers), opaque=True)
+        if blocks and name.startswith(_ONE_TO_ONE.prefix):
+            # As in the head's own forward. At position 0 the library taps before it: the map itself.
+            blocks[0] = Block((_DetachInTraining(head), *blocks[0].layers), opaque=True)
         first = blocks[0].widths if blocks else None
         title = f"{name.replace('_', ' ')} tower of level {level}"
         towers.append(Tower(title, tuple(blocks), first[0] if first else predictor.in_channels))
@@ -409,81 +444,94 @@ def _branch(name: str, attribute: str, head: Any, *, detached: bool) -> Branch:
     return Branch(name, tuple(towers), predictors)
 
 
-def _sources(layer: Any, number: int) -> list[int]:
-    """The numbers of the layers whose outputs a layer reads; -1 is the image."""
-    indices = [layer.f] if isinstance(layer.f, int) else list(layer.f)
-    return [index if index >= 0 else number + index for index in indices]
+def _reading_plan(layers: Sequence[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """For each layer the numbers of the layers that it reads, and of those that nothing reads after it.
+
+    -1 is the image. What the last layer, the head, reads is kept.
+    """
+    sources, last_reader = [], {}
+    for number, layer in enumerate(layers):
+        indices = [layer.f] if isinstance(layer.f, int) else list(layer.f)
+        sources.append([index if index >= 0 else number + index for index in indices])
+        last_reader.update(dict.fromkeys(sources[-1], number))
+        last_reader[number] = number
+    unread: list[list[int]] = [[] for _ in layers]
+    for index, number in last_reader.items():
+        if index not in sources[-1]:
+            unread[number].append(index)
+    return sources, unread
 
 
 def _rows(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2)  # (batch, height * width, channels)
 
 
-def _as_outputs(predictions: Predictions, locations: Locations) -> list[dict[str, Any]]:
-    """Predictions in the form that a head's own forward gives each half's in.
+def _joined(halves: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Each half's rows (batch, locations, …) as one tensor: level by level, one half behind the other.
 
-    Of the features a criterion reads no more than shape, type and device.
+    Args:
+        halves: their rows, level by level.
+        counts: locations of each level.
     """
-    scores = locations.by_half(predictions.logits)
-    sides = locations.by_half(predictions.regression)
-    like = predictions.logits
-    stand_ins = [like.new_empty(()).expand(len(like), 1, *size) for size in locations.sizes]
-    return [
-        {"boxes": side.flatten(2).transpose(1, 2), "scores": score.transpose(1, 2), "feats": stand_ins}
-        for side, score in zip(sides, scores, strict=True)
-    ]
-
-
-def _new_criterion(student: Any) -> Any:
-    """The model's own criterion; where no trainer gave the model settings, with ultralytics' defaults."""
-    settings = getattr(student, "args", None) or {}
-    if not isinstance(settings, Mapping):
-        return student.init_criterion()
-    # Outside of a trainer models hold a dict, which criteria can't read. The model's own is left alone.
-    stand_in = copy.copy(student)
-    stand_in.args = IterableSimpleNamespace(**{**DEFAULT_CFG_DICT, **settings})
-    return stand_in.init_criterion()
+    parts = [torch.split(rows, list(counts), dim=1) for rows in halves]
+    return torch.cat([half[level] for level in range(len(counts)) for half in parts], dim=1)
 
 
 @contextmanager
-def _listening(assigner: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Notes (target scores, mask of positive anchors) of each of an assigner's calls."""
-    heard: list[tuple[Tensor, Tensor]] = []
+def _assigner_calls(criterion: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Records (target scores, mask of positive anchors) of the one call of a criterion's assigner."""
+    assigner = getattr(criterion, "assigner", None)
+    if not isinstance(assigner, nn.Module):
+        raise ValueError(
+            f"the model's criterion, a {type(criterion).__name__}, has no assigner as ultralytics' own have, "
+            "so its label assignment can't be shared: write an adapter for this model (docs/adapters.md)"
+        )
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, arguments: Any, result: Any) -> None:
+    def record(module: nn.Module, arguments: Any, result: Any) -> None:
         _, _, target_scores, positive, _ = result
-        heard.append((target_scores, positive))
+        calls.append((target_scores, positive))
 
-    handle = assigner.register_forward_hook(note)
+    handle = assigner.register_forward_hook(record)
     try:
-        yield heard
+        yield calls
     finally:
         handle.remove()
+    if len(calls) != 1:
+        raise ValueError(
+            f"the model's criterion, a {type(criterion).__name__}, called its assigner {len(calls)} times "
+            "for a batch, and not once: write an adapter for this model (docs/adapters.md)"
+        )
 
 
-def _assignment(
-    heard: Sequence[tuple[Tensor, Tensor]], gains: Sequence[float], locations: Locations
-) -> Assignment:
-    """The assignment of all halves.
+def _objects_of(targets: Mapping[str, Tensor], images: Tensor) -> tuple[Objects, ...]:
+    """The objects of each image of a batch in ultralytics' form."""
+    height, width = images.shape[2:]
+    index = targets["batch_idx"].flatten().long()
+    order = index.argsort(stable=True)
+    counts = torch.bincount(index, minlength=len(images)).tolist()
+    centres, sizes = torch.split(targets["bboxes"][order].to(images.device), 2, dim=1)
+    scale = centres.new_tensor([width, height, width, height])
+    boxes = torch.cat([centres - sizes / 2, centres + sizes / 2], dim=1) * scale
+    labels = targets["cls"].flatten()[order].long().to(images.device)
+    return tuple(map(Objects, torch.split(boxes, counts), torch.split(labels, counts)))
 
-    Each half's own losses are divided by its summed target scores and multiplied by its gain. One number
-    normalises all anchors here, the halves' sum, so what is left of both stands in the anchors' weights.
 
-    Args:
-        heard: of each half, target scores (batch, anchors, classes) and positive anchors (batch, anchors).
-        gains: how much each half counts in the model's own losses.
-        locations: of the predictions.
-    """
-    positive = locations.joined([mask.bool() for _, mask in heard])
-    sums = [mean_over_ranks(scores.sum().float().clamp(min=1)) for scores, _ in heard]
-    normalizer = torch.stack(sums).sum()
-    if len(heard) == 1:
-        return Assignment(None, positive, normalizer)
-    counted = [
-        (gain * normalizer / total).expand(mask.shape)
-        for gain, total, (_, mask) in zip(gains, sums, heard, strict=True)
-    ]
-    return Assignment(locations.joined(counted), positive, normalizer)
+def _targets_of(batch: Batch) -> dict[str, Tensor]:
+    """A batch's objects in ultralytics' form."""
+    assert batch.objects is not None
+    height, width = batch.size
+    boxes = torch.cat([of_image.boxes for of_image in batch.objects])
+    labels = torch.cat([of_image.labels for of_image in batch.objects])
+    counts = torch.tensor([len(of_image.boxes) for of_image in batch.objects], device=boxes.device)
+    corners = boxes / boxes.new_tensor([width, height, width, height])
+    middles, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    index = torch.arange(len(counts), device=boxes.device).repeat_interleave(counts)
+    return {
+        "batch_idx": index.to(boxes.dtype),
+        "cls": labels[:, None].to(boxes.dtype),
+        "bboxes": torch.cat([middles, sizes], dim=1),
+    }
 
 
 def _check_targets(targets: Any, images: int, classes: int) -> None:

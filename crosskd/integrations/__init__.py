@@ -1,0 +1,1 @@
+"""Distillation inside other frameworks' own training, which stands above the `crosskd.Distiller`."""
