@@ -197,6 +197,7 @@ def steps_of(
             images without targets.
     """
     steps = {}
+    unlabelled: dict[str, Assignment] = {}  # one per head: an assigner that samples does so once
     for name, method in methods.items():
         pair, theirs, ours = pairs[name], None, None
         assignment, assign, resized = None, None, False
@@ -204,10 +205,12 @@ def steps_of(
             theirs, ours = teacher.heads[method.head], student.heads[method.head]
             resized = _check_levels(pair, teacher, student, theirs)
             theirs = teacher.heads[method.head] = _with_anchors(theirs, teacher, student, resized)
-            assign = _teacher_assigner(pair, theirs, teacher, student, unlabelled_threshold)
-            assignment = ours.assignment
-            if assignment is None:
-                assignment = theirs.head.assign_unlabelled(theirs.predictions, unlabelled_threshold)
+            if student.batch.targets is None and method.head not in unlabelled:
+                unlabelled[method.head] = theirs.head.assign_unlabelled(
+                    theirs.predictions, unlabelled_threshold
+                )
+            assignment = unlabelled.get(method.head, ours.assignment)
+            assign = _teacher_assigner(pair, theirs, teacher, student, unlabelled.get(method.head))
         required = frozenset(method.requires)
         steps[name] = Step(
             Side(teacher, theirs, required, name),
@@ -252,14 +255,17 @@ def _with_anchors(run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace
 
 
 def _teacher_assigner(
-    pair: Pair, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, unlabelled_threshold: float
+    pair: Pair, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, unlabelled: Assignment | None
 ) -> Callable[[], Assignment]:
-    """What gives the teacher's own label assignment at the levels that are compared."""
+    """What gives the teacher's own label assignment at the levels that are compared.
+
+    Without targets that is what its predictions have given already, ``unlabelled``.
+    """
 
     @outside_graph
     def assign() -> Assignment:
-        if student.batch.targets is None:
-            return run.head.assign_unlabelled(run.predictions, unlabelled_threshold)
+        if unlabelled is not None:
+            return unlabelled
         with torch.no_grad():
             batch = replace(teacher.batch, objects=_teacher_objects(pair, teacher, student))
             whole = run.head.assign(run.predictions, run.all_anchors, batch)
@@ -273,7 +279,7 @@ def _teacher_assigner(
 
 
 def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace) -> tuple[Objects, ...]:
-    """The batch's objects in pixels of the teacher's batch, labelled by the teacher's classes."""
+    """The batch's objects in pixels of the teacher's batch, labelled by the columns of its predictions."""
     if student.batch.objects is None:
         raise ValueError(
             "the student's adapter gives no objects of the targets, which the teacher's label assignment "
@@ -287,9 +293,8 @@ def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace)
     ):
         factors = of_image.boxes.new_tensor([width / own_width, height / own_height] * 2)
         labels = of_image.labels
-        if pair.class_map is not None:
-            labels = labels.new_tensor(pair.class_map)[labels]
-        elif not same:
+        # With a class map the teacher's predictions are of the student's classes, in the student's order.
+        if pair.class_map is None and not same:
             # Most assigners look at places alone; those that look at classes refuse this.
             labels = torch.full_like(labels, -1)
         objects.append(Objects(of_image.boxes * factors, labels))

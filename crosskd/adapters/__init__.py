@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.ssd import SSD
 
+from crosskd.adapters.backbone import backbone
 from crosskd.adapters.base import (
     Adapter,
     AdapterSpec,
@@ -16,7 +18,13 @@ from crosskd.adapters.base import (
     PixelCoding,
     RegionHead,
 )
-from crosskd.adapters.torchvision import TorchvisionFCOS, TorchvisionRetinaNet
+from crosskd.adapters.generic import generic
+from crosskd.adapters.torchvision import (
+    TorchvisionFasterRCNN,
+    TorchvisionFCOS,
+    TorchvisionRetinaNet,
+    TorchvisionSSD,
+)
 
 __all__ = [
     "Adapter",
@@ -29,8 +37,12 @@ __all__ = [
     "PixelCoding",
     "RegionHead",
     "TorchvisionFCOS",
+    "TorchvisionFasterRCNN",
     "TorchvisionRetinaNet",
+    "TorchvisionSSD",
+    "backbone",
     "find_adapter",
+    "generic",
 ]
 
 
@@ -49,6 +61,27 @@ def find_adapter(detector: nn.Module) -> Adapter:
         return TorchvisionRetinaNet(detector)
     if isinstance(detector, FCOS):
         return TorchvisionFCOS(detector)
+    if isinstance(detector, SSD):
+        return TorchvisionSSD(detector)
+    if isinstance(detector, FasterRCNN):
+        return TorchvisionFasterRCNN(detector)
+    if _is_of("ultralytics", detector):
+        from crosskd.adapters.ultralytics import UltralyticsDetect
+
+        return UltralyticsDetect(detector)
+    if _is_of("mmdet", detector):
+        from crosskd.adapters.mmdet import MMDetSingleStage
+
+        return MMDetSingleStage(detector)
     raise TypeError(
-        f"no adapter understands a {type(detector).__name__}. There are adapters for torchvision's RetinaNet, FCOS, "
+        f"no adapter understands a {type(detector).__name__}. There are adapters for torchvision's "
+        "RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, and for mmdet's one-stage detectors. "
+        "crosskd.adapters.generic() makes one of a detector of your own, to be passed as adapter= "
+        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as "
+        "teacher_adapter="
     )
+
+
+def _is_of(package: str, detector: nn.Module) -> bool:
+    """Whether a detector is of one of a package's classes; to find out, the package need not be there."""
+    return any(base.__module__.partition(".")[0] == package for base in type(detector).__mro__)

@@ -172,7 +172,7 @@ class CrossKD(Method):
         if levels is None:
             count = max(len(teacher.towers), len(student.towers))
             levels = tuple((level, level) for level in range(count))
-        for place, (level, teacher_level) in enumerate(levels if per_level else levels[:1]):
+        for place, (level, teacher_level) in enumerate(levels if per_level else ((0, 0),)):
             width = student.tower(level).width(student_point.position)
             teacher_width = teacher.tower(teacher_level).width(teacher_point.position)
             if width == teacher_width:

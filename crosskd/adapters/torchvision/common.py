@@ -5,8 +5,8 @@ losses.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,22 @@ from torchvision.models.detection.image_list import ImageList
 
 from crosskd._checks import compute_dtype
 from crosskd.adapters.base import Adapter, Anchors, Batch, Objects, PixelCoding
+from crosskd.adapters.replacing import replaced
 from crosskd.adapters.torchvision.images import check_boxes, check_images, check_targets
 from crosskd.predictions import Predictions
 
 __all__ = [
+    "AsGiven",
     "TorchvisionAdapter",
     "decode_deltas",
+    "grid_anchors",
     "image_list",
     "predict_from_tower",
-    "replaced",
     "targets_of",
     "widened",
 ]
 
+_logger = logging.getLogger("crosskd")
 _PROBE_PIXELS = 256
 
 
@@ -39,11 +42,11 @@ class TorchvisionAdapter(Adapter):
 
     Attributes:
         first_label: the smallest label of an object: 1 where 0 is the background.
-        probe: (height, width) in pixels of the image that the levels' strides are read off.
+        map_names: what the backbone calls the maps of its levels; none where they couldn't be read.
     """
 
     first_label = 0
-    probe = (_PROBE_PIXELS, _PROBE_PIXELS)
+    map_names: tuple[str, ...] = ()
 
     def __init__(self, detector: Any) -> None:
         self.detector: Any = detector
@@ -54,19 +57,29 @@ class TorchvisionAdapter(Adapter):
         self._read_levels()
 
     def _read_levels(self) -> None:
-        """Reads strides and widths off what the backbone makes of an image."""
+        """Reads strides, widths and names off what the backbone makes of an image.
+
+        Strides are those of the size that all images are resized to, where there is one.
+        """
         # A copy, without the user's hooks: nothing of the detector may change.
         backbone = copy.deepcopy(self.detector.backbone).eval()
         for module in backbone.modules():
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         parameter = next(backbone.parameters(), torch.empty(0))
+        fixed = getattr(self.detector.transform, "fixed_size", None)
+        width, height = (_PROBE_PIXELS, _PROBE_PIXELS) if fixed is None else map(int, fixed)
         assert self.pixel_coding is not None
-        with torch.no_grad():
-            maps = backbone(parameter.new_zeros(1, len(self.pixel_coding.mean), *self.probe))
-        listed = [maps] if isinstance(maps, Tensor) else list(maps.values())
-        self.strides = tuple(self.probe[1] / feature_map.shape[-1] for feature_map in listed)
-        self.widths = tuple(int(feature_map.shape[1]) for feature_map in listed)
+        pixels = parameter.new_zeros(1, len(self.pixel_coding.mean), height, width)
+        try:
+            with torch.no_grad():
+                maps = _named(backbone(pixels))
+        except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
+            _logger.info("nothing tells the strides: the backbone refused an image of zeros: %s", error)
+            return
+        self.map_names = tuple(maps)
+        self.strides = tuple(width / feature_map.shape[-1] for feature_map in maps.values())
+        self.widths = tuple(int(feature_map.shape[1]) for feature_map in maps.values())
 
     def prepare(self, images: Any, targets: Any) -> Batch:
         """The detector's own transform.
@@ -94,8 +107,7 @@ class TorchvisionAdapter(Adapter):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The backbone's feature maps."""
-        maps = self.detector.backbone(pixels)
-        return [maps] if isinstance(maps, Tensor) else list(maps.values())
+        return list(_named(self.detector.backbone(pixels)).values())
 
     def own_head_outputs(self, batch: Batch, modules: Sequence[nn.Module]) -> list[tuple[Any, Any]]:
         """The last inputs and output of some modules while the detector's own forward runs on a batch.
@@ -113,7 +125,7 @@ class TorchvisionAdapter(Adapter):
             )
         images = list(batch.pixels.unbind())
         try:
-            with replaced(self.detector, transform=_Given(self.detector.transform, image_list(batch))):
+            with replaced(self.detector, transform=AsGiven(self.detector.transform, image_list(batch))):
                 self.detector(images)
         finally:
             for handle in handles:
@@ -127,7 +139,7 @@ class TorchvisionAdapter(Adapter):
         return [seen[id(module)] for module in modules]
 
 
-class _Given:
+class AsGiven:
     """Stands in for a detector's transform: gives a batch as it is."""
 
     def __init__(self, transform: Any, images: ImageList) -> None:
@@ -140,20 +152,9 @@ class _Given:
         return getattr(self._transform, name)
 
 
-@contextmanager
-def replaced(module: Any, **attributes: Any) -> Iterator[None]:
-    """Replaces attributes of a module, submodules included, while the body runs.
-
-    What the module's own functions keep on it during that time stays.
-    """
-    own = {name: vars(module)[name] for name in attributes if name in vars(module)}
-    vars(module).update(attributes)  # in front of a submodule of that name
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(module)[name]
-        vars(module).update(own)
+def _named(maps: Any) -> Mapping[str, Tensor]:
+    """A backbone's maps by name; torchvision calls an only one "0"."""
+    return {"0": maps} if isinstance(maps, Tensor) else maps
 
 
 def image_list(batch: Batch) -> ImageList:
@@ -217,8 +218,3 @@ def grid_anchors(
         per_location = [len(boxes) // sum(locations)] * len(locations)
     per_level = tuple(n * each for n, each in zip(locations, per_location, strict=True))
     return Anchors(boxes, per_level, sizes=sizes)
-
-
-def named_losses(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy, so that what is added to it isn't added to the detector's own."""
-    return dict(losses)

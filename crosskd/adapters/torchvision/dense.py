@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from crosskd.adapters.base import Anchors, Batch, Head, OwnOutput
+from crosskd.adapters.replacing import replaced
 from crosskd.adapters.torchvision.common import (
     TorchvisionAdapter,
     decode_deltas,
     grid_anchors,
     predict_from_tower,
-    replaced,
     targets_of,
     widened,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,47 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, permute_and_flatten
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead, permute_and_flatten
 
-from crosskd.adapters._torchvision_images import prepare_images
-from crosskd.adapters._torchvision_parts import (
-    Locations,
-    check_anchor_settings,
-    check_box_coding,
-    check_forwards,
-    check_image_channels,
-    check_same_anchors,
+from crosskd.adapters.base import Anchors, Batch, Head, OwnOutput, RegionHead
+from crosskd.adapters.replacing import replaced
+from crosskd.adapters.torchvision.common import (
+    TorchvisionAdapter,
     decode_deltas,
-    delta_coder_settings,
+    grid_anchors,
     predict_from_tower,
-    probed_strides,
+    targets_of,
     widened,
 )
-from crosskd.adapters.levels import LevelPairs
-from crosskd.adapters.protocol import Inputs
-from crosskd.head import Block, Branch, Tower
-from crosskd.methods.recipes import HeadRecipe
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.predictions import Assignment, Predictions, join_levels, mean_over_ranks
+from crosskd.towers import Block, Branch, Tower
 
-__all__ = ["Regions", "TorchvisionFasterRCNNAdapter"]
+__all__ = ["Regions", "TorchvisionFasterRCNN"]
 
 _BACKGROUND = 0
-
-# TwoMLPHead runs these as functions.
-_FLATTEN = nn.Flatten()
-_RELU = nn.ReLU()
-
-
-class _NamedMaps(list[Tensor]):
-    """Feature maps, finest first, that know their names, by which a box head chooses those that it pools."""
-
-    def __init__(self, maps: Mapping[str, Tensor]) -> None:
-        super().__init__(maps.values())
-        self.by_name = dict(maps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +35,16 @@ class Regions:
     """What the student's box head answers for.
 
     Attributes:
-        boxes: one tensor (regions, 4) an image, xyxy in the student's resized pixels.
-        image_sizes: (height, width) of the student's resized images.
-        labels: with targets, one tensor (regions,) an image: each region's class, 0 for the background.
-        deltas: with targets, one tensor (regions, 4) an image: from each region to its object.
+        boxes: one tensor (regions, 4) per image, xyxy in pixels of the student's batch.
+        image_sizes: (height, width) of each image in the student's batch.
+        matches: with targets, one tensor (regions,) per image: the index of the region's object.
+        labels: with targets, one tensor (regions,) per image: each region's class, 0 for the background.
+        deltas: with targets, one tensor (regions, 4) per image: from each region to its object.
     """
 
     boxes: list[Tensor]
-    image_sizes: list[tuple[int, int]]
+    image_sizes: tuple[tuple[int, int], ...]
+    matches: list[Tensor] | None = None
     labels: list[Tensor] | None = None
     deltas: list[Tensor] | None = None
 
@@ -79,273 +58,246 @@ class Regions:
         return boxes
 
 
-class TorchvisionFasterRCNNAdapter:
+class _RPN(Head):
+    """The region proposal network: one tower of convolutions that objectness and boxes share."""
+
+    name = "rpn"
+    head_type = "RPN"
+    num_classes = 1
+
+    def __init__(self, detector: Any) -> None:
+        self.rpn = detector.rpn
+        head = _known(detector, "rpn.head", RPNHead)
+        blocks = list(head.conv)
+        tower = Tower.of(blocks, "rpn tower", width_in=None if blocks else head.cls_logits.in_channels)
+        predictors = {"cls_logits": head.cls_logits, "bbox_pred": head.bbox_pred}
+        self.branches = (Branch("rpn", (tower,), predictors),)
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Objectness and boxes, by the head's own forward and in torchvision's order."""
+        return _proposed(*predict_from_tower(self.rpn.head, towers["rpn"]))
+
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """The detector's own anchors."""
+        return grid_anchors(self.rpn.anchor_generator, batch, maps, None)
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
+        """Boxes by the network's own coder, in float32 at least."""
+        return decode_deltas(self.rpn.box_coder, predictions, anchors)
+
+    def losses(
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The network's own losses, and the sample of anchors that they are means over."""
+        rpn, boxes = self.rpn, [anchors.boxes] * len(batch.targets)
+        labels, objects = rpn.assign_targets_to_anchors(boxes, batch.targets)
+        deltas = rpn.box_coder.encode(objects, boxes)
+        samples: list[tuple[list[Tensor], list[Tensor]]] = []
+        sampler = rpn.fg_bg_sampler
+
+        def with_sample(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            samples.append(sampler(labels))
+            return samples[-1]
+
+        flat = predictions.logits.flatten(0, 1), predictions.regression.flatten(0, 1)
+        with replaced(rpn, fg_bg_sampler=with_sample):
+            objectness, box = rpn.compute_loss(*flat, labels, deltas)
+        if len(samples) != 1:
+            raise ValueError(
+                f"{type(rpn).__name__}.compute_loss did not call fg_bg_sampler once, so the sample of "
+                "anchors can't be shared: write an adapter for this detector (docs/adapters.md)"
+            )
+        losses = {"loss_objectness": objectness, "loss_rpn_box_reg": box}
+        return losses, _of_sample(torch.stack(labels), *samples[0])
+
+    def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
+        """The network's own labels of its anchors, of which its sampler takes as many as in training."""
+        targets = targets_of(batch, first_label=_BACKGROUND + 1)
+        labels, _ = self.rpn.assign_targets_to_anchors([anchors.boxes] * len(targets), targets)
+        return _of_sample(torch.stack(labels), *self.rpn.fg_bg_sampler(labels))
+
+    def assign_unlabelled(self, predictions: Predictions, threshold: float) -> Assignment:
+        """The network's own sampling, of anchors that the teacher holds for objects and of others."""
+        labels = (predictions.confidence() >= threshold).float()
+        return _of_sample(labels, *self.rpn.fg_bg_sampler(list(labels)))
+
+
+class _BoxHead(RegionHead):
+    """The box head: a softmax over the classes, and a box for each of them."""
+
+    name = "box"
+    head_type = "box head"
+    background = _BACKGROUND
+
+    def __init__(self, detector: Any, map_names: Sequence[str]) -> None:
+        self.rpn, self.roi_heads, self.map_names = detector.rpn, detector.roi_heads, tuple(map_names)
+        predictor = _known(detector, "roi_heads.box_predictor", FastRCNNPredictor)
+        self.num_classes = int(predictor.cls_score.out_features)
+        predictors = {"cls_score": predictor.cls_score, "bbox_pred": predictor.bbox_pred}
+        self.branches = (Branch("box", (_box_tower(self.roi_heads),), predictors),)
+
+    def regions(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Regions:
+        """The detector's own proposals: the sample that its losses are made on, or as many of the best."""
+        sizes = list(batch.image_sizes)
+        boxes = self.rpn.box_coder.decode(predictions.regression.flatten(0, 1), [anchors.boxes] * len(sizes))
+        boxes, objectness = boxes.view(len(sizes), -1, 4), predictions.logits.flatten(0, 1)
+        proposals, _ = self.rpn.filter_proposals(boxes, objectness, sizes, list(anchors.per_level))
+        if batch.targets is None:
+            most = self.roi_heads.fg_bg_sampler.batch_size_per_image
+            return Regions([of_image[:most] for of_image in proposals], batch.image_sizes)
+        proposals, matches, labels, deltas = self.roi_heads.select_training_samples(proposals, batch.targets)
+        return Regions(proposals, batch.image_sizes, matches, labels, list(deltas))
+
+    def counts(self, regions: Regions) -> tuple[int, ...]:
+        """How many regions each image has."""
+        return tuple(len(of_image) for of_image in regions.boxes)
+
+    def pool(self, maps: Sequence[Tensor], regions: Regions, batch: Batch) -> Tensor:
+        """What the detector pools at the regions, shape (regions, channels, height, width)."""
+        named = dict(zip(self.map_names, maps, strict=True))
+        sizes = list(batch.image_sizes)
+        pooled: Tensor = self.roi_heads.box_roi_pool(named, regions.within(sizes), sizes)
+        return pooled
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Classes, and a box for each of them, by the detector's own predictor."""
+        return _classified(*self.roi_heads.box_predictor(towers["box"]))
+
+    def decode(self, predictions: Predictions, anchors: Any) -> Tensor:
+        """Boxes (1, regions, classes, 4) by the detector's own coder, in float32 at least."""
+        deltas = widened(predictions.regression)
+        boxes = [of_image.to(deltas.dtype) for of_image in anchors.boxes]
+        decoded: Tensor = self.roi_heads.box_coder.decode(deltas[0].flatten(1), boxes)
+        return decoded[None]
+
+    def losses(
+        self, predictions: Predictions, anchors: Any, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The losses that ``roi_heads``' own forward makes of the predictions: means over the regions."""
+        regions: Regions = anchors
+        sample = regions.boxes, regions.matches, regions.labels, regions.deltas
+        outputs = predictions.logits[0], predictions.regression[0].flatten(1)
+        roi_heads = self.roi_heads
+        with replaced(
+            roi_heads,
+            select_training_samples=lambda proposals, targets: sample,
+            box_roi_pool=lambda maps, boxes, sizes: None,
+            box_head=lambda pooled: None,
+            box_predictor=lambda vectors: outputs,
+        ):
+            losses: dict[str, Tensor]
+            _, losses = roi_heads.forward({}, regions.boxes, list(batch.image_sizes), batch.targets)
+        assert regions.labels is not None
+        return losses, _of_regions(torch.cat(regions.labels) > _BACKGROUND)
+
+    def assign_unlabelled(self, predictions: Predictions, threshold: float) -> Assignment:
+        """All regions count; those that the teacher holds for objects are the positives."""
+        return _of_regions(predictions.confidence()[0] >= threshold)
+
+
+class TorchvisionFasterRCNN(TorchvisionAdapter):
     """Adapter for ``torchvision.models.detection.FasterRCNN``, v1 and v2, any backbone.
 
     The first head, ``"rpn"``, is the region proposal network: one tower of convolutions that objectness and
     boxes share. The second, ``"box"``, is the box head, fully connected or convolutional (v2), with a softmax
-    over the classes and a box for each of them. It answers for the student's own proposals, which each
-    detector pools from its own maps; so the two box heads may stand on any levels.
+    over the classes and a box for each of them. It answers for the student's proposals, which each detector
+    pools from its own maps; so the two box heads may stand on any levels.
 
-    Nothing was published for these heads. Both are split as late as leaves the teacher's tower a block,
-    and both losses count 1. The distillation hears the same sample of anchors and regions that the student's
-    own losses are means over, and is divided by their number likewise.
+    The methods' losses are means over the same sample of anchors and regions as the student's own losses.
+
+    Raises:
+        TypeError: a Mask or Keypoint R-CNN, whose further heads would not be trained.
 
     Example:
         >>> from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
         >>> detector = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
-        >>> TorchvisionFasterRCNNAdapter().supports(detector)
-        True
+        >>> [(head.name, head.head_type, head.num_classes) for head in TorchvisionFasterRCNN(detector).heads]
+        [('rpn', 'RPN', 1), ('box', 'box head', 91)]
     """
 
-    recipe = HeadRecipe("Faster R-CNN's RPN", None, cls_weight=1.0, reg_weight=1.0, regression="giou")
-    parts = ("rpn", "box")
+    first_label = _BACKGROUND + 1
 
-    def __init__(self) -> None:
-        self.second = _BoxHead()
+    def __init__(self, detector: Any) -> None:
+        further = [name for name in ("mask", "keypoint") if getattr(detector.roi_heads, f"has_{name}")()]
+        if further:
+            raise TypeError(
+                f"a {type(detector).__name__} has a {' and a '.join(further)} head, which this adapter does "
+                "not train: use a FasterRCNN, or write an adapter for it (docs/adapters.md)"
+            )
+        super().__init__(detector)
+        if not self.map_names:
+            raise ValueError(
+                f"the backbone of a {type(detector).__name__} refused an image of zeros, from which the "
+                "names of its maps are read; the log says why. Let it take images of 256 x 256 pixels, or "
+                "set the transform's fixed_size to a size that it takes"
+            )
+        self.heads = (_RPN(detector), _BoxHead(detector, self.map_names))
 
-    def supports(self, detector: nn.Module) -> bool:
-        """Whether a detector is a Faster R-CNN, or of a class derived from it."""
-        return isinstance(detector, FasterRCNN)
+    def own_outputs(self, batch: Batch) -> list[OwnOutput]:
+        """What the two heads give in the detector's own forward, and the regions that it makes itself."""
+        rpn, roi_heads = self.detector.rpn, self.detector.roi_heads
+        modules = [rpn.head, roi_heads.box_roi_pool, roi_heads.box_predictor]
+        (_, proposed), (pooled, _), (_, classified) = self.own_head_outputs(batch, modules)
+        maps, boxes, _ = pooled
+        regions = Regions(list(boxes), batch.image_sizes)
+        return [
+            OwnOutput(_proposed(*proposed)),
+            OwnOutput(_classified(*classified), regions, list(maps.values())),
+        ]
 
-    # -- construction -------------------------------------------------------------------------
 
-    def num_classes(self, detector: nn.Module) -> int:
-        """One: whether there is an object."""
-        return 1
-
-    def strides(self, detector: Any) -> list[float] | None:
-        """Pixels between neighbouring locations a level, or ``None`` where a probe does not pass."""
-        return probed_strides(detector)
-
-    def check_pair(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` for two region proposal networks that can't be compared."""
-        for side, detector in (("student", student), ("teacher", teacher)):
-            _check_box_detector(side, detector)
-            check_forwards(side, detector, [("rpn.head", RPNHead)])
-        check_image_channels(teacher.transform, student.transform, levels)
-        settings = {"sizes": True, "aspect_ratios": False}
-        check_anchor_settings(teacher.rpn.anchor_generator, student.rpn.anchor_generator, settings, levels)
-        theirs, ours = (detector.rpn.box_coder for detector in (teacher, student))
-        check_box_coding(delta_coder_settings(theirs), delta_coder_settings(ours))
-
-    def branches(self, detector: Any) -> tuple[Branch, ...]:
-        """One branch of one tower over all levels."""
-        head = detector.rpn.head
-        blocks = list(head.conv)
-        tower = Tower.of(blocks, "rpn tower", width_in=None if blocks else head.cls_logits.in_channels)
-        return (Branch("rpn", (tower,), {"cls_logits": head.cls_logits, "bbox_pred": head.bbox_pred}),)
-
-    # -- one step -----------------------------------------------------------------------------
-
-    def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
-        """The student's transform, once; the teacher gets its pixels, renormalised."""
-        classes = self.second.num_classes(student)
-        transforms = teacher.transform, student.transform
-        return prepare_images(*transforms, images, targets, classes, first_label=_BACKGROUND + 1)
-
-    def features(self, detector: Any, pixels: Tensor) -> list[Tensor]:
-        """The backbone's feature maps."""
-        maps = detector.backbone(pixels)
-        return _NamedMaps({"0": maps} if isinstance(maps, Tensor) else maps)
-
-    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """Objectness and boxes, by the head's own forward and in torchvision's order."""
-        (objectness,), (deltas,) = predict_from_tower(detector.rpn.head, towers["rpn"])
-        batch, anchors, height, width = objectness.shape
-        logits, regression = (
-            permute_and_flatten(layer, batch, anchors, numbers, height, width)
-            for layer, numbers in ((objectness, 1), (deltas, 4))
+def _known(detector: nn.Module, path: str, kind: type[nn.Module]) -> Any:
+    """A part of a detector; raises ``ValueError`` unless it is of torchvision's class."""
+    module = detector.get_submodule(path)
+    if not isinstance(module, kind):
+        raise ValueError(
+            f"{path} is a {type(module).__name__}: this adapter knows torchvision's {kind.__name__}; write "
+            "an adapter for this detector (docs/adapters.md) and pass it as adapter="
         )
-        return Predictions(logits, regression, quality=None)
-
-    def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Locations:
-        """The detector's own anchors."""
-        anchors = detector.rpn.anchor_generator(inputs.extra, list(features))
-        return Locations(anchors, [f.shape[-2] * f.shape[-1] for f in features])
-
-    def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
-        """Boxes by the detector's own coder, in float32 at least."""
-        return decode_deltas(detector.rpn.box_coder, predictions, locations)
-
-    def losses(
-        self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
-    ) -> tuple[dict[str, Tensor], Assignment]:
-        """The network's own losses, and the sample of anchors that they were made on."""
-        rpn = student.rpn
-        labels, boxes = rpn.assign_targets_to_anchors(locations.anchors, inputs.targets)
-        targets = rpn.box_coder.encode(boxes, locations.anchors)
-        noting = _NotingSampler(rpn.fg_bg_sampler)
-        # On a shallow copy, so that the network itself keeps its sampler.
-        view = copy.copy(rpn)
-        view.__dict__["fg_bg_sampler"] = noting
-        flat = predictions.logits.flatten(0, 1), predictions.regression.flatten(0, 1)
-        objectness, box = view.compute_loss(*flat, labels, targets)
-        if not noting.chosen:
-            raise ValueError(
-                f"student: {type(rpn).__name__}.compute_loss did not call fg_bg_sampler, so the sample of "
-                "anchors can't be shared: write an adapter for this detector "
-                "(crosskd.adapters.TwoStageAdapter) and pass it as adapter="
-            )
-        losses = {"loss_objectness": objectness, "loss_rpn_box_reg": box}
-        return losses, _sampled(torch.stack(labels), noting.sampled())
-
-    def assign_unlabelled(self, student: Any, teacher: Predictions, threshold: float) -> Assignment:
-        """The network's own sampling, of anchors that the teacher holds for objects and of others."""
-        labels = (teacher.confidence() >= threshold).float()
-        noting = _NotingSampler(student.rpn.fg_bg_sampler)
-        noting(list(labels))
-        return _sampled(labels, noting.sampled())
-
-    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
-        """The student's own detections."""
-        return student(images)
-
-    def check_locations(self, teacher: Locations, student: Locations, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where the anchors of the two differ."""
-        check_same_anchors(teacher, student, levels)
+    return module
 
 
-class _BoxHead:
-    """The second stage: torchvision's box head on the student's own proposals."""
-
-    recipe = HeadRecipe(
-        "Faster R-CNN's box head",
-        None,
-        cls_weight=1.0,
-        reg_weight=1.0,
-        regression="giou",
-        background=_BACKGROUND,
-    )
-
-    # -- construction -------------------------------------------------------------------------
-
-    def num_classes(self, detector: Any) -> int:
-        """How many classes there are, with the background, which is 0."""
-        predictor = detector.roi_heads.box_predictor
-        if not isinstance(predictor, FastRCNNPredictor):
-            raise ValueError(
-                f"roi_heads.box_predictor is a {type(predictor).__name__}: this adapter knows torchvision's "
-                "FastRCNNPredictor; write an adapter for it (crosskd.adapters.TwoStageAdapter) and pass it "
-                "as adapter="
-            )
-        return int(predictor.cls_score.out_features)
-
-    def check_pair(self, teacher: Any, student: Any) -> None:
-        """Raises ``ValueError`` for two box heads that can't be compared."""
-        for side, detector in (("student", student), ("teacher", teacher)):
-            _check_box_detector(side, detector)
-            check_forwards(side, detector, [("roi_heads.box_predictor", FastRCNNPredictor)])
-            head = detector.roi_heads.box_head
-            known = TwoMLPHead if isinstance(head, TwoMLPHead) else FastRCNNConvFCHead
-            check_forwards(side, detector, [("roi_heads.box_head", known)])
-        theirs, ours = (tuple(d.roi_heads.box_roi_pool.output_size) for d in (teacher, student))
-        if theirs != ours:
-            raise ValueError(
-                f"regions are pooled to {theirs} (teacher), {ours} (student) as (height, width): give both "
-                "the same output_size of roi_heads.box_roi_pool, and train the teacher with it"
-            )
-        theirs, ours = (detector.roi_heads.box_coder for detector in (teacher, student))
-        check_box_coding(delta_coder_settings(theirs), delta_coder_settings(ours))
-
-    def branches(self, detector: Any) -> tuple[Branch, ...]:
-        """One branch, whose tower takes pooled maps and ends in vectors."""
-        roi_heads = detector.roi_heads
-        head, locations = roi_heads.box_head, math.prod(roi_heads.box_roi_pool.output_size)
-        if isinstance(head, TwoMLPHead):
-            blocks = (Block((_FLATTEN, head.fc6), _RELU), Block((head.fc7,), _RELU))
-            tower = Tower("box tower", blocks, head.fc6.in_features // locations)
-        else:
-            layers = list(head)
-            convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
-            linear = next(m for m in head.modules() if isinstance(m, nn.Linear))
-            width = convolutions[0].in_channels if convolutions else linear.in_features // locations
-            tower = Tower.of(layers, "box tower", width_in=width, channels_last=False)
-        predictor = roi_heads.box_predictor
-        predictors = {"cls_score": predictor.cls_score, "bbox_pred": predictor.bbox_pred}
-        return (Branch("box", (tower,), predictors),)
-
-    # -- one step -----------------------------------------------------------------------------
-
-    def regions(
-        self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
-    ) -> Regions:
-        """The student's own proposals: the sample that its losses are made on, or as many of the best."""
-        rpn, roi_heads, sizes = student.rpn, student.roi_heads, inputs.extra.image_sizes
-        boxes = rpn.box_coder.decode(predictions.regression.flatten(0, 1), locations.anchors)
-        boxes, objectness = boxes.view(len(sizes), -1, 4), predictions.logits.flatten(0, 1)
-        proposals, _ = rpn.filter_proposals(boxes, objectness, sizes, locations.per_level())
-        if inputs.targets is None:
-            most = roi_heads.fg_bg_sampler.batch_size_per_image
-            return Regions([of_image[:most] for of_image in proposals], sizes)
-        proposals, _, labels, deltas = roi_heads.select_training_samples(proposals, inputs.targets)
-        return Regions(proposals, sizes, labels, list(deltas))
-
-    def counts(self, regions: Regions) -> list[int]:
-        """How many regions each image has."""
-        return [len(of_image) for of_image in regions.boxes]
-
-    def features(
-        self, detector: Any, maps: Sequence[Tensor], regions: Regions, inputs: Inputs
-    ) -> list[Tensor]:
-        """What the detector pools at the regions, shape (regions, channels, height, width)."""
-        assert isinstance(maps, _NamedMaps)
-        sizes = inputs.extra.image_sizes
-        return [detector.roi_heads.box_roi_pool(maps.by_name, regions.within(sizes), sizes)]
-
-    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """Classes, and a box for each of them, by the detector's own predictor."""
-        logits, deltas = detector.roi_heads.box_predictor(towers["box"])
-        regression = deltas.view(1, *logits.shape, 4)
-        return Predictions(logits[None], regression, None, background=_BACKGROUND, box_per_class=True)
-
-    def decode(self, detector: Any, predictions: Predictions, regions: Regions) -> Tensor:
-        """Boxes (1, regions, classes, 4) by the detector's own coder, in float32 at least."""
-        deltas = widened(predictions.regression)
-        boxes = [of_image.to(deltas.dtype) for of_image in regions.boxes]
-        decoded: Tensor = detector.roi_heads.box_coder.decode(deltas[0].flatten(1), boxes)
-        return decoded[None]
-
-    def losses(
-        self, student: Any, predictions: Predictions, regions: Regions, inputs: Inputs
-    ) -> tuple[dict[str, Tensor], Assignment]:
-        """The box head's own losses, which are means over the regions."""
-        assert regions.labels is not None
-        assert regions.deltas is not None
-        deltas = predictions.regression[0].flatten(1)
-        classifier, box = fastrcnn_loss(predictions.logits[0], deltas, regions.labels, regions.deltas)
-        positive = torch.cat(regions.labels) > _BACKGROUND
-        return {"loss_classifier": classifier, "loss_box_reg": box}, _of_regions(positive)
-
-    def assign_unlabelled(self, student: Any, teacher: Predictions, threshold: float) -> Assignment:
-        """All regions count; those that the teacher holds for objects are the positives."""
-        return _of_regions(teacher.confidence()[0] >= threshold)
+def _box_tower(roi_heads: Any) -> Tower:
+    """The box head's tower, which takes pooled maps and ends in vectors."""
+    head, locations = roi_heads.box_head, math.prod(roi_heads.box_roi_pool.output_size)
+    if isinstance(head, TwoMLPHead):
+        # Its forward runs flatten and ReLU as functions.
+        blocks = (Block((nn.Flatten(), head.fc6), nn.ReLU()), Block((head.fc7,), nn.ReLU()))
+        return Tower("box tower", blocks, head.fc6.in_features // locations)
+    convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+    linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not convolutions and not linear:
+        return Tower.of(head, "box tower", channels_last=False)
+    width = convolutions[0].in_channels if convolutions else linear[0].in_features // locations
+    return Tower.of(head, "box tower", width_in=width, channels_last=False)
 
 
-class _NotingSampler:
-    """Samples as another does, and keeps what it has chosen."""
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-        self.chosen: list[Tensor] = []
-
-    def __call__(self, labels: list[Tensor]) -> Any:
-        positive, negative = self._sampler(labels)
-        self.chosen = [a.bool() | b.bool() for a, b in zip(positive, negative, strict=True)]
-        return positive, negative
-
-    def sampled(self) -> Tensor:
-        """Which anchors were chosen, shape (batch, anchors)."""
-        return torch.stack(self.chosen)
+def _proposed(objectness: Sequence[Tensor], deltas: Sequence[Tensor]) -> Predictions:
+    """The predictions of an RPN, from its layers' outputs (batch, anchors, height, width) per level."""
+    levels = []
+    for of_level, of_boxes in zip(objectness, deltas, strict=True):
+        batch, anchors, height, width = of_level.shape
+        logits = permute_and_flatten(of_level, batch, anchors, 1, height, width)
+        regression = permute_and_flatten(of_boxes, batch, anchors, 4, height, width)
+        levels.append(Predictions(logits, regression, quality=None))
+    return join_levels(levels)
 
 
-def _sampled(labels: Tensor, sampled: Tensor) -> Assignment:
-    """The assignment behind losses that are means over a sample.
+def _classified(logits: Tensor, deltas: Tensor) -> Predictions:
+    """The predictions of a box head, from logits (regions, classes) and deltas (regions, classes x 4)."""
+    regression = deltas.view(1, *logits.shape, 4)
+    return Predictions(logits[None], regression, None, background=_BACKGROUND, box_per_class=True)
+
+
+def _of_sample(labels: Tensor, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> Assignment:
+    """The assignment behind losses that are means over a sample of anchors.
 
     Args:
         labels: shape (batch, anchors), 1 for an object, 0 for none, below 0 where it can't be told.
-        sampled: shape (batch, anchors).
+        positive: one tensor (anchors,) per image, above 0 at the objects' anchors in the sample.
+        negative: likewise, the others.
     """
+    sampled = torch.stack([a.bool() | b.bool() for a, b in zip(positive, negative, strict=True)])
     normalizer = mean_over_ranks(sampled.sum().clamp(min=1).float())
     return Assignment(sampled.float(), labels > 0, normalizer)
 
@@ -354,15 +306,3 @@ def _of_regions(positive: Tensor) -> Assignment:
     """The assignment behind losses that are means over regions, of which these (regions,) hold an object."""
     amount = torch.tensor(float(max(len(positive), 1)), device=positive.device)
     return Assignment(None, positive[None], mean_over_ranks(amount))
-
-
-def _check_box_detector(side: str, detector: Any) -> None:
-    """Raises ``ValueError`` for a detector that computes otherwise than Faster R-CNN, or predicts more."""
-    further = [name for name in ("mask", "keypoint") if getattr(detector.roi_heads, f"has_{name}")()]
-    if further:
-        raise ValueError(
-            f"{side}: a {type(detector).__name__}, whose {' and '.join(further)} head this adapter does not "
-            "train: use a FasterRCNN, or write an adapter for it (crosskd.adapters.TwoStageAdapter)"
-        )
-    whole = [("", GeneralizedRCNN), ("rpn", RegionProposalNetwork), ("roi_heads", RoIHeads)]
-    check_forwards(side, detector, whole)

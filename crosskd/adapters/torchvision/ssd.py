@@ -1,44 +1,143 @@
-"""Adapter for torchvision's SSD and SSDlite: predictors of each level's own, one softmax over the classes."""
+"""Adapter for torchvision's SSD and SSDlite: predictors for each level, one softmax over the classes."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.ssd import SSD, SSDHead, SSDScoringHead
-from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.models.detection.ssd import SSDScoringHead
 
-from crosskd.adapters._torchvision_images import prepare_images
-from crosskd.adapters._torchvision_parts import (
-    Locations,
-    as_list,
-    check_anchor_settings,
-    check_box_coding,
-    check_forwards,
-    check_image_channels,
-    check_same_anchors,
+from crosskd.adapters.base import Anchors, Batch, Head, OwnOutput
+from crosskd.adapters.replacing import replaced
+from crosskd.adapters.torchvision.common import (
+    AsGiven,
+    TorchvisionAdapter,
     decode_deltas,
-    delta_coder_settings,
-    probed_strides,
+    grid_anchors,
+    image_list,
+    targets_of,
 )
-from crosskd.adapters.levels import LevelPairs
-from crosskd.adapters.protocol import Inputs
-from crosskd.head import Branch, Tower
-from crosskd.methods.recipes import HeadRecipe
 from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.towers import Branch, Tower
 
-__all__ = ["TorchvisionSSDAdapter"]
+__all__ = ["TorchvisionSSD"]
 
 _BACKGROUND = 0
-_BRANCHES = ("classification", "regression")
 
 
-class TorchvisionSSDAdapter:
+class _SSDHead(Head):
+    head_type = "SSD"
+    background = _BACKGROUND
+
+    def __init__(self, detector: Any) -> None:
+        self.detector = detector
+        self.scoring = {name: _scoring_head(detector, name) for name in ("classification", "regression")}
+        self.num_classes = int(self.scoring["classification"].num_columns)
+        self.predictors: dict[str, list[nn.Conv2d]] = {}
+        branches = []
+        for name, head in self.scoring.items():
+            towers, predictors = [], {}
+            for level in range(len(head.module_list)):
+                path, layers, predictor = _split(head, level)
+                width = None if layers else predictor.in_channels
+                towers.append(Tower.of(layers, f"{name} tower of level {level}", width_in=width))
+                predictors[path] = predictor
+            branches.append(Branch(name, tuple(towers), predictors))
+            self.predictors[name] = list(predictors.values())
+        self.branches = tuple(branches)
+        # Four numbers for each box.
+        self.per_location = [predictor.out_channels // 4 for predictor in self.predictors["regression"]]
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """Runs the level's predictors, in the order and layout of torchvision's two sub-heads."""
+        rows = {}
+        for name, head in self.scoring.items():
+            alone: Any = _OneLevel(head.num_columns, self.predictors[name][level])
+            rows[name] = type(head).forward(alone, [towers[name]])  # (batch, anchors, columns)
+        return Predictions(rows["classification"], rows["regression"], None, background=_BACKGROUND)
+
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """The detector's own anchors, called default boxes there.
+
+        Raises:
+            ValueError: images of another size than the detector is made for.
+        """
+        size = _fixed_size(self.detector)
+        if size is not None and batch.size != size:
+            raise ValueError(
+                f"an SSD that resizes its images to {size} as (height, width) is given a batch of "
+                f"{batch.size}: its anchors are fractions of the image, so its head was trained for objects "
+                "of other sizes in pixels. A teacher gets the student's resized images: build both with the "
+                "same size=, or pass teacher_view=, with which the teacher resizes the images itself"
+            )
+        return grid_anchors(self.detector.anchor_generator, batch, maps, self.per_location)
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
+        """Boxes by the detector's own coder, in float32 at least."""
+        return decode_deltas(self.detector.box_coder, predictions, anchors)
+
+    def losses(
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The detector's own ``compute_loss``, with the matches that its own forward makes."""
+        return self._run_forward(predictions, anchors, batch, batch.targets, self.detector.compute_loss)
+
+    def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
+        """The matches that the detector's own forward makes, which looks at places alone."""
+        targets = targets_of(batch, first_label=_BACKGROUND + 1)
+        return self._run_forward(predictions, anchors, batch, targets, lambda *_: {})[1]
+
+    def _run_forward(
+        self,
+        predictions: Predictions,
+        anchors: Anchors,
+        batch: Batch,
+        targets: Any,
+        compute_loss: Callable[..., dict[str, Tensor]],
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The detector's own forward from the predictions on, which makes the matches itself.
+
+        Args:
+            predictions: of all levels.
+            anchors: likewise.
+            batch: as the detector takes it.
+            targets: of each image, in pixels of the batch.
+            compute_loss: what the forward calls with its matches.
+
+        Returns:
+            What ``compute_loss`` gave, and the assignment by the matches.
+        """
+        matches: list[Tensor] = []
+
+        def with_matches(targets: Any, outputs: Any, boxes: Any, matched: list[Tensor]) -> dict[str, Tensor]:
+            matches.extend(matched)
+            return compute_loss(targets, outputs, boxes, matched)
+
+        outputs = {"bbox_regression": predictions.regression, "cls_logits": predictions.logits}
+        detector = self.detector
+        with replaced(
+            detector,
+            training=True,  # a teacher, too, is to make matches, and its parts are replaced anyway
+            transform=AsGiven(detector.transform, image_list(batch)),
+            backbone=lambda pixels: {},
+            head=lambda maps: outputs,
+            anchor_generator=lambda images, maps: [anchors.boxes] * len(targets),
+            compute_loss=with_matches,
+        ):
+            losses: dict[str, Tensor] = detector.forward(list(batch.pixels.unbind()), targets)
+        if len(matches) != len(targets):
+            raise ValueError(
+                f"{type(detector).__name__}.forward did not call compute_loss once with its matches, so the "
+                "label assignment can't be shared: write an adapter for this detector (docs/adapters.md)"
+            )
+        positive = torch.stack(matches) >= 0
+        normalizer = mean_over_ranks(positive.sum().clamp(min=1).float())
+        return losses, Assignment(None, positive, normalizer)
+
+
+class TorchvisionSSD(TorchvisionAdapter):
     """Adapter for ``torchvision.models.detection.SSD``, with SSD's head or SSDlite's, any backbone.
 
     Each level has predictors of its own. SSD's are one convolution, so the teacher's head can take over at
@@ -49,149 +148,59 @@ class TorchvisionSSDAdapter:
     The classes share a softmax, and class 0 is the background: ``num_classes`` counts it, targets' labels
     start at 1, and a ``class_map`` starts with 0.
 
-    Nothing was published for this head; the settings are ours. The split is at position 0. The classification
-    loss (`crosskd.losses.softmax_focal_loss`, over all anchors) and the GIoU of the boxes count 1 each, both
-    divided by the number of positive anchors, as SSD's own losses are.
-
-    SSD resizes all images to one size, and its anchors are fractions of that. The teacher is given the
-    student's resized pixels, so both must be made for one size. A teacher for another size needs a
-    ``teacher_view``, in which it resizes the images itself.
+    SSD resizes all images to one size, and its anchors are fractions of that. A teacher is given the
+    student's resized images, and methods that read its head refuse images of another size than its own: they
+    need detectors made for one size, or a ``teacher_view``, in which the teacher resizes the images itself.
 
     On a level of one location, in a batch of one image, features have no deviation: aligned, they are the
-    teacher's own, and the level teaches nothing in that step.
+    teacher's, and CrossKD teaches nothing on that level in that step.
 
     Example:
         >>> from torchvision.models.detection import ssdlite320_mobilenet_v3_large
         >>> detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
-        >>> branch = TorchvisionSSDAdapter().branches(detector)[0]
+        >>> branch = TorchvisionSSD(detector).heads[0].branches[0]
         >>> branch.name, [tower.width_in for tower in branch.towers]
         ('classification', [672, 480, 512, 256, 256, 128])
     """
 
-    recipe = HeadRecipe(
-        "SSD",
-        0,
-        cls_weight=1.0,
-        reg_weight=1.0,
-        regression="giou",
-        background=_BACKGROUND,
-    )
+    first_label = _BACKGROUND + 1
 
-    def supports(self, detector: nn.Module) -> bool:
-        """Whether a detector is an SSD, or of a class derived from it."""
-        return isinstance(detector, SSD)
+    def __init__(self, detector: Any) -> None:
+        super().__init__(detector)
+        self.heads = (_SSDHead(detector),)
 
-    # -- construction -------------------------------------------------------------------------
-
-    def num_classes(self, detector: Any) -> int:
-        """How many classes share the softmax, the background included."""
-        return int(_scoring_head(detector, "classification").num_columns)
-
-    def strides(self, detector: Any) -> list[float] | None:
-        """Pixels between neighbouring locations a level, at the detector's own size: no whole numbers.
-
-        ``None`` where a probe does not pass, or where the detector has no size of its own.
-        """
-        size = _size(detector)
-        if size is None:
-            return None
-        width, height = size
-        return probed_strides(detector, (height, width))
-
-    def check_pair(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` for a pair whose predictions can't be compared."""
-        for side, detector in (("teacher", teacher), ("student", student)):
-            _check_forwards_of(side, detector)
-            try:
-                _check_anchor_counts(detector)
-            except ValueError as error:
-                raise ValueError(f"{side}: {error}") from error
-        check_image_channels(teacher.transform, student.transform, levels)
-        _check_sizes(teacher, student, levels)
-        # Fractions of the image, so that a teacher for images of another size has the same numbers.
-        relative = {"aspect_ratios": False, "scales": False, "steps": False, "clip": False}
-        check_anchor_settings(_AnchorSettings.of(teacher), _AnchorSettings.of(student), relative, levels)
-        check_box_coding(delta_coder_settings(teacher.box_coder), delta_coder_settings(student.box_coder))
-
-    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
-        """The classification and the regression branch, each of one tower a level."""
-        return tuple(_branch(name, _scoring_head(detector, name)) for name in _BRANCHES)
-
-    # -- one step -----------------------------------------------------------------------------
-
-    def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
-        """The student's transform, once; the teacher gets its pixels, renormalised."""
-        transforms, classes = (teacher.transform, student.transform), self.num_classes(student)
-        return prepare_images(*transforms, images, targets, classes, first_label=_BACKGROUND + 1)
-
-    def features(self, detector: Any, pixels: Tensor) -> list[Tensor]:
-        """The backbone's feature maps."""
-        return as_list(detector.backbone(pixels))
-
-    def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """Runs the level's predictors, in torchvision's two sub-heads' own forward and order."""
-        logits, regression = (
-            _predict(_scoring_head(detector, name), level, towers[name]) for name in _BRANCHES
-        )
-        return Predictions(logits, regression, None, background=_BACKGROUND)
-
-    def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Locations:
-        """The detector's own anchors, called default boxes there."""
-        anchors = detector.anchor_generator(inputs.extra, list(features))
-        per_location = _per_location(_scoring_head(detector, "regression"))
-        return Locations(anchors, [f.shape[-2] * f.shape[-1] for f in features], per_location)
-
-    def decode(self, detector: Any, predictions: Predictions, locations: Locations) -> Tensor:
-        """Boxes by the detector's own coder, in float32 at least."""
-        return decode_deltas(detector.box_coder, predictions, locations)
-
-    def losses(
-        self, student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
-    ) -> tuple[dict[str, Tensor], Assignment]:
-        """The student's own ``compute_loss``, with the matches that its own forward makes."""
-        losses, matches = _losses_and_matches(student, predictions, locations, inputs)
-        positive = matches >= 0
-        normalizer = mean_over_ranks(positive.sum().clamp(min=1).float())
-        return losses, Assignment(None, positive, normalizer)
-
-    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
-        """The student's own detections."""
-        return student(images)
-
-    def check_locations(self, teacher: Locations, student: Locations, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where the anchors of the two differ."""
-        check_same_anchors(teacher, student, levels)
+    def own_outputs(self, batch: Batch) -> list[OwnOutput]:
+        """What the head gives in the detector's own forward."""
+        ((_, outputs),) = self.own_head_outputs(batch, [self.detector.head])
+        logits, regression = outputs["cls_logits"], outputs["bbox_regression"]
+        return [OwnOutput(Predictions(logits, regression, None, background=_BACKGROUND))]
 
 
-# -- the head -------------------------------------------------------------------------------------
+class _OneLevel:
+    """Stands in for a sub-head in its own forward, as one of one level whose tower is done already."""
+
+    def __init__(self, num_columns: int, predictor: nn.Module) -> None:
+        self.num_columns, self._predictor = num_columns, predictor
+
+    def _get_result_from_module_list(self, features: Tensor, level: int) -> Any:
+        return self._predictor(features)
 
 
-def _scoring_head(detector: nn.Module, branch: str) -> SSDScoringHead:
-    head = detector.get_submodule("head")
-    found = getattr(head, f"{branch}_head", None)
-    if not isinstance(found, SSDScoringHead):
+def _scoring_head(detector: Any, branch: str) -> SSDScoringHead:
+    head = getattr(detector.head, f"{branch}_head", None)
+    if not isinstance(head, SSDScoringHead):
         raise ValueError(
-            f"head.{branch}_head is a {type(found).__name__}: this adapter knows torchvision's "
-            "SSDScoringHead; write an adapter for it (crosskd.adapters.Adapter) and pass it as adapter="
+            f"head.{branch}_head is a {type(head).__name__}: this adapter knows torchvision's "
+            "SSDScoringHead; write an adapter for this detector (docs/adapters.md) and pass it as adapter="
         )
-    return found
-
-
-def _branch(name: str, head: SSDScoringHead) -> Branch:
-    towers, predictors = [], {}
-    for level in range(len(head.module_list)):
-        path, layers, predictor = _split(head, level)
-        title = f"{name} tower of level {level}"
-        towers.append(Tower.of(layers, title, width_in=None if layers else predictor.in_channels))
-        predictors[path] = predictor
-    return Branch(name, tuple(towers), predictors)
+    return head
 
 
 def _split(head: SSDScoringHead, level: int) -> tuple[str, list[nn.Module], nn.Conv2d]:
     """A level's path to its predictor, the layers of its tower, and its predictor."""
     of_level, path = head.module_list[level], f"module_list.{level}"
     layers = [of_level]
-    if isinstance(of_level, nn.Sequential) and type(of_level).forward is nn.Sequential.forward:
+    if isinstance(of_level, nn.Sequential):
         layers = list(of_level)
         path = f"{path}.{len(layers) - 1}"
     predictor = layers.pop() if layers else None
@@ -199,149 +208,12 @@ def _split(head: SSDScoringHead, level: int) -> tuple[str, list[nn.Module], nn.C
         raise ValueError(
             f"{path} of a {type(head).__name__} is a {type(predictor).__name__}: this adapter expects, for "
             "each level, an nn.Conv2d, or an nn.Sequential that ends in one; for other predictors write an "
-            "adapter (crosskd.adapters.Adapter) and pass it as adapter="
+            "adapter (docs/adapters.md) and pass it as adapter="
         )
     return path, layers, predictor
 
 
-def _per_location(head: SSDScoringHead) -> list[int]:
-    """Anchors at each location, a level, as a sub-head's predictors have them."""
-    predictors = [_split(head, level)[2] for level in range(len(head.module_list))]
-    return [predictor.out_channels // head.num_columns for predictor in predictors]
-
-
-class _OneLevel:
-    """Stands in for a sub-head in its own forward, as one of one level whose tower is done already."""
-
-    def __init__(self, head: SSDScoringHead, predictor: nn.Module) -> None:
-        self.num_columns = head.num_columns
-        self._predictor = predictor
-
-    def _get_result_from_module_list(self, features: Tensor, level: int) -> Any:
-        return self._predictor(features)
-
-
-def _predict(head: SSDScoringHead, level: int, tower_output: Tensor) -> Tensor:
-    """A level's rows (batch, anchors, columns), laid out by the sub-head's own forward."""
-    stand_in: Any = _OneLevel(head, _split(head, level)[2])
-    rows: Tensor = type(head).forward(stand_in, [tower_output])
-    return rows
-
-
-# -- what a pair must share -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _AnchorSettings:
-    """What makes a detector's anchors, one value a level; ``None`` for what tells nothing beforehand.
-
-    Attributes:
-        aspect_ratios: of the anchors at a location.
-        scales: of a level's squares, the smaller and what the larger is made of, as a share of the image.
-        steps: pixels between locations, as shares of the image's width and height.
-        clip: whether anchors end at the image's size.
-    """
-
-    aspect_ratios: Any
-    scales: Any
-    steps: Any
-    clip: Any
-
-    @classmethod
-    def of(cls, detector: nn.Module) -> _AnchorSettings:
-        """Those of a detector's generator, as far as it has torchvision's names for them."""
-        generator, size = detector.get_submodule("anchor_generator"), _size(detector)
-        ratios, scales, steps, clip = (
-            getattr(generator, name, None) for name in ("aspect_ratios", "scales", "steps", "clip")
-        )
-        levels = None if ratios is None else len(ratios)
-        return cls(
-            aspect_ratios=ratios,
-            # A level's larger square lies between its scale and the next level's.
-            scales=None if scales is None else list(pairwise(scales))[:levels],
-            steps=None if not steps or size is None else [[step / side for side in size] for step in steps],
-            clip=None if clip is None or levels is None else [bool(clip)] * levels,
-        )
-
-
-def _size(detector: Any) -> tuple[int, int] | None:
-    """(width, height) that all images are resized to, if they are."""
+def _fixed_size(detector: Any) -> tuple[int, int] | None:
+    """(height, width) that all images are resized to; ``None`` where they keep their shape."""
     size = getattr(detector.transform, "fixed_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
-
-
-def _check_forwards_of(side: str, detector: nn.Module) -> None:
-    """Raises ``ValueError`` for a detector that computes otherwise than torchvision's."""
-    known = SSDLiteHead if isinstance(detector.get_submodule("head"), SSDLiteHead) else SSDHead
-    check_forwards(side, detector, [("", SSD), ("head", known)])
-    for name in _BRANCHES:
-        path = f"head.{name}_head"
-        check_forwards(side, detector, [(path, SSDScoringHead)])
-        head = type(detector.get_submodule(path))
-        method = "_get_result_from_module_list"
-        if getattr(head, method, None) is not getattr(SSDScoringHead, method):
-            raise ValueError(
-                f"{side}: {path} is a {head.__name__} with a {method} of its own, which this adapter does "
-                "not know: write an adapter for it (crosskd.adapters.Adapter) and pass it as adapter="
-            )
-
-
-def _check_anchor_counts(detector: Any) -> None:
-    """Raises ``ValueError`` for a head that was built for other anchors than the detector has."""
-    by_head = {name: _per_location(_scoring_head(detector, name)) for name in _BRANCHES}
-    counts = getattr(detector.anchor_generator, "num_anchors_per_location", None)
-    expected = next(iter(by_head.values())) if counts is None else list(counts())
-    for name, found in by_head.items():
-        if found != expected:
-            raise ValueError(
-                f"head.{name}_head predicts for {found} anchors at a location, a level, and there are "
-                f"{expected}: build the head with anchor_generator.num_anchors_per_location()"
-            )
-
-
-def _check_sizes(teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-    """Raises ``ValueError`` where the teacher would see images of a size that it wasn't made for."""
-    theirs, ours = _size(teacher), _size(student)
-    if theirs != ours and not levels.own_view:
-        raise ValueError(
-            f"images are resized to {_text(theirs)} (teacher), {_text(ours)} (student). The teacher is given "
-            "the student's resized images, a size that it wasn't trained for: build both with the same "
-            "size=, or pass teacher_view=, with which the teacher resizes the images itself"
-        )
-
-
-def _text(size: tuple[int, int] | None) -> str:
-    return "no fixed size" if size is None else f"{size[0]} x {size[1]} pixels"
-
-
-# -- the student's own losses ---------------------------------------------------------------------
-
-
-def _losses_and_matches(
-    student: Any, predictions: Predictions, locations: Locations, inputs: Inputs
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs the detector's own forward from the predictions on, and notes its matches (batch, anchors).
-
-    It runs on a shallow copy of the detector, whose transform, backbone, head and anchor generator answer
-    what is there already, so that the detector itself isn't changed.
-    """
-    noted: list[Tensor] = []
-
-    def compute_loss(
-        targets: Any, outputs: Any, anchors: Any, matches: list[Tensor], *others: Any
-    ) -> dict[str, Tensor]:
-        noted.extend(matches)
-        losses: dict[str, Tensor] = student.compute_loss(targets, outputs, anchors, matches, *others)
-        return losses
-
-    outputs = {"bbox_regression": predictions.regression, "cls_logits": predictions.logits}
-    view = copy.copy(student)
-    view.__dict__.update(
-        transform=lambda images, targets: (inputs.extra, targets),
-        backbone=lambda pixels: {},
-        head=lambda features: outputs,
-        anchor_generator=lambda images, features: locations.anchors,
-        compute_loss=compute_loss,
-    )
-    losses: dict[str, Tensor] = type(student).forward(view, inputs.extra.tensors, inputs.targets)
-    return losses, torch.stack(noted)
+    return None if size is None else (int(size[1]), int(size[0]))
