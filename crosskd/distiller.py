@@ -252,7 +252,7 @@ class Distiller(nn.Module):
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
         steps = {} if theirs is None else self._steps(theirs, ours, active)
-        return Trace(theirs, ours, steps, _losses_of(active, steps))
+        return Trace(theirs, ours, steps, _losses_of(active, steps, ours))
 
     def _methods(self) -> dict[str, Method]:
         return dict(self.methods.items())  # type: ignore[arg-type]
@@ -389,8 +389,16 @@ def _active(methods: Mapping[str, Method], factors: Mapping[str, float]) -> dict
     return {name: method for name, method in methods.items() if factors[name] > 0}
 
 
-def _losses_of(methods: Mapping[str, Method], steps: Mapping[str, Step]) -> dict[str, dict[str, Tensor]]:
-    return {name: method(steps[name]) for name, method in methods.items()}
+def _losses_of(
+    methods: Mapping[str, Method], steps: Mapping[str, Step], student: DetectorTrace
+) -> dict[str, dict[str, Tensor]]:
+    """What each method returns; times the number of images where the student's own losses are."""
+    images = len(student.batch.pixels) if any(head.times_batch for head in student.adapter.heads) else 1
+    losses = {}
+    for name, method in methods.items():
+        returned = method(steps[name])
+        losses[name] = {key: loss * images for key, loss in returned.items()} if images > 1 else returned
+    return losses
 
 
 def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[str, Method]:

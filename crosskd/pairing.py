@@ -24,6 +24,7 @@ __all__ = [
     "Pair",
     "anchors_agree",
     "class_columns",
+    "classes_agree",
     "match_levels",
     "require_all_levels",
     "require_branches",
@@ -221,15 +222,32 @@ def require_branches(pair: Pair) -> None:
         )
 
 
+def classes_agree(teacher: Head, student: Head) -> bool:
+    """Whether two heads have as many classes, and the same names for them where both have names."""
+    if teacher.num_classes != student.num_classes:
+        return False
+    theirs, ours = teacher.class_names, student.class_names
+    return theirs is None or ours is None or list(map(str.casefold, theirs)) == list(map(str.casefold, ours))
+
+
 def require_classes(pair: Pair) -> None:
     """Raises ``ValueError`` where the classes of the two can't be compared column by column."""
     teacher, student = require_heads(pair)
-    if pair.class_map is None and teacher.num_classes != student.num_classes:
+    if pair.class_map is not None or classes_agree(teacher, student):
+        return
+    if teacher.num_classes != student.num_classes:
         raise ValueError(
             f"the teacher predicts {teacher.num_classes} classes and the student {student.num_classes}: give "
             "class_map=, the teacher's class index for each of the student's, or train a teacher for the "
             "student's classes"
         )
+    names = list(zip(teacher.class_names or (), student.class_names or (), strict=True))
+    column = next(column for column, (a, b) in enumerate(names) if a.casefold() != b.casefold())
+    raise ValueError(
+        f"the names of the classes differ: class {column} is {names[column][0]!r} (teacher), "
+        f"{names[column][1]!r} (student). Give class_map=, the teacher's class index for each of the "
+        f"student's; class_map=range({len(names)}) if they mean the same"
+    )
 
 
 def require_predictions_alike(pair: Pair) -> None:

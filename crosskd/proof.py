@@ -165,7 +165,7 @@ def _recorded(detector: nn.Module) -> Iterator[Outputs]:
     """Records the outputs of a detector's layers, those without children, while it runs."""
     outputs: Outputs = {}
     handles = []
-    # A layer at several places, an activation that all blocks share, is called in another order by the pieces.
+    # An activation that all blocks share stands at several places, and pieces call it in another order.
     places = Counter(id(module) for _, module in detector.named_modules(remove_duplicate=False))
     for path, module in detector.named_modules():
         if any(True for _ in module.children()) or places[id(module)] > 1:

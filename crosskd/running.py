@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
 from crosskd.methods.base import Method
-from crosskd.pairing import Pair
+from crosskd.pairing import Pair, classes_agree
 from crosskd.predictions import Assignment
 from crosskd.step import DetectorTrace, HeadTrace, Side, Step, run_head, shape_only, space
 from crosskd.towers import Tapped, TapPoint
@@ -285,7 +285,7 @@ def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace)
             "the student's adapter gives no objects of the targets, which the teacher's label assignment "
             "needs: give generic() objects=, a function of the targets"
         )
-    same = pair.teacher.heads[-1].num_classes == pair.student.heads[-1].num_classes
+    same = classes_agree(pair.teacher.heads[-1], pair.student.heads[-1])
     objects = []
     sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
     for of_image, ((height, width), (own_height, own_width)) in zip(

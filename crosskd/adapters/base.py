@@ -164,25 +164,35 @@ class Head(ABC):
         head_type: by which methods look up published settings, ``"GFL"``, ``"RetinaNet"``…; a name of your
             own means the general settings.
         num_classes: columns of the logits, the background included.
+        class_names: their names, one per column; ``None`` where nothing tells.
         background: the column that means no object, where the classes share a softmax.
         branches: the head's towers with their predictors.
         rows: what a row of predictions stands for. Rows of ``"queries"`` have no order, and methods that
             compare row by row refuse them.
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
         times_batch: the detector's own losses are means over a batch times the number of its images, so the
-            methods' losses are multiplied by it too.
+            losses of methods that distil into it are multiplied by it too.
         decodes: whether `decode` can be called.
     """
 
     name: str = ""
     head_type: str = "other"
     num_classes: int
+    class_names: tuple[str, ...] | None = None
     background: int | None = None
     branches: tuple[Branch, ...]
     rows: Rows = "grid"
     bins: int = 1
     times_batch: bool = False
     decodes: bool = True
+
+    def feed(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the towers are fed: the maps, or the queries that are made of all of them.
+
+        Args:
+            maps: of the levels that are run.
+        """
+        return maps
 
     @abstractmethod
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:

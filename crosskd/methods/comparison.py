@@ -37,7 +37,6 @@ class Comparison:
         regression: which loss ``kd_reg`` is.
         beta: the quality focal loss's exponent.
         temperature: of the distributions, where ``regression`` is ``"distribution_kl"``.
-        times_batch: multiply by the number of images, as the detector's own losses are.
     """
 
     cls_weight: float | None
@@ -46,7 +45,6 @@ class Comparison:
     regression: RegressionLoss | None
     beta: float
     temperature: float
-    times_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cls_weight", "reg_weight", "quality_weight", "beta"):
@@ -78,7 +76,6 @@ class Comparison:
             regression=known.regression if self.regression is None else self.regression,
             beta=self.beta,
             temperature=self.temperature,
-            times_batch=head.times_batch,
         )
         if settled.reg_weight and settled.regression != "distribution_kl" and not head.decodes:
             raise ValueError(
@@ -129,8 +126,7 @@ class Comparison:
             losses["kd_reg"] = self.reg_weight * self._regression_loss(predictions, teacher, side, assignment)
         if self.quality_weight:
             losses["kd_quality"] = self.quality_weight * _quality_loss(predictions, teacher, assignment)
-        images = len(predictions.logits) if self.times_batch else 1
-        return {name: loss * images for name, loss in losses.items()} if images > 1 else losses
+        return losses
 
     def _regression_loss(
         self, predictions: Predictions, teacher: Side, side: Side, assignment: Assignment
