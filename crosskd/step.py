@@ -237,11 +237,14 @@ def run_head(
     """
     taps: Taps = {}
     predictions = []
+    fed = head.feed(maps)
+    if head.rows == "queries":  # of all levels
+        levels = range(len(fed))
     for place, level in enumerate(levels):
         towers = {}
         for branch in head.branches:
             wanted = {} if points is None else points.get(branch.name, {})
-            output, tapped = branch.tower(level).run(maps[place], set(wanted.values()))
+            output, tapped = branch.tower(level).run(fed[place], set(wanted.values()))
             for method, point in wanted.items():
                 kept = tapped[point] if keep is None else keep(method, tapped[point])
                 taps.setdefault(method, {}).setdefault(branch.name, []).append(kept)

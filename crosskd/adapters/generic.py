@@ -1,80 +1,101 @@
-"""An adapter for a detector of one's own, made by naming its modules and passing a few functions."""
+"""An adapter of a detector of one's own, made by naming its modules and passing a few functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from crosskd.adapters.levels import LevelPairs
-from crosskd.adapters.protocol import Inputs
-from crosskd.head import Branch, Tower
-from crosskd.methods.recipes import HeadRecipe
+from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, OwnOutput, PixelCoding, Rows
+from crosskd.adapters.modules import (
+    Where,
+    ends_in_a_layer,
+    find_modules,
+    is_linear,
+    kinds_of,
+    of_level,
+    width_of,
+)
 from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.towers import Branch, Tower
 
-__all__ = ["GenericAdapter"]
+__all__ = ["GenericAdapter", "GenericHead", "generic", "stacked_images"]
 
-Where = str | Callable[[Any], Any]
-"""A module of a detector: its path, ``"head.cls_tower"``, or a function that finds it."""
-
-_ROLES = ("logits", "regression", "quality")
-_WIDTHS_OUT = ("out_channels", "out_features")
-_BOXES = HeadRecipe("own detector", 1, cls_weight=1.0, reg_weight=1.0, regression="giou")
-_DISTRIBUTIONS = HeadRecipe(
-    "own detector", 1, cls_weight=1.0, reg_weight=4.0, regression="distribution_kl"
-)  # the weight that was published for GFL
+Assigned = Tensor | Assignment
+"""Which anchors hold an object: a mask (batch, anchors) of type bool, or an `Assignment`."""
 
 
-class GenericAdapter:
-    """Takes apart any detector with a feature extractor and a head of towers and predictors.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class generic:  # noqa: N801  # called as a function is, like functools.partial
+    """Makes an adapter of any detector that has a feature extractor and a head of towers and predictors.
+
+    What it returns is handed to the `crosskd.Distiller` as ``adapter=`` or ``teacher_adapter=``. It can be
+    pickled if the functions can.
 
     A module is named by its attribute path, ``"head.cls_tower"``. A ``*`` in the path stands for one module
-    a level: ``"heads.*.cls_tower"`` are ``heads[0].cls_tower``, ``heads[1].cls_tower``… Where a path does
-    not do, pass a function of the detector that returns the module, or a list of them, one a level:
-    ``lambda detector: [stack[:-1] for stack in detector.stacks]``. Paths and functions serve teacher and
-    student alike.
+    per level: ``"heads.*.cls_tower"`` are ``heads[0].cls_tower``, ``heads[1].cls_tower``… Where a path does
+    not do, pass a function of the detector that returns the module, or a list of them, one per level:
+    ``lambda detector: [stack[:-1] for stack in detector.stacks]``.
 
     Args:
         features: the module that makes feature maps of pixels, or a function ``(detector, pixels)``. They
             are one tensor, a sequence or a dict of them, finest first: (batch, channels, height, width);
-            for towers of linear layers (batch, channels) or (batch, locations, channels).
+            for towers of linear layers (batch, channels), (batch, locations, channels) or (batch, height,
+            width, channels).
         towers: by branch name, the blocks in front of the predictors, an ``nn.Sequential`` or
             ``nn.ModuleList``; ``None`` where the predictors read the feature maps themselves.
         predictors: by branch name, the predictors behind its tower, by what they predict: ``"logits"``
             (before the sigmoid), ``"regression"``, ``"quality"`` (logits of a centerness or an IoU). Each
             gives the numbers of all of a location's anchors, one anchor behind the other.
-        losses: ``(student, predictions, locations, targets)`` returns the student's own losses by name,
-            and which anchors hold an object: a mask (batch, anchors) of type bool, or an `Assignment` where
-            some anchors don't count, or where losses are divided by something else than their number.
-        decode: ``(detector, regression, locations)`` returns boxes (batch, anchors, 4), xyxy in pixels. It
-            may be left out where distributions are compared instead of boxes.
-        locations: ``(detector, inputs, features)`` returns whatever `losses` and `decode` want to know of
-            anchors or points; they get ``None`` without it.
-        strides: pixels between neighbouring locations, one number a level, or a function of the detector.
-            Needed where the teacher has levels that the student lacks.
+        losses: ``(detector, predictions, anchors, targets)`` returns the detector's own losses by name, and
+            which anchors hold an object: a mask (batch, anchors) of type bool, or an `Assignment` where some
+            anchors don't count, or where losses are divided by something else than their number. A detector
+            that is a teacher only needs none.
+        decode: ``(detector, regression, anchors)`` returns boxes (batch, anchors, 4), xyxy in pixels. It may
+            be left out where distributions are compared instead of boxes.
+        anchors: ``(detector, batch, maps)`` returns what the predictions stand at. `losses`, `decode` and
+            `assign` get it as it is, or ``None`` without it. A tensor (anchors, 4) of boxes, (anchors, 2) of
+            points, or a list of them, one per level, is compared with the other detector's.
+        strides: pixels between neighbouring locations, one number per level, or a function of the detector.
+            Needed where one detector has levels that the other lacks, and by methods of feature maps.
+        widths: channels of the maps, one number per level, or a function of the detector; those of the
+            towers' inputs unless given.
         predict: ``(detector, level, towers)`` returns a level's `Predictions`, where the predictors' outputs
             are not those yet. ``towers`` holds the level's tower output by branch name. The predictors may
             then have any names.
-        num_classes: classes that a detector predicts, or a function of it. Read off the predictors' widths
+        num_classes: classes that the detector predicts, or a function of it. Read off the predictors' widths
             unless given.
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
-        prepare: ``(teacher, student, images, targets)`` returns `Inputs`. Without it images are a tensor
-            (batch, channels, height, width), or a list of tensors of one size, for both detectors alike.
-        detect: ``(student, images)`` returns what the student answers in eval; ``student(images)`` unless
-            given.
-        check: ``(teacher, student)`` raises ``ValueError`` unless anchors, box coding and whatever else
-            decides what a prediction means agree.
-        detector: the class that this adapter is for; any unless given.
-        recipe: what methods do for this head unless told otherwise. Unless given, they split after the
-            first block (where there are towers), with weights of 1 and the GIoU loss; with ``bins`` and
-            without ``decode``, distributions are compared as for GFL.
+        background: the column of the logits that means no object, where the classes share a softmax.
+        prepare: ``(detector, images, targets)`` returns a `Batch`. Without it images are a tensor (batch,
+            channels, height, width), or a list of tensors of one size, and the detector takes them as they
+            are.
+        objects: ``(targets)`` returns boxes (objects, 4), xyxy in pixels, and labels (objects,) of each
+            image. Read off a list of dicts of ``boxes`` and ``labels`` unless given.
+        assign: ``(detector, predictions, anchors, targets)`` returns what `losses` returns beside the losses,
+            for a teacher whose anchors are not the student's; ``targets`` is a list of dicts of ``boxes`` and
+            ``labels``. Unless given, `losses` is called and what it returns beside the losses is taken.
+        detect: ``(detector, images)`` returns what the detector answers in eval mode;
+            ``detector(images)`` unless given.
+        own_losses: ``(detector, images, targets)`` returns the losses that the detector's own forward gives
+            in train mode, which the first step compares with those of its pieces. Unless given, those of
+            ``detector(images, targets)``; where it takes or returns something else, the outputs of its layers
+            are compared.
+        pixel_coding: how its pixels are coded, where the other detector's are coded in another way.
+        head_type: by which methods look up published settings: ``"GFL"``, ``"RetinaNet"``, ``"ATSS"``,
+            ``"FCOS"``. Unless given, the general ones hold.
+        rows: ``"grid"`` where the rows of predictions are places, ``"queries"`` where they are a set in no
+            order. Must be given for towers of linear layers, where nothing tells the two apart.
+        queries: ``(detector, maps)`` returns what the towers are fed where that is a set: the outputs
+            (batch, queries, channels) of a transformer's decoder, or a list of them.
 
     Raises:
-        ValueError: branches or predictors that don't fit together, a path that can't be one, a comparison of
-            boxes without ``decode``.
+        ValueError: branches, predictors or rows that don't fit together.
 
     Example:
         >>> class Detector(nn.Module):
@@ -83,14 +104,18 @@ class GenericAdapter:
         ...         self.backbone = nn.Conv2d(3, width, 3, stride=8, padding=1)
         ...         self.tower = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
         ...         self.logits, self.sides = nn.Conv2d(width, 2, 1), nn.Conv2d(width, 4, 1)
-        >>> def losses(student, predictions, locations, targets):
+        ...     def forward(self, images, targets=None):
+        ...         features = self.tower(self.backbone(images))
+        ...         logits, sides = self.logits(features), self.sides(features)
+        ...         return {"own": logits.mean()} if self.training else (logits, sides)
+        >>> def losses(detector, predictions, anchors, targets):
         ...     return {"own": predictions.logits.mean()}, predictions.logits.amax(-1) > 0
-        >>> adapter = GenericAdapter(
+        >>> adapter = generic(
         ...     features="backbone",
         ...     towers={"both": "tower"},
         ...     predictors={"both": {"logits": "logits", "regression": "sides"}},
         ...     losses=losses,
-        ...     decode=lambda detector, regression, locations: regression,
+        ...     decode=lambda detector, regression, anchors: regression,
         ... )
         >>> from crosskd import CrossKD, Distiller
         >>> distiller = Distiller(Detector(16), Detector(8), CrossKD(position=1), adapter)
@@ -98,519 +123,446 @@ class GenericAdapter:
         ['kd_cls', 'kd_reg', 'own']
     """
 
-    def __init__(
-        self,
-        *,
-        features: str | Callable[[Any, Tensor], Any],
-        towers: Mapping[str, Where | None],
-        predictors: Mapping[str, Mapping[str, Where]],
-        losses: Callable[[Any, Predictions, Any, Any], tuple[dict[str, Tensor], Assignment | Tensor]],
-        decode: Callable[[Any, Tensor, Any], Tensor] | None = None,
-        locations: Callable[[Any, Inputs, Sequence[Tensor]], Any] | None = None,
-        strides: Sequence[float] | Callable[[Any], Sequence[float] | None] | None = None,
-        predict: Callable[[Any, int, Mapping[str, Tensor]], Predictions] | None = None,
-        num_classes: int | Callable[[Any], int] | None = None,
-        bins: int = 1,
-        prepare: Callable[[Any, Any, Any, Any], Inputs] | None = None,
-        detect: Callable[[Any, Any], Any] | None = None,
-        check: Callable[[Any, Any], None] | None = None,
-        detector: type[nn.Module] = nn.Module,
-        recipe: HeadRecipe | None = None,
-    ) -> None:
-        _check_branches(towers, predictors)
-        _check_roles([role for behind in predictors.values() for role in behind], predict, num_classes)
-        _check_path("features", features, level=False)
-        for name, where in towers.items():
-            _check_path(f"towers[{name!r}]", where)
-            for role, place in predictors[name].items():
-                _check_path(f"predictors[{name!r}][{role!r}]", place)
-        if bins < 1:
-            raise ValueError(f"bins must be at least 1, got {bins}")
-        if recipe is None:
-            recipe = _DISTRIBUTIONS if bins > 1 and decode is None else _BOXES
-            if all(tower is None for tower in towers.values()):
-                recipe = replace(recipe, position=0)
-        if decode is None and recipe.reg_weight and recipe.regression != "distribution_kl":
+    features: str | Callable[[Any, Tensor], Any]
+    towers: Mapping[str, Where | None]
+    predictors: Mapping[str, Mapping[str, Where]]
+    losses: Callable[[Any, Predictions, Any, Any], tuple[Mapping[str, Tensor], Assigned]] | None = None
+    decode: Callable[[Any, Tensor, Any], Tensor] | None = None
+    anchors: Callable[[Any, Batch, Sequence[Tensor]], Any] | None = None
+    strides: Sequence[float] | Callable[[Any], Sequence[float] | None] | None = None
+    widths: Sequence[int] | Callable[[Any], Sequence[int] | None] | None = None
+    predict: Callable[[Any, int, Mapping[str, Tensor]], Predictions] | None = None
+    num_classes: int | Callable[[Any], int] | None = None
+    bins: int = 1
+    background: int | None = None
+    prepare: Callable[[Any, Any, Any], Batch] | None = None
+    objects: Callable[[Any], Iterable[tuple[Tensor, Tensor]]] | None = None
+    assign: Callable[[Any, Predictions, Any, Any], Assigned] | None = None
+    detect: Callable[[Any, Any], Any] | None = None
+    own_losses: Callable[[Any, Any, Any], Mapping[str, Tensor] | None] | None = None
+    pixel_coding: PixelCoding | None = None
+    head_type: str | None = None
+    rows: Literal["grid", "queries"] | None = None
+    queries: Callable[[Any, Sequence[Tensor]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        named = {name: list(behind) for name, behind in self.predictors.items()}
+        if not self.towers or self.towers.keys() != named.keys() or not all(named.values()):
             raise ValueError(
-                f"boxes are to be compared ({recipe.regression}), but decode= is missing: pass the function "
-                "that makes boxes of the regression, or a recipe= whose reg_weight is 0"
+                "towers and predictors must name the same branches, each with a predictor, got "
+                f"{list(self.towers)} and {named}"
             )
-        self._features, self._towers, self._predictors = features, towers, predictors
-        self._losses, self._decode, self._predict = losses, decode, predict
-        self._locations, self._strides, self._num_classes = locations, strides, num_classes
-        self._prepare, self._detect, self._check = prepare, detect, check
-        self.bins, self.detector, self.recipe = bins, detector, recipe
-
-    def supports(self, detector: nn.Module) -> bool:
-        """Whether a detector is of the class that this adapter is for."""
-        return isinstance(detector, self.detector)
-
-    # -- construction -------------------------------------------------------------------------
-
-    def num_classes(self, detector: nn.Module) -> int:
-        """What was given, or what the widths of the predictors tell.
-
-        Raises:
-            ValueError: predictors that aren't there, that tell no width, or whose widths don't fit together,
-                or don't fit the number that was given.
-        """
-        given = self._num_classes(detector) if callable(self._num_classes) else self._num_classes
-        if given is not None and (self._predict is not None or not self._tells_widths(detector)):
-            return given
-        counts = {self._classes_of(widths, detector) for widths in self._widths(detector)}
-        if len(counts) > 1:
+        roles = [role for behind in named.values() for role in behind]
+        if len(set(roles)) < len(roles):
+            raise ValueError(f"two predictors have one name: {roles}")
+        usual = {"logits", "regression"} <= set(roles) <= {"logits", "regression", "quality"}
+        if not usual and (self.predict is None or self.num_classes is None):
             raise ValueError(
-                f"{type(detector).__name__} predicts {sorted(counts)} classes, not as many on each level: "
-                "pass num_classes= and predict="
+                "the predictors must be one of logits, one of regression and at most one of quality, got "
+                f"{roles}: name them so, or pass predict= and num_classes="
             )
-        counted = counts.pop()
-        if given not in (None, counted):
-            raise ValueError(
-                f"num_classes= is {given} for {type(detector).__name__}, whose predictors give {counted} "
-                "classes at each anchor: leave it out, or pass a function of the detector"
-            )
-        return counted
+        if self.bins < 1:
+            raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if self.rows not in (None, "grid", "queries") or (self.queries is not None and self.rows == "grid"):
+            raise ValueError(f'rows must be "grid" or "queries", with queries= the latter, got {self.rows!r}')
 
-    def _tells_widths(self, detector: nn.Module) -> bool:
-        """Whether each predictor surely gives as many numbers as its last layer says."""
-        found = self._named_predictors(detector).values()
-        return all(_ends_in_a_layer(module) for modules in found for module in _as_list(modules))
+    def __call__(self, detector: nn.Module) -> GenericAdapter:
+        """The adapter of a detector."""
+        return GenericAdapter(detector, self)
 
-    def _widths(self, detector: nn.Module) -> list[dict[str, int]]:
-        """How many numbers the predictors give at a location, by role, a level or for all of them."""
-        by_role = self._named_predictors(detector)
-        levels = max(len(_as_list(found)) for found in by_role.values())
-        return [
-            {role: _width_out(_of_level(found, level)) for role, found in by_role.items()}
-            for level in range(levels)
-        ]
 
-    def _classes_of(self, widths: Mapping[str, int], detector: nn.Module) -> int:
-        anchors = widths["regression"] // (4 * self.bins)
-        fits = anchors and widths["regression"] % (4 * self.bins) == 0 and widths["logits"] % anchors == 0
-        if not fits or widths.get("quality", anchors) != anchors:
-            raise ValueError(
-                f"the predictors of {type(detector).__name__} give {dict(widths)} numbers a location, which "
-                f"don't fit {self.bins} bins for each of 4 sides of each anchor, and one quality: tell "
-                "bins=, or pass num_classes= and predict="
-            )
-        return widths["logits"] // anchors
+class GenericAdapter(Adapter):
+    """A detector whose parts a `generic` names.
 
-    def strides(self, detector: nn.Module) -> Sequence[float] | None:
-        """What was given."""
-        return self._strides(detector) if callable(self._strides) else self._strides
+    Raises:
+        ValueError: modules that aren't there, or that don't fit together.
+    """
 
-    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-        """Finds every module that was named, compares what they tell, calls what was given as ``check``.
+    def __init__(self, detector: nn.Module, spec: generic) -> None:
+        self.detector, self.spec = detector, spec
+        self._features: Callable[[Tensor], Any]
+        if isinstance(spec.features, str):
+            self._features = find_modules(detector, spec.features, "features")[0]
+        strides = spec.strides(detector) if callable(spec.strides) else spec.strides
+        self.strides = None if strides is None else tuple(map(float, strides))
+        self.head = GenericHead(detector, spec, self.strides)
+        self.heads = (self.head,)
+        self.pixel_coding = spec.pixel_coding
+        widths = spec.widths(detector) if callable(spec.widths) else spec.widths
+        if widths is None and self.strides is not None and self.head.rows == "grid":
+            branch = self.head.branches[0]
+            widths = [branch.tower(level).width_in for level in range(len(self.strides))]
+        self.widths = None if widths is None else tuple(widths)
 
-        Raises:
-            ValueError: modules that aren't there, other anchors a location, towers of another kind of layers.
-        """
-        counts = []
-        for side, detector in (("teacher", teacher), ("student", student)):
-            try:
-                self.branches(detector)
-                counts.append(self._levels(detector))
-                if isinstance(self._features, str):
-                    _at_path(detector, self._features, "features")
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{side}: {error}") from error
-        if levels.teacher is None and None not in counts and counts[0] != counts[1]:
-            raise ValueError(
-                f"the levels differ: {counts[0]} (teacher), {counts[1]} (student), by the modules of each. "
-                "Pass strides=, by which the student's are found among the teacher's, which may have more"
-            )
-        self._check_layouts(teacher, student)
-        self._check_anchors(teacher, student, levels)
-        if self._check is not None:
-            self._check(teacher, student)
-
-    def _check_layouts(self, teacher: nn.Module, student: nn.Module) -> None:
-        for theirs, ours in zip(self.branches(teacher), self.branches(student), strict=True):
-            last = [branch.tower(0).channels_last for branch in (theirs, ours)]
-            if last[0] != last[1]:
-                kinds = ["linear layers, channels last" if side else "convolutions" for side in last]
-                raise ValueError(
-                    f"the {ours.name} tower differs in kind: {kinds[0]} (teacher), {kinds[1]} (student). "
-                    "Features of one can't be read by the other: build both of the same kind of layers"
-                )
-
-    def _check_anchors(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-        """Compares how many anchors each location has, where predictors tell; else the first step does."""
-        sides = teacher, student
-        if self._predict is not None or not all(self._tells_widths(detector) for detector in sides):
-            return
-        theirs, ours = (
-            [widths["regression"] // (4 * self.bins) for widths in self._widths(detector)]
-            for detector in sides
-        )
-        pairs = list(levels)
-        if levels.teacher is None:
-            pairs = [(level, level) for level in range(max(len(theirs), len(ours)))]
-        paired = [(theirs[t % len(theirs)], ours[s % len(ours)]) for s, t in pairs]
-        if any(a != b for a, b in paired):
-            counts = [list(side) for side in zip(*paired, strict=True)]
-            raise ValueError(
-                f"anchors a location differ, level by level: {counts[0]} (teacher), {counts[1]} (student), "
-                "by the widths of the predictors of regression. Boxes are compared anchor by anchor: build "
-                "both heads for the same anchors, and train the teacher with them"
-            )
-
-    def _levels(self, detector: nn.Module) -> int | None:
-        """How many levels a detector has, where strides or modules a level tell."""
-        counts = {}
-        strides = self.strides(detector)
-        if strides is not None:
-            counts["strides"] = len(strides)
-        for branch in self.branches(detector):
-            if len(branch.towers) > 1:
-                counts[f"towers of {branch.name}"] = len(branch.towers)
-        for role, found in self._named_predictors(detector).items():
-            if isinstance(found, list):
-                counts[f"predictors of {role}"] = len(found)
-        if len(set(counts.values())) > 1:
-            raise ValueError(
-                f"{type(detector).__name__} has not as many of each a level: {counts}. Name one module a "
-                "level, or a single one for all"
-            )
-        return next(iter(counts.values()), None)
-
-    def branches(self, detector: nn.Module) -> tuple[Branch, ...]:
-        """The branches that were named."""
-        return tuple(self._branch(detector, name) for name in self._towers)
-
-    def _branch(self, detector: nn.Module, name: str) -> Branch:
-        behind = {role: self._predictors_of(detector, name, role) for role in self._predictors[name]}
-        where = self._towers[name]
-        first = next(iter(behind.values()))
-        found: Any
-        if where is None:
-            found = [nn.Sequential() for _ in first] if isinstance(first, list) else nn.Sequential()
-        else:
-            found = _found(detector, where, f"towers[{name!r}]")
-        towers = []
-        for level, blocks in enumerate(_as_list(found)):
-            title = f"{name} tower" + (f" of level {level}" if isinstance(found, list) else "")
-            towers.append(_tower(blocks, title, _of_level(first, level)))
-        predictors = {
-            role + (f"[{level}]" if isinstance(modules, list) else ""): module
-            for role, modules in behind.items()
-            for level, module in enumerate(_as_list(modules))
-        }
-        return Branch(name, tuple(towers), predictors)
-
-    def _named_predictors(self, detector: nn.Module) -> dict[str, nn.Module | list[nn.Module]]:
-        """By role, the predictor, or one a level."""
-        return {
-            role: self._predictors_of(detector, name, role)
-            for name, behind in self._predictors.items()
-            for role in behind
-        }
-
-    def _predictors_of(self, detector: nn.Module, branch: str, role: str) -> nn.Module | list[nn.Module]:
-        return _found(detector, self._predictors[branch][role], f"predictors[{branch!r}][{role!r}]")
-
-    # -- one step -----------------------------------------------------------------------------
-
-    def prepare(self, teacher: nn.Module, student: nn.Module, images: Any, targets: Any) -> Inputs:
+    def prepare(self, images: Any, targets: Any) -> Batch:
         """What was given, or the images as they are."""
-        if self._prepare is not None:
-            return self._prepare(teacher, student, images, targets)
-        if not isinstance(images, Tensor):
-            listed = list(images)
-            if not listed or not all(isinstance(image, Tensor) for image in listed):
-                kinds = sorted({type(image).__name__ for image in listed})
-                raise TypeError(
-                    f"images must be tensors, got {kinds or 'none'}: convert them, or pass prepare="
-                )
-            if len({image.shape for image in listed}) > 1:
-                shapes = sorted({tuple(image.shape) for image in listed})
-                raise ValueError(
-                    f"images must be one tensor or tensors of one shape, got {shapes}: batch them "
-                    "beforehand, or pass prepare="
-                )
-            images = torch.stack(listed)
-        return Inputs(images, images, targets)
-
-    def features(self, detector: nn.Module, pixels: Tensor) -> list[Tensor]:
-        """The feature extractor's maps."""
-        if isinstance(self._features, str):
-            maps = _at_path(detector, self._features, "features")(pixels)
+        if self.spec.prepare is not None:
+            batch = self.spec.prepare(self.detector, images, targets)
         else:
-            maps = self._features(detector, pixels)
-        if not isinstance(maps, Tensor):
-            maps = list(maps.values() if isinstance(maps, Mapping) else maps)
-        listed = [maps] if isinstance(maps, Tensor) else maps
-        levels = self._levels(detector)
-        if levels not in (None, len(listed)):
+            pixels = stacked_images(images, "prepare=")
+            batch = Batch(pixels, sizes_of(pixels), targets=targets)
+        if batch.objects is None and batch.targets is not None:
+            batch = replace(batch, objects=self._objects_of(batch.targets))
+        if batch.objects is not None and len(batch.objects) != len(batch.pixels):
+            raise ValueError(f"got {len(batch.pixels)} images, but targets for {len(batch.objects)}")
+        return batch
+
+    def _objects_of(self, targets: Any) -> tuple[Objects, ...] | None:
+        if self.spec.objects is not None:
+            return tuple(Objects(boxes, labels) for boxes, labels in self.spec.objects(targets))
+        listed = targets if isinstance(targets, list | tuple) else ()
+        if not listed or not all(isinstance(t, Mapping) and {"boxes", "labels"} <= t.keys() for t in listed):
+            return None
+        return tuple(Objects(target["boxes"], target["labels"]) for target in listed)
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """The feature extractor's maps.
+
+        Raises:
+            ValueError: maps that the head can't be fed.
+        """
+        features = self.spec.features
+        maps = features(self.detector, pixels) if callable(features) else self._features(pixels)
+        listed, name, head = _as_list(maps), type(self.detector).__name__, self.head
+        shapes = [tuple(feature_map.shape) for feature_map in listed]
+        if head.levels not in (None, len(listed)):
             raise ValueError(
-                f"features= made {len(listed)} feature maps for {type(detector).__name__}, but its strides, "
-                f"towers or predictors are those of {levels} levels: give one feature map a level, "
-                "finest first"
+                f"features= made {len(listed)} feature maps for {name}, but its strides, towers or "
+                f"predictors are those of {head.levels} levels: give one feature map per level, finest first"
+            )
+        if self.spec.rows is None and head.rows == "grid" and any(len(shape) == 3 for shape in shapes):
+            raise ValueError(_unknown_rows(f"features= made {shapes} for {name}"))
+        if head.rows == "queries" and any(len(shape) != 4 for shape in shapes):
+            raise ValueError(
+                f"features= made {shapes} for {name}, no maps (batch, channels, height, width), so methods "
+                "of feature maps would compare queries, a set in no order. Let features= give the maps that "
+                "the queries are made of, and queries= the queries"
             )
         return listed
 
-    def predict(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """What was given, or the predictors' outputs as they are."""
-        predict = self._predict or self._predicted
-        predictions = predict(detector, level, towers)
-        classes, given = predictions.logits.shape[-1], self._num_classes
-        if isinstance(given, int) and classes != given:
+    def detect(self, images: Any, targets: Any) -> Any:
+        """What was given, or ``detector(images)``."""
+        return self.detector(images) if self.spec.detect is None else self.spec.detect(self.detector, images)
+
+    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor] | None:
+        """What was given, or what the detector's forward returns where that is a dict of scalars."""
+        if self.spec.own_losses is not None:
+            return self.spec.own_losses(self.detector, images, targets)
+        try:
+            inspect.signature(self.detector.forward).bind(images, targets)
+        except TypeError:
+            self.detector(images)
+            return None
+        returned = self.detector(images, targets)
+        if not isinstance(returned, Mapping):
+            return None
+        scalars = all(isinstance(loss, Tensor) and not loss.ndim for loss in returned.values())
+        return returned if scalars else None
+
+    def own_outputs(self, batch: Batch) -> list[OwnOutput]:
+        """Runs the detector, so that the outputs of its layers are compared.
+
+        With ``prepare`` there is nothing to compare, for a batch would be prepared a second time.
+        """
+        if self.spec.prepare is not None:
+            return []
+        self.detect(batch.pixels, None)
+        return [OwnOutput(None)]
+
+
+class GenericHead(Head):
+    """The head of a detector whose parts a `generic` names.
+
+    Attributes:
+        predictors: by what they predict, one for all levels or one per level.
+        per_location: anchors per location, one number for all levels or one per level; ``None`` where the
+            predictors don't tell.
+        levels: how many levels there are; ``None`` where nothing tells.
+    """
+
+    def __init__(self, detector: Any, spec: generic, strides: Sequence[float] | None) -> None:
+        self.detector, self.spec = detector, spec
+        # With the module's name, so that a class that happens to be called FCOS gets no published settings.
+        self.head_type = spec.head_type or f"{type(detector).__module__}.{type(detector).__qualname__}"
+        self.bins, self.background, self.decodes = spec.bins, spec.background, spec.decode is not None
+        self.predictors: dict[str, tuple[nn.Module, ...]] = {}
+        for name, behind in spec.predictors.items():
+            for role, where in behind.items():
+                self.predictors[role] = find_modules(detector, where, f"predictors[{name!r}][{role!r}]")
+        self.branches = tuple(self._branch(name) for name in spec.towers)
+        self.rows = self._read_rows()
+        self.levels = self._read_levels(strides)
+        self.num_classes, self.per_location = self._read_predictors()
+
+    def _branch(self, name: str) -> Branch:
+        behind = {role: self.predictors[role] for role in self.spec.predictors[name]}
+        first, where = next(iter(behind.values())), self.spec.towers[name]
+        found: tuple[nn.Module, ...] = tuple(nn.Sequential() for _ in first)
+        if where is not None:
+            found = find_modules(self.detector, where, f"towers[{name!r}]")
+        towers, predictors = [], {}
+        for level, blocks in enumerate(found):
+            title = f"{name} tower" + (f" of level {level}" if len(found) > 1 else "")
+            width = linear = None
+            if isinstance(blocks, nn.Sequential | nn.ModuleList) and not len(blocks):
+                predictor = of_level(first, level)
+                width, linear = width_of(predictor, "in"), is_linear(predictor)
+            towers.append(Tower.of(blocks, title, width, channels_last=linear))
+        for role, modules in behind.items():
+            for level, module in enumerate(modules):
+                predictors[role + (f"[{level}]" if len(modules) > 1 else "")] = module
+        return Branch(name, tuple(towers), predictors)
+
+    def _read_rows(self) -> Rows:
+        """What a row stands for; raises ``ValueError`` where nothing tells."""
+        if self.spec.queries is not None:
+            return "queries"
+        towers = [tower for branch in self.branches for tower in branch.towers]
+        linear = next((tower.name for tower in towers if tower.channels_last), None)
+        if linear is not None and self.spec.rows is None:
+            raise ValueError(_unknown_rows(f"the {linear} is made of linear layers"))
+        return self.spec.rows or "grid"
+
+    def _read_levels(self, strides: Sequence[float] | None) -> int | None:
+        """How many levels there are, where strides or modules per level tell."""
+        if self.rows == "queries":
+            return None
+        counts = {} if strides is None else {"strides": len(strides)}
+        counts |= {f"towers of {b.name}": len(b.towers) for b in self.branches if len(b.towers) > 1}
+        counts |= {f"predictors of {role}": len(m) for role, m in self.predictors.items() if len(m) > 1}
+        if len(set(counts.values())) > 1:
             raise ValueError(
-                f"num_classes= is {given}, but {type(detector).__name__} gives logits of {classes} classes: "
-                "pass a function of the detector, for teacher and student may differ"
+                f"{type(self.detector).__name__} has different numbers of levels: {counts}. Name one module "
+                "per level, or a single one for all"
+            )
+        return next(iter(counts.values()), None)
+
+    def _read_predictors(self) -> tuple[int, tuple[int, ...] | None]:
+        """The classes, and the anchors per location where the predictors' widths tell them."""
+        given, name = self.spec.num_classes, type(self.detector).__name__
+        given = given(self.detector) if callable(given) else given
+        modules = [module for found in self.predictors.values() for module in found]
+        plain = self.spec.predict is None and all(ends_in_a_layer(module) for module in modules)
+        if given is not None and not plain:
+            return given, None
+        classes, per_location = set(), []
+        for level in range(max(map(len, self.predictors.values()))):
+            widths = {role: width_of(of_level(m, level), "out") for role, m in self.predictors.items()}
+            anchors, rest = divmod(widths["regression"], 4 * self.bins)
+            if not anchors or rest or widths["logits"] % anchors or widths.get("quality", anchors) != anchors:
+                raise ValueError(
+                    f"the predictors of {name} give {widths} numbers per location, which don't fit "
+                    f"{self.bins} bins for each of 4 sides of each anchor, and one quality: pass bins=, or "
+                    "num_classes= and predict="
+                )
+            per_location.append(anchors)
+            classes.add(widths["logits"] // anchors)
+        if len(classes | {given} - {None}) > 1:
+            raise ValueError(
+                f"the predictors of {name} give {sorted(classes)} classes, num_classes= is {given}: each "
+                "level must have as many, and where teacher and student differ num_classes= must be a "
+                "function of the detector"
+            )
+        return classes.pop(), tuple(per_location) if plain else None
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def feed(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The maps, or the queries that are made of them."""
+        return maps if self.spec.queries is None else _as_list(self.spec.queries(self.detector, maps))
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """What was given, or the predictors' outputs as they are.
+
+        Raises:
+            ValueError: as many classes as the adapter doesn't know of.
+        """
+        if self.spec.predict is None:
+            return self._predicted(level, towers)
+        predictions = self.spec.predict(self.detector, level, towers)
+        classes = predictions.logits.shape[-1]
+        if (classes, predictions.background) != (self.num_classes, self.background):
+            raise ValueError(
+                f"predict= gives logits of {classes} classes with background {predictions.background} for "
+                f"{type(self.detector).__name__}, but its num_classes= is {self.num_classes} and background= "
+                f"{self.background}"
             )
         return predictions
 
-    def _predicted(self, detector: nn.Module, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+    def _predicted(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """The predictors' outputs as they are."""
         rows = {}
-        for branch, behind in self._predictors.items():
+        for branch, behind in self.spec.predictors.items():
             for role in behind:
-                found = self._predictors_of(detector, branch, role)
-                predictor = _of_level(found, level)
-                rows[role] = _rows(predictor(towers[branch]), last=_is_linear(predictor))
-        anchors = rows["regression"].shape[-1] // (4 * self.bins)
-        logits, regression = (_by_anchor(rows[role], anchors) for role in ("logits", "regression"))
-        if self.bins > 1:
-            regression = regression.reshape(*regression.shape[:2], 4, self.bins)
-        quality = _by_anchor(rows["quality"], anchors).squeeze(-1) if "quality" in rows else None
-        return Predictions(logits, regression, quality)
+                predictor = of_level(self.predictors[role], level)
+                output = predictor(towers[branch])
+                # One row per location, (batch, locations, numbers); linear layers give the numbers last.
+                last = is_linear(predictor)
+                rows[role] = (
+                    output.reshape(len(output), -1, output.shape[-1]) if last else output.flatten(2).mT
+                )
+        batch, locations, sides = rows["regression"].shape
+        anchors = locations * (sides // (4 * self.bins))
+        regression = rows["regression"].reshape(batch, anchors, 4, self.bins)
+        return Predictions(
+            rows["logits"].reshape(batch, anchors, -1),
+            regression.squeeze(-1) if self.bins == 1 else regression,
+            rows["quality"].reshape(batch, anchors) if "quality" in rows else None,
+            self.background,
+        )
 
-    def locations(self, detector: nn.Module, inputs: Inputs, features: Sequence[Tensor]) -> Any:
-        """What was given, or nothing."""
-        return None if self._locations is None else self._locations(detector, inputs, features)
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """What was given, in ``extra``; as boxes, too, where it is boxes or points."""
+        given = None if self.spec.anchors is None else self.spec.anchors(self.detector, batch, maps)
+        parts = list(given) if isinstance(given, list | tuple) else [given]
+        tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim == 2]
+        lengths = tuple(len(part) for part in tensors)
+        per_level = lengths if self.rows == "queries" else self._per_level(maps, lengths)
+        proper = len(tensors) == len(parts) and all(part.shape[1] in (2, 4) for part in tensors)
+        boxes = torch.cat(tensors) if proper and sum(lengths) == sum(per_level) else None
+        return _OwnAnchors(boxes, per_level, extra=given)
 
-    def decode(self, detector: nn.Module, predictions: Predictions, locations: Any) -> Tensor:
+    def _per_level(self, maps: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[int, ...]:
+        """How many anchors each level has.
+
+        Args:
+            maps: of all levels.
+            lengths: of the tensors that the detector's own anchors are.
+        """
+        last = self.branches[0].towers[0].channels_last
+        shapes = [feature_map.shape[1:-1] if last else feature_map.shape[2:] for feature_map in maps]
+        locations = [math.prod(shape) for shape in shapes]
+        each = self.per_location
+        if each is None:
+            if len(lengths) == len(maps) > 1:
+                return lengths
+            # A predict= of one's own: the anchors tell how many a location has, if there is one per row.
+            each = (max(1, sum(lengths) // sum(locations)),)
+        each = each if len(each) > 1 else each * len(maps)
+        return tuple(number * of_location for number, of_location in zip(locations, each, strict=True))
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
         """What was given.
 
         Raises:
             ValueError: nothing was, or what it returns are no boxes.
         """
-        if self._decode is None:
-            raise ValueError(
-                "boxes are to be compared, but decode= is missing: pass it to the adapter, or leave "
-                "the method's regression= and reg_weight= as its recipe has them"
-            )
-        boxes = self._decode(detector, predictions.regression, locations)
-        wanted = (*predictions.logits.shape[:2], 4)
+        if self.spec.decode is None:
+            raise ValueError("boxes are to be compared, but the adapter has no decode=")
+        boxes = self.spec.decode(self.detector, predictions.regression, anchors.extra)
+        wanted = (*predictions.logits.shape[: 3 if predictions.box_per_class else 2], 4)
         if not isinstance(boxes, Tensor) or tuple(boxes.shape) != wanted:
             got = tuple(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
             raise ValueError(f"decode= must return boxes of shape {wanted}, (batch, anchors, 4), got {got}")
         return boxes
 
     def losses(
-        self, student: nn.Module, predictions: Predictions, locations: Any, inputs: Inputs
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
     ) -> tuple[dict[str, Tensor], Assignment]:
         """What was given; with a mask every anchor counts, and an image without objects as one with one."""
-        returned = self._losses(student, predictions, locations, inputs.targets)
+        if self.spec.losses is None:
+            raise ValueError("losses= is missing: a detector without it can only be a teacher")
+        returned = self.spec.losses(self.detector, predictions, anchors.extra, batch.targets)
         if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], Mapping):
             raise ValueError(
                 "losses= must return two things, a dict of losses and which anchors hold an object, got "
-                f"{_kinds(returned)}"
+                f"{kinds_of(returned)}"
             )
         losses, assigned = returned
-        if isinstance(assigned, Assignment):
-            return dict(losses), assigned
-        wanted = tuple(predictions.logits.shape[:2])
-        if not isinstance(assigned, Tensor) or assigned.dtype != torch.bool or assigned.shape != wanted:
-            tensor = isinstance(assigned, Tensor)
-            got = f"{assigned.dtype} {tuple(assigned.shape)}" if tensor else type(assigned).__name__
+        return dict(losses), _assignment("losses=", assigned, tuple(predictions.logits.shape[:2]))
+
+    def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
+        """What was given, or what `losses` returns beside the losses."""
+        assert batch.objects is not None
+        # Where an object's class is unknown, any class of an object.
+        first = 1 if self.background == 0 else 0
+        targets = [{"boxes": o.boxes, "labels": o.labels.clamp(min=first)} for o in batch.objects]
+        rows = sum(anchors.per_level)
+        if self.spec.assign is not None:
+            assigned = self.spec.assign(self.detector, predictions, anchors.extra, targets)
+            return _assignment("assign=", assigned, (len(targets), rows))
+        # Targets of another form, or predictions of some levels alone, are nothing for losses=.
+        if self.spec.losses is None or self.spec.objects or predictions.logits.shape[1] != rows:
             raise ValueError(
-                f"losses= must return, beside the losses, a mask of type bool and shape {wanted}, "
-                f"(batch, anchors), or an Assignment, got {got}"
+                f"the teacher, a {type(self.detector).__name__}, has other anchors than the student, and its "
+                "losses= can't be called for its label assignment: pass generic() assign="
             )
-        positives = assigned.sum(dim=1).clamp(min=1).sum().float()
-        return dict(losses), Assignment(None, assigned, mean_over_ranks(positives))
-
-    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
-        """What was given, or ``student(images)``."""
-        return student(images) if self._detect is None else self._detect(student, images)
-
-    def check_locations(self, teacher: Any, student: Any, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where tensors in the locations differ.
-
-        They may stand in sequences, dicts and dataclasses. Of a sequence of one thing a level those of the
-        levels that are used are compared.
-        """
-        for theirs, ours in _pairs(teacher, student, levels):
-            # A tensor of all levels has other rows where levels are left out: nothing tells which these are.
-            # Where strides differ by a factor so do places and sizes, but not what else may be counted.
-            if theirs.shape != ours.shape or (levels.scale != 1 and not ours.is_floating_point()):
-                continue
-            if not torch.allclose(theirs.float(), levels.scale * ours.to(theirs.device).float()):
-                raise ValueError(
-                    f"the locations of the first batch, {tuple(ours.shape)}, have other values for the "
-                    "teacher than for the student: both must predict boxes at the same places"
-                )
+        return self.losses(predictions, anchors, replace(batch, targets=targets))[1]
 
 
-def _check_branches(towers: Mapping[str, Any], predictors: Mapping[str, Mapping[str, Any]]) -> None:
-    if not towers or towers.keys() != predictors.keys() or not all(predictors.values()):
+@dataclass(frozen=True, eq=False)
+class _OwnAnchors(Anchors):
+    """Anchors in whatever form a function gave them, which stands in ``extra``."""
+
+    def of_levels(self, levels: Sequence[int]) -> Anchors:
+        """Those of some levels alone, in the given order."""
+        fewer, extra = super().of_levels(levels), self.extra
+        if fewer is self or extra is None:
+            return fewer
+        if isinstance(extra, Tensor) and len(extra) == sum(self.per_level):
+            return replace(fewer, extra=extra[self.rows(levels).to(extra.device)])
+        if isinstance(extra, list | tuple) and len(extra) == len(self.per_level):
+            return replace(fewer, extra=[extra[level] for level in levels])
         raise ValueError(
-            "towers and predictors must name the same branches, each with a predictor, got "
-            f"{list(towers)} and { ({name: list(behind) for name, behind in predictors.items()}) }"
+            f"{len(levels)} of the teacher's {len(self.per_level)} levels are used, and those of anchors=, "
+            f"{kinds_of(extra)}, can't be found: let it return a tensor of {sum(self.per_level)} rows, one "
+            "per anchor, or a list of one thing per level"
         )
 
 
-def _check_roles(roles: Sequence[str], predict: Any, num_classes: Any) -> None:
-    if len(set(roles)) < len(roles):
-        raise ValueError(f"two predictors have one name: {list(roles)}")
-    usual = {"logits", "regression"} <= set(roles) <= set(_ROLES)
-    if predict is None and not usual:
+def stacked_images(images: Any, instead: str) -> Tensor:
+    """Images as one tensor (batch, channels, height, width).
+
+    Args:
+        images: a tensor, or a list of tensors of one size.
+        instead: what to pass for images of another form.
+
+    Raises:
+        TypeError: images that are no tensors.
+        ValueError: tensors of more than one size.
+    """
+    if isinstance(images, Tensor):
+        return images
+    listed = list(images)
+    if not listed or not all(isinstance(image, Tensor) for image in listed):
+        kinds = sorted({type(image).__name__ for image in listed})
+        raise TypeError(f"images must be tensors, got {kinds or 'none'}: convert them, or pass {instead}")
+    if len({image.shape for image in listed}) > 1:
+        shapes = sorted({tuple(image.shape) for image in listed})
+        raise ValueError(f"images must be of one shape, got {shapes}: batch them, or pass {instead}")
+    return torch.stack(listed)
+
+
+def sizes_of(pixels: Tensor) -> tuple[tuple[int, int], ...]:
+    """The (height, width) of each image of a batch without padding."""
+    return ((int(pixels.shape[-2]), int(pixels.shape[-1])),) * len(pixels)
+
+
+def _assignment(name: str, assigned: Any, wanted: tuple[int, ...]) -> Assignment:
+    """What a function returned as an `Assignment` of a shape (batch, anchors)."""
+    mask = assigned.positive if isinstance(assigned, Assignment) else assigned
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != wanted:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"the predictors must be one of logits, one of regression and at most one of quality, got "
-            f"{list(roles)}: name them so, or pass predict="
+            f"{name} must return a mask of type bool and shape {wanted}, (batch, anchors), or an Assignment "
+            f"with such a mask, got {got}"
         )
-    if num_classes is None and not usual:
-        raise ValueError(
-            f"the number of classes can't be read off predictors named {list(roles)}: pass num_classes="
-        )
+    if isinstance(assigned, Assignment):
+        return assigned
+    positives = mask.sum(dim=1).clamp(min=1).sum().float()
+    return Assignment(None, mask, mean_over_ranks(positives))
 
 
-def _check_path(name: str, where: Any, *, level: bool = True) -> None:
-    """Raises ``ValueError`` for a path that no detector could have."""
-    if not isinstance(where, str):
-        return
-    parts = where.split(".")
-    stars = parts.count("*")
-    if not all(part == "*" or part.isidentifier() or part.isdecimal() for part in parts) or stars > level:
-        raise ValueError(
-            f"{name}: {where!r} is no attribute path, such as 'head.tower'"
-            + (" or, with one * for all levels, 'heads.*.tower'" if level else "")
-            + "; a function of the detector may find what a path can't"
-        )
+def _unknown_rows(what: str) -> str:
+    return (
+        f"{what}, and nothing tells what a row of predictions stands for: a place, the same for teacher and "
+        "student, or one of a set of queries in no order, which can't be compared row by row. Pass "
+        'rows="grid" for a flattened map or pooled features, rows="queries" for a set, such as a detection '
+        "transformer's"
+    )
 
 
-def _found(detector: nn.Module, where: Where, name: str) -> nn.Module | list[nn.Module]:
-    """The module that a path or a function names, or a list of one a level."""
-    if isinstance(where, str):
-        found = _at_path(detector, where, name)
-    else:
-        try:
-            found = where(detector)
-        except (AttributeError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"{name}: the function failed on {type(detector).__name__}: {error!r}"
-            ) from error
-    found = list(found) if isinstance(found, tuple) else found
-    if not _as_list(found) or not all(isinstance(module, nn.Module) for module in _as_list(found)):
-        raise ValueError(
-            f"{name} must be a module of {type(detector).__name__} or a list of them, one a level, got "
-            f"{_kinds(found)}"
-        )
-    return found
-
-
-def _at_path(detector: nn.Module, path: str, name: str) -> Any:
-    modules = [detector]
-    before = type(detector).__name__
-    for part in path.split("."):
-        if part == "*":
-            modules = [child for child in modules[0]._modules.values() if child is not None]
-        else:
-            missing = [m for m in modules if not isinstance(getattr(m, part, None), nn.Module)]
-            if missing:
-                raise ValueError(
-                    f"{name}: there is no module {path!r} in {type(detector).__name__}: {before} has no "
-                    f"{part!r}, but {list(missing[0]._modules) or 'no modules at all'}"
-                )
-            modules = [getattr(module, part) for module in modules]
-        before = part if before == type(detector).__name__ else f"{before}.{part}"
-    return modules if "*" in path else modules[0]
-
-
-def _tower(blocks: Any, title: str, predictor: nn.Module) -> Tower:
-    """A tower; where it has no layers, its predictor tells what it is fed."""
-    if isinstance(blocks, nn.Sequential | nn.ModuleList) and not len(blocks):
-        return Tower.of(blocks, title, _width_in(predictor), channels_last=_is_linear(predictor))
-    return Tower.of(blocks, title)
-
-
-def _as_list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
-
-
-def _of_level(found: nn.Module | list[nn.Module], level: int) -> nn.Module:
-    """The module of a level; of too few for all levels any, for `features` refuses those."""
-    return found[level % len(found)] if isinstance(found, list) else found
-
-
-def _kinds(value: Any) -> str:
-    """The types of what somebody returned."""
-    if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {[type(part).__name__ for part in value]}"
-    return type(value).__name__
-
-
-def _width_out(predictor: nn.Module) -> int:
-    """How many numbers a predictor gives at a location."""
-    return _integer_of(predictor, reversed(list(predictor.modules())), *_WIDTHS_OUT)
-
-
-def _width_in(predictor: nn.Module) -> int:
-    """How many channels a predictor takes."""
-    return _integer_of(predictor, predictor.modules(), "in_channels", "in_features")
-
-
-def _ends_in_a_layer(predictor: nn.Module) -> bool:
-    while isinstance(predictor, nn.Sequential) and len(predictor):
-        predictor = predictor[-1]
-    return _integer_in([predictor], *_WIDTHS_OUT) is not None
-
-
-def _integer_in(modules: Iterable[nn.Module], *names: str) -> int | None:
-    values = (getattr(module, name, None) for module in modules for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def _integer_of(predictor: nn.Module, modules: Iterable[nn.Module], *names: str) -> int:
-    found = _integer_in(modules, *names)
-    if found is None:
-        raise ValueError(
-            f"the predictor {type(predictor).__name__} has neither {' nor '.join(names)}, nor has a layer of "
-            "it: make it of convolutions or linear layers"
-        )
-    return found
-
-
-def _is_linear(predictor: nn.Module) -> bool:
-    """Whether a predictor gives (batch, …, numbers), as linear layers do."""
-    layers = [m for m in predictor.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    return bool(layers) and isinstance(layers[-1], nn.Linear)
-
-
-def _rows(output: Tensor, *, last: bool) -> Tensor:
-    """A predictor's output as (batch, locations, numbers)."""
-    if last:
-        return output.reshape(output.shape[0], -1, output.shape[-1])
-    return output.flatten(2).mT
-
-
-def _by_anchor(rows: Tensor, anchors: int) -> Tensor:
-    """Rows (batch, locations, anchors · values) as (batch, locations · anchors, values)."""
-    return rows.reshape(rows.shape[0], rows.shape[1] * anchors, -1)
-
-
-def _pairs(teacher: Any, student: Any, levels: LevelPairs) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors of two nests of sequences, dicts and dataclasses that stand at the same places."""
-    if isinstance(teacher, Tensor) and isinstance(student, Tensor):
-        yield teacher, student
-        return
-    theirs, ours = _parts(teacher), _parts(student)
-    used = levels.teacher or ()
-    if isinstance(student, Sequence) and len(ours) == len(used) and max(used) < len(theirs) != len(ours):
-        theirs = {place: theirs[index] for place, index in enumerate(used)}
-    for place in ours:
-        if place in theirs:
-            yield from _pairs(theirs[place], ours[place], levels)
-
-
-def _parts(value: Any) -> dict[Any, Any]:
-    """What a container holds, by place."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    return dict(enumerate(value)) if listed else {}
+def _as_list(maps: Any) -> list[Tensor]:
+    if isinstance(maps, Tensor):
+        return [maps]
+    return list(maps.values() if isinstance(maps, Mapping) else maps)
