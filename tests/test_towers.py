@@ -312,7 +312,7 @@ def test_a_hidden_overwrite_is_an_error():
 
 def test_inference_mode_keeps_no_versions():
     with torch.inference_mode():
-        tapped = Tapped.note("here", torch.ones(1))
+        tapped = Tapped.at("here", torch.ones(1))
     assert tapped.read().item() == 1
 
 

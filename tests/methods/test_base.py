@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from crosskd.head import TapPoint
 from torch import Tensor
 
 from crosskd import CrossKD, Distiller, Method
 from crosskd.methods import Step
+from crosskd.towers import Tapped, TapPoint
 from tests.helpers.tiny import tiny_batch, tiny_retinanet
 
 
@@ -17,7 +17,8 @@ class LogitDistance(Method):
         super().__init__(name="distance")
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        return {"kd_distance": (step.student.logits - step.teacher.logits).square().mean()}
+        student, teacher = step.student.predictions, step.teacher.predictions
+        return {"kd_distance": (student.logits - teacher.logits).square().mean()}
 
 
 def distil(*methods: Method) -> tuple[Distiller, dict[str, Tensor]]:
@@ -39,22 +40,25 @@ def test_a_method_that_looks_at_predictions_only():
 
 def test_its_defaults():
     method = LogitDistance()
-    assert method.points("classification") is None
+    assert method.tap_points("classification") is None
+    assert method.requires == {"predictions"}
     assert method.loss_names() == ()
     assert method.schedule is None
     features = torch.randn(1, 2, 3, 3)
-    assert method.observe_teacher(features) is features
+    assert method.keep_of_teacher(Tapped.at("here", features)) is features
 
 
 class FeatureDistance(LogitDistance):
     """Compares the towers' features, tapped at other places of student and teacher."""
 
-    def points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
+    requires = frozenset({"towers"})
+
+    def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
         return (TapPoint(1, "post"), TapPoint(2, "pre")) if branch == "classification" else None
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        assert set(step.student_taps) == set(step.teacher_taps) == {"classification"}
-        self.seen = step.student_taps["classification"], step.teacher_taps["classification"]
+        assert set(step.student.taps) == set(step.teacher.taps) == {"classification"}
+        self.seen = step.student.taps["classification"], step.teacher.taps["classification"]
         pairs = zip(*self.seen, strict=True)
         return {"kd_features": sum((ours.read() - theirs).abs().mean() for ours, theirs in pairs)}
 

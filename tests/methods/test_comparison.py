@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from crosskd.methods import ATSS, FCOS, GFL, RETINANET, Step
+from crosskd.methods import Step
 from crosskd.methods.comparison import Comparison
+from crosskd.methods.settings import SETTINGS
 from crosskd.predictions import Assignment, Predictions
 from tests.helpers.plain_losses import (
     cross_entropy,
@@ -24,9 +24,21 @@ from tests.helpers.plain_losses import (
     softmax,
     softmax_focal_row,
 )
-from tests.methods.steps import ANCHORS, BATCH, BINS, make_assignment, make_predictions, make_step
+from tests.helpers.steps import (
+    ANCHORS,
+    BATCH,
+    BINS,
+    PlainHead,
+    make_assignment,
+    make_predictions,
+    make_step,
+)
 
-RECIPES = [GFL, RETINANET, ATSS, FCOS]
+every_published_head = pytest.mark.parametrize("head_type", ["GFL", "RetinaNet", "ATSS", "FCOS"])
+
+
+def head_of(head_type: str = "RetinaNet", **fields: Any) -> PlainHead:
+    return PlainHead(head_type=head_type, bins=BINS, **fields)
 
 
 def comparison(**settings: Any) -> Comparison:
@@ -34,26 +46,30 @@ def comparison(**settings: Any) -> Comparison:
     return Comparison(**{**unset, "beta": 1.0, "temperature": 1.0, **settings})
 
 
+def losses_of(settled: Comparison, step: Step) -> dict[str, Tensor]:
+    return settled.losses(step.student.predictions, step.teacher, step.student, step.assignment)
+
+
 def compare(step: Step, **settings: Any) -> dict[str, Tensor]:
-    return comparison(**settings).settled(RETINANET).losses(step.student, step)
+    return losses_of(comparison(**settings).settled(head_of()), step)
 
 
 def weighted_sum(step: Step, weight: Callable[[int, int], float], loss: Callable[[int, int], float]) -> float:
-    counted = step.assignment.counted
+    weighted = step.assignment.label_weights
     return math.fsum(
         weight(image, anchor) * loss(image, anchor)
         for image in range(BATCH)
         for anchor in range(ANCHORS)
-        if counted is None or counted[image, anchor]
+        if weighted is None or weighted[image, anchor]
     )
 
 
 def confidence(step: Step) -> Callable[[int, int], float]:
-    return lambda image, anchor: sigmoid(max(step.teacher.logits[image, anchor].tolist()))
+    return lambda image, anchor: sigmoid(max(step.teacher.predictions.logits[image, anchor].tolist()))
 
 
 def rows_of(step: Step, name: str, row: Callable[..., float], **options: Any) -> Callable[[int, int], float]:
-    student, teacher = (getattr(side, name) for side in (step.student, step.teacher))
+    student, teacher = (getattr(side.predictions, name) for side in (step.student, step.teacher))
     return lambda i, a: row(student[i, a].tolist(), teacher[i, a].tolist(), **options)
 
 
@@ -61,10 +77,10 @@ def rows_of(step: Step, name: str, row: Callable[..., float], **options: Any) ->
 # Values
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_classification(counted, beta):
-    step = make_step(counted=counted)
+def test_classification(weighted, beta):
+    step = make_step(weighted=weighted)
     found = compare(step, cls_weight=0.4, reg_weight=0, beta=beta)
     rows = rows_of(step, "logits", quality_focal_row, beta=beta)
     expected = 0.4 * weighted_sum(step, lambda i, a: 1.0, rows) / 5
@@ -72,22 +88,22 @@ def test_classification(counted, beta):
     assert found["kd_cls"].item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("regression", "row"), [("giou", giou_row), ("log_iou", log_iou_row)])
-def test_regression_of_boxes(counted, regression, row):
-    step = make_step(counted=counted)
+def test_regression_of_boxes(weighted, regression, row):
+    step = make_step(weighted=weighted)
     found = compare(step, cls_weight=0, reg_weight=0.75, regression=regression)
     expected = 0.75 * weighted_sum(step, confidence(step), rows_of(step, "regression", row)) / 5
     assert found.keys() == {"kd_reg"}
     assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_regression_of_distributions(counted, temperature):
-    step = make_step(counted=counted, bins=BINS)
+def test_regression_of_distributions(weighted, temperature):
+    step = make_step(weighted=weighted, bins=BINS)
     found = compare(step, cls_weight=0, reg_weight=4, regression="distribution_kl", temperature=temperature)
-    student, teacher = step.student.regression, step.teacher.regression
+    student, teacher = step.student.predictions.regression, step.teacher.predictions.regression
 
     def sides(image: int, anchor: int) -> float:
         pairs = zip(student[image, anchor].tolist(), teacher[image, anchor].tolist(), strict=True)
@@ -101,7 +117,11 @@ def test_regression_of_distributions(counted, temperature):
 def test_quality_is_cross_entropy_on_positive_anchors():
     step = make_step(quality=True)
     found = compare(step, cls_weight=0, reg_weight=0, quality_weight=0.5)
-    student, teacher, positive = step.student.quality, step.teacher.quality, step.assignment.positive
+    student, teacher, positive = (
+        step.student.predictions.quality,
+        step.teacher.predictions.quality,
+        step.assignment.positive,
+    )
     expected = 0.5 * math.fsum(
         cross_entropy(student[i, a].item(), sigmoid(teacher[i, a].item()))
         for i in range(BATCH)
@@ -111,19 +131,13 @@ def test_quality_is_cross_entropy_on_positive_anchors():
     assert found.keys() == {"kd_quality"}
     assert found["kd_quality"].item() == pytest.approx(expected / 5, rel=1e-10)
     found["kd_quality"].backward()
-    assert torch.equal(step.student.quality.grad != 0, positive)
+    assert torch.equal(step.student.predictions.quality.grad != 0, positive)
 
 
-def of_a_softmax(step: Step, **fields: Any) -> Step:
-    """The same step of heads whose classes share a softmax, the first of them the background."""
-    student, teacher = (replace(side, background=0, **fields) for side in (step.student, step.teacher))
-    return replace(step, student=student, teacher=teacher)
-
-
-@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_classification_of_a_softmax(counted, beta):
-    step = of_a_softmax(make_step(counted=counted))
+def test_classification_of_a_softmax(weighted, beta):
+    step = make_step(weighted=weighted, background=0)
     found = compare(step, cls_weight=0.4, reg_weight=0, beta=beta)
     rows = rows_of(step, "logits", softmax_focal_row, beta=beta)
     expected = 0.4 * weighted_sum(step, lambda i, a: 1.0, rows) / 5
@@ -131,24 +145,24 @@ def test_classification_of_a_softmax(counted, beta):
 
 
 def test_boxes_of_a_softmax_count_by_the_classes_that_mean_an_object():
-    step = of_a_softmax(make_step())
+    step = make_step(background=0)
     found = compare(step, cls_weight=0, reg_weight=0.75)
 
     def sure(image: int, anchor: int) -> float:
-        return max(softmax(step.teacher.logits[image, anchor].tolist())[1:])
+        return max(softmax(step.teacher.predictions.logits[image, anchor].tolist())[1:])
 
     expected = 0.75 * weighted_sum(step, sure, rows_of(step, "regression", giou_row)) / 5
     assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
 
 
-@pytest.mark.parametrize("counted", [True, False])
-def test_each_class_has_a_box_that_counts_by_its_probability(counted):
-    step = of_a_softmax(make_step(counted=counted, box_per_class=True))
+@pytest.mark.parametrize("weighted", [True, False])
+def test_each_class_has_a_box_that_counts_by_its_probability(weighted):
+    step = make_step(weighted=weighted, box_per_class=True, background=0)
     found = compare(step, cls_weight=0, reg_weight=1)
-    student, teacher = step.student.regression, step.teacher.regression
+    student, teacher = step.student.predictions.regression, step.teacher.predictions.regression
 
     def boxes(image: int, anchor: int) -> float:
-        probabilities = softmax(step.teacher.logits[image, anchor].tolist())
+        probabilities = softmax(step.teacher.predictions.logits[image, anchor].tolist())
         pairs = zip(student[image, anchor].tolist(), teacher[image, anchor].tolist(), strict=True)
         rows = [giou_row(ours, theirs) for ours, theirs in pairs]
         return math.fsum(p * row for p, row in list(zip(probabilities, rows, strict=True))[1:])
@@ -156,14 +170,8 @@ def test_each_class_has_a_box_that_counts_by_its_probability(counted):
     expected = weighted_sum(step, lambda i, a: 1.0, boxes) / 5
     assert found["kd_reg"].item() == pytest.approx(expected, rel=1e-10)
     found["kd_reg"].backward()
-    assert not step.student.regression.grad[:, :, 0].any()  # nobody asks for the background's box
-    assert step.student.regression.grad[0, 0, 1:].any(dim=-1).all()
-
-
-def test_error_distributions_of_boxes_a_class():
-    step = of_a_softmax(make_step(box_per_class=True))
-    with pytest.raises(ValueError, match="needs a head that predicts distributions"):
-        compare(step, regression="distribution_kl")
+    assert not step.student.predictions.regression.grad[:, :, 0].any()  # nobody asks for the background's box
+    assert step.student.predictions.regression.grad[0, 0, 1:].any(dim=-1).all()
 
 
 def test_own_teacher_has_nearly_no_loss():
@@ -176,9 +184,9 @@ def test_own_teacher_has_nearly_no_loss():
 def test_boxes_count_by_the_teachers_confidence():
     step = make_step()
     with torch.no_grad():
-        step.teacher.logits[0, 0] = -1e4  # the teacher sees nothing there
+        step.teacher.predictions.logits[0, 0] = -1e4  # the teacher sees nothing there
     compare(step)["kd_reg"].backward()
-    gradient = step.student.regression.grad
+    gradient = step.student.predictions.regression.grad
     assert torch.equal(gradient[0, 0], torch.zeros(4).double())
     assert (gradient[0, 1:4].abs().sum(-1) > 0).all()
 
@@ -186,42 +194,44 @@ def test_boxes_count_by_the_teachers_confidence():
 def test_uncounted_anchors_have_no_gradient():
     step = make_step()
     sum(compare(step).values()).backward()
-    counted = step.assignment.counted.bool()
-    for gradient in (step.student.logits.grad, step.student.regression.grad):
-        assert torch.equal(gradient.abs().sum(-1) > 0, counted)
+    weighted = step.assignment.label_weights.bool()
+    for gradient in (step.student.predictions.logits.grad, step.student.predictions.regression.grad):
+        assert torch.equal(gradient.abs().sum(-1) > 0, weighted)
 
 
 @pytest.mark.parametrize("regression", ["giou", "log_iou", "distribution_kl"])
-@pytest.mark.parametrize("why", ["none counted", "teacher sees nothing"])
+@pytest.mark.parametrize("why", ["none weighted", "teacher sees nothing"])
 def test_nothing_to_compare_is_zero_with_a_gradient(regression, why):
     step = make_step(bins=BINS if regression == "distribution_kl" else None)
-    if why == "none counted":
+    if why == "none weighted":
         nothing = Assignment(torch.zeros(BATCH, ANCHORS), make_assignment().positive, torch.tensor(1.0))
-        step = replace(step, assignment=nothing)
+        step = make_step(step.student.predictions, step.teacher.predictions, assignment=nothing)
     else:
-        step.teacher.logits.fill_(-1e4)
+        step.teacher.predictions.logits.fill_(-1e4)
     loss = compare(step, cls_weight=0, reg_weight=1, regression=regression)["kd_reg"]
     assert loss.item() == 0
     loss.backward()
-    assert torch.equal(step.student.regression.grad, torch.zeros_like(step.student.regression))
+    assert torch.equal(
+        step.student.predictions.regression.grad, torch.zeros_like(step.student.predictions.regression)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # Settings
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.head)
-def test_open_settings_take_the_recipes(recipe):
-    settled = comparison(beta=2.0, temperature=3.0).settled(recipe)
+@every_published_head
+def test_open_settings_take_the_published(head_type):
+    settled = comparison(beta=2.0, temperature=3.0).settled(head_of(head_type))
     for name in ("cls_weight", "reg_weight", "quality_weight", "regression"):
-        assert getattr(settled, name) == getattr(recipe, name)
+        assert getattr(settled, name) == getattr(SETTINGS[head_type], name)
     assert (settled.beta, settled.temperature) == (2.0, 3.0)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.head)
-def test_given_settings_stay(recipe):
+@every_published_head
+def test_given_settings_stay(head_type):
     given = comparison(cls_weight=0.1, reg_weight=0.2, quality_weight=0.3, regression="log_iou")
-    assert given.settled(recipe) == given
+    assert given.settled(head_of(head_type)) == given
 
 
 @pytest.mark.parametrize(
@@ -264,9 +274,15 @@ def test_error_settings(settings, message):
 
 
 def test_error_distributions_of_a_head_without_any():
-    message = r"needs a head that predicts distributions, .* got \(2, 6, 4\): choose"
-    with pytest.raises(ValueError, match=message):
-        compare(make_step(), regression="distribution_kl")
+    with pytest.raises(ValueError, match="needs a teacher that predicts distributions"):
+        comparison(regression="distribution_kl").settled(PlainHead(bins=1))
+    comparison(regression="distribution_kl", reg_weight=0).settled(PlainHead(bins=1))
+
+
+def test_error_boxes_of_a_head_that_decodes_none():
+    with pytest.raises(ValueError, match=r'regression="log_iou".*teacher\'s adapter decodes none: .*decode='):
+        comparison(regression="log_iou").settled(head_of(decodes=False))
+    comparison(regression="distribution_kl").settled(head_of(decodes=False))
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -276,13 +292,3 @@ def test_error_quality_of_a_head_without_any(side):
     sides[side] = Predictions(plain.logits, plain.regression, None)
     with pytest.raises(ValueError, match="quality_weight is set, but this head predicts no centerness"):
         compare(make_step(**sides), quality_weight=1.0)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_losses_grow_with_the_batch_where_the_detectors_own_do(recipe):
-    step = make_step(bins=BINS if recipe is GFL else None, quality=True)
-    plain = comparison().settled(recipe).losses(step.student, step)
-    scaled = comparison().settled(replace(recipe, times_batch=True)).losses(step.student, step)
-    assert scaled.keys() == plain.keys()
-    for name, loss in plain.items():
-        torch.testing.assert_close(scaled[name], BATCH * loss)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
-from crosskd.head import Branch, TapPoint, Tower
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.align import align_statistics, feature_statistics
-from crosskd.methods import ATSS, FCOS, GFL, RETINANET
+from crosskd.methods.settings import SETTINGS
 from crosskd.predictions import Predictions
+from crosskd.step import Step
+from crosskd.towers import Branch, Tapped, TapPoint, Tower
+from tests.helpers.steps import METHOD, PlainHead, make_pair, make_predictions, make_side
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
-from tests.methods.steps import make_predictions, make_step
 
 BRANCHES = ("classification_head", "regression_head")
 PREDICTORS = {"classification_head": ("cls_logits",), "regression_head": ("bbox_reg", "bbox_ctrness")}
@@ -178,7 +178,8 @@ def test_the_input_of_the_tower_has_no_activation_to_tap_around():
 
 def test_only_statistics_of_the_teacher_are_kept():
     features = torch.randn(2, 8, 5, 5)
-    kept, expected = CrossKD().observe_teacher(features), feature_statistics(features)
+    kept = CrossKD().keep_of_teacher(Tapped.at("here", features))
+    expected = feature_statistics(features)
     assert torch.equal(kept.mean, expected.mean)
     assert torch.equal(kept.std, expected.std)
     assert kept.mean.numel() == kept.std.numel() == 8
@@ -188,18 +189,19 @@ def test_only_statistics_of_the_teacher_are_kept():
 # Settings
 
 
-@pytest.mark.parametrize("recipe", [GFL, RETINANET, ATSS, FCOS], ids=lambda recipe: recipe.head)
-def test_settings_come_from_the_recipe_unless_given(recipe):
-    method = CrossKD()
-    method.setup((), (), recipe)
-    assert method.points("any") == method.split == (TapPoint(recipe.position, "post"),) * 2
+@pytest.mark.parametrize("head_type", ["GFL", "RetinaNet", "ATSS", "FCOS"])
+def test_settings_are_those_of_the_teachers_head_type_unless_given(head_type):
+    teacher, student = PlainHead(head_type=head_type, bins=5), PlainHead()
+    published, method = SETTINGS[head_type], CrossKD()
+    method.setup(make_pair(teacher, student))
+    assert method.tap_points("any") == method.split == (TapPoint(published.position, "post"),) * 2
     settled = method.comparison
-    assert (settled.cls_weight, settled.reg_weight) == (recipe.cls_weight, recipe.reg_weight)
-    assert (settled.quality_weight, settled.regression) == (recipe.quality_weight, recipe.regression)
+    assert (settled.cls_weight, settled.reg_weight) == (published.cls_weight, published.reg_weight)
+    assert (settled.quality_weight, settled.regression) == (published.quality_weight, published.regression)
     assert settled.beta == 1.0
     given = CrossKD(1, "pre", 0.1, 0.2, quality_weight=0.3, regression="giou", beta=2.0, temperature=3.0)
     before = given.comparison
-    given.setup((), (), recipe)
+    given.setup(make_pair(teacher, student))
     assert given.split == (TapPoint(1, "pre"),) * 2
     assert given.comparison == before
 
@@ -261,7 +263,7 @@ def branch(*towers: Tower, name: str = "regression") -> Branch:
 
 def projections(teacher: Branch, student: Branch, position: int = 1) -> dict[str, tuple[int, int]]:
     method = CrossKD(position)
-    method.setup((teacher,), (student,), RETINANET)
+    method.setup(make_pair(PlainHead([teacher]), PlainHead([student])))
     return {key: (p.student_width, p.teacher_width) for key, p in method.projections.items()}
 
 
@@ -301,32 +303,33 @@ def test_projections_learn_from_the_distillation_alone(build, position):
 
 
 def test_each_level_passes_its_own_tower_and_projection():
-    teacher, student = branch(tower(8), tower(8)), branch(tower(4), tower(4))
-    method = CrossKD(1)
-    method.setup((teacher,), (student,), RETINANET)
-    taps = {"teacher": [], "student": []}
-    for side, width in (("teacher", 8), ("student", 4)):
-        for level, extent in enumerate((4, 2)):
-            own = {"teacher": teacher, "student": student}[side].tower(level)
-            _, noted = own.run(torch.randn(2, width, extent, extent), {method.split[0]})
-            taps[side].append(noted[method.split[0]])
-    statistics = [method.observe_teacher(tapped.read()) for tapped in taps["teacher"]]
     outputs: list[Tensor] = []
 
-    def predict(towers: dict[str, Iterable[Tensor]]) -> Predictions:
-        outputs.extend(towers["regression"])
-        return make_predictions()
+    class Watching(PlainHead):
+        def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+            assert level == len(outputs)
+            outputs.append(towers["regression"])
+            return make_predictions()
 
-    step = replace(
-        make_step(),
-        teacher_branches=(teacher,),
-        student_taps={"regression": taps["student"]},
-        teacher_taps={"regression": statistics},
-        predict_as_teacher=predict,
-    )
-    method.cross_head(step)
+    teacher, student = branch(tower(8), tower(8)), branch(tower(4), tower(4))
+    heads = Watching([teacher]), PlainHead([student])
+    method = CrossKD(1)
+    method.setup(make_pair(*heads))
+    taps: list[list[Tapped]] = []
+    for of_side, width in ((teacher, 8), (student, 4)):
+        taps.append([])
+        for level, extent in enumerate((4, 2)):
+            _, tapped = of_side.tower(level).run(torch.randn(2, width, extent, extent), {method.split[0]})
+            taps[-1].append(tapped[method.split[0]])
+    statistics = [method.keep_of_teacher(tapped) for tapped in taps[0]]
+    sides = [
+        make_side(make_predictions(), head=head, taps={"regression": of_side}, levels=(0, 1))
+        for head, of_side in zip(heads, (statistics, taps[1]), strict=True)
+    ]
+    assert method.name == METHOD
+    method.cross_head(Step(*sides))
     for level, output in enumerate(outputs):
-        projected = method.projections[f"regression_level{level}"](taps["student"][level].read())
+        projected = method.projections[f"regression_level{level}"](taps[1][level].read())
         aligned = align_statistics(projected, statistics[level]).relu()
         torch.testing.assert_close(output, teacher.towers[level].blocks[1](aligned))
     assert len(outputs) == 2
@@ -362,7 +365,7 @@ def test_error_position_is_not_a_number_of_blocks(position):
 
 def test_error_position_is_not_settled():
     with pytest.raises(ValueError, match="the position is not settled yet: hand the method to a Distiller"):
-        CrossKD().points("classification")
+        CrossKD().tap_points("classification")
 
 
 @every_family
@@ -387,8 +390,8 @@ def test_error_tap_before_an_activation_that_a_block_runs_itself():
     message = r'student: tap="pre" at position 2: block 2 of the regression tower \(Own\)'
     with pytest.raises(ValueError, match=message):
         Distiller(tiny_retinanet(seed=1), student, CrossKD(2, "pre"))
-    Distiller(tiny_retinanet(seed=1), student, CrossKD(2, "post"))
-    Distiller(tiny_retinanet(seed=1), student, CrossKD(3, "pre"))
+    for position, tap in ((2, "post"), (3, "pre")):
+        Distiller(tiny_retinanet(seed=1), student, CrossKD(position, tap))
 
 
 def test_error_quality_of_a_head_without_any():
@@ -397,8 +400,6 @@ def test_error_quality_of_a_head_without_any():
         distiller(*tiny_batch())
 
 
-def test_error_distributions_of_a_head_without_any():
-    method = CrossKD(regression="distribution_kl")
-    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), method)
-    with pytest.raises(ValueError, match="needs a head that predicts distributions"):
-        distiller(*tiny_batch())
+def test_error_distributions_of_a_teacher_without_any():
+    with pytest.raises(ValueError, match="needs a teacher that predicts distributions"):
+        Distiller(tiny_retinanet(), tiny_retinanet(seed=2), CrossKD(regression="distribution_kl"))

@@ -8,19 +8,18 @@ import pytest
 import torch
 
 from crosskd import Distiller, PredictionMimicking
-from crosskd.methods import ATSS, FCOS
+from tests.helpers.steps import PlainHead, make_pair, make_predictions, make_step
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
-from tests.methods.steps import make_predictions, make_step
 
 
-def settled(recipe=ATSS, **settings) -> PredictionMimicking:
+def settled(head_type: str = "ATSS", **settings) -> PredictionMimicking:
     method = PredictionMimicking(**settings)
-    method.setup((), (), recipe)
+    method.setup(make_pair(PlainHead(head_type=head_type), PlainHead(head_type=head_type)))
     return method
 
 
-def test_settings_come_from_the_recipe_unless_given():
-    method = settled(FCOS, reg_weight=2.0, regression="giou")
+def test_settings_are_those_of_the_teachers_head_type_unless_given():
+    method = settled("FCOS", reg_weight=2.0, regression="giou")
     assert method.loss_names() == ("kd_cls", "kd_reg")
     assert (method.comparison.cls_weight, method.comparison.reg_weight) == (0.4, 2.0)
     assert method.comparison.regression == "giou"
@@ -30,7 +29,8 @@ def test_forward_compares_the_students_own_predictions():
     step, method = make_step(quality=True), settled()
     losses = method(step)
     assert tuple(losses) == method.loss_names() == ("kd_cls", "kd_reg", "kd_quality")
-    expected = method.comparison.losses(step.student, step)
+    own = step.student.predictions
+    expected = method.comparison.losses(own, step.teacher, step.student, step.assignment)
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
 
 
@@ -42,7 +42,7 @@ def test_own_teacher_has_nearly_no_loss():
 
 def test_it_taps_nothing_and_holds_no_weights():
     method = settled()
-    assert method.points("classification") is None
+    assert method.tap_points("classification") is None
     assert list(method.parameters()) == []
 
 
