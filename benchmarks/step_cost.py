@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,8 @@ from measure import MIB
 from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller
-from crosskd.head import Tapped
-from crosskd.methods import Step
+from crosskd.step import Side, Step, Trace
+from crosskd.towers import Tapped
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -53,53 +53,62 @@ MEMORY_HEADER = (
 
 
 class RecordingCrossKD(CrossKD):
-    """CrossKD that keeps what it is given, so that the tail can be run again by itself."""
+    """CrossKD that keeps the teacher's features, so that the tail can be run again by itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.step: Step | None = None
-        self.teacher_features: list[Tensor] = []
+        self.teacher_features: list[Tapped] = []
 
-    def observe_teacher(self, features: Tensor) -> Any:
+    def keep_of_teacher(self, tapped: Tapped) -> Any:
         """Keeps the teacher's features, and returns their statistics."""
-        self.teacher_features.append(features)
-        return super().observe_teacher(features)
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Keeps the step."""
-        self.step = step
-        return super().forward(step)
+        self.teacher_features.append(tapped)
+        return super().keep_of_teacher(tapped)
 
 
 class Tail:
-    """The work of a distillation step that is neither the student's nor the teacher's own."""
+    """The work of a distillation step that is neither the student's nor the teacher's own.
 
-    def __init__(self, distiller: Distiller, recording: RecordingCrossKD) -> None:
-        step = recording.step
-        if step is None:
-            raise ValueError("no step was recorded: run the distiller once in training mode")
-        self.method = distiller.methods["crosskd"]
-        self.step = replace(step, student=step.student.detach())
-        self.student_features = {
-            branch: [tap.read().detach() for tap in taps] for branch, taps in step.student_taps.items()
-        }
-        features = iter(recording.teacher_features)
-        self.teacher_features = {
-            branch: [next(features) for _ in taps] for branch, taps in step.student_taps.items()
-        }
+    Args:
+        trace: of a step of a distiller with the method.
+        method: has kept the teacher's features of that step.
+    """
+
+    def __init__(self, trace: Trace, method: RecordingCrossKD) -> None:
+        assert trace.teacher is not None
+        self.trace, self.method = trace, method
+        (self.run,) = trace.student.heads.values()
+        (self.teacher_run,) = trace.teacher.heads.values()
+        self.student_features = {}
+        self.teacher_features = {}
+        levels = len(self.run.levels)
+        # In the order in which the towers are run: level by level, branch by branch.
+        names = [branch.name for branch in self.teacher_run.head.branches]
+        for number, name in enumerate(names):
+            taps = self.run.taps["crosskd"][name]
+            self.student_features[name] = [tap.read().detach() for tap in taps]
+            self.teacher_features[name] = method.teacher_features[number :: len(names)]
+            assert len(self.teacher_features[name]) == levels
 
     def losses(self) -> dict[str, Tensor]:
         """The distillation losses, with a gradient into leaves in the place of the tapped features."""
-        leaves = _each(self.student_features, lambda f: Tapped.note("a leaf", f.detach().requires_grad_()))
-        statistics = _each(self.teacher_features, self.method.observe_teacher)
-        losses: dict[str, Tensor] = self.method(
-            replace(self.step, student_taps=leaves, teacher_taps=statistics)
+        leaves, statistics = {}, {}
+        for name, features in self.student_features.items():
+            leaves[name] = [Tapped.at("a leaf", f.detach().requires_grad_()) for f in features]
+            statistics[name] = [CrossKD.keep_of_teacher(self.method, f) for f in self.teacher_features[name]]
+        assert self.trace.teacher is not None
+        required = frozenset(self.method.requires)
+        run = replace(self.run, taps={"crosskd": leaves}, predictions=self.run.predictions.detach())
+        teacher_run = replace(
+            self.teacher_run,
+            taps={"crosskd": statistics},
+            anchors=self.trace.steps["crosskd"].teacher.anchors,
         )
-        return losses
-
-
-def _each(taps: Mapping[str, list[Tensor]], function: Callable[[Tensor], Any]) -> dict[str, list[Any]]:
-    return {branch: [function(features) for features in levels] for branch, levels in taps.items()}
+        step = Step(
+            Side(self.trace.teacher, teacher_run, required, "crosskd"),
+            Side(self.trace.student, run, required, "crosskd"),
+            assignment=self.run.assignment,
+        )
+        return self.method(step)
 
 
 class Pieces:
@@ -112,12 +121,14 @@ class Pieces:
         self.teacher = self._build(f"{family}_{options.teacher}", options)
         self.student = self._build(f"{family}_{options.student}", options).train()
         self._settle_statistics()
-        adapter = adapter_of(self.teacher, self.student)
+        adapter = adapter_of(self.student)
         recording = Distiller(self.teacher, self.student, RecordingCrossKD(), adapter)
         with self._autocast():
-            recording(self.images, self.targets)
-        self.tail = Tail(recording, recording.methods["crosskd"])  # type: ignore[arg-type]
+            trace = recording.trace(self.images, self.targets)
+        self.tail = Tail(trace, recording.methods["crosskd"])  # type: ignore[arg-type]
         self.distiller = Distiller(self.teacher, self.student, CrossKD(), adapter)
+        with self._autocast():
+            self.distiller(self.images, self.targets)  # the first step compares the pieces with the detectors
         self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
         self.pixels = self._pixels()
 
@@ -269,7 +280,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=size_of, default=(256, 320), help="height x width of the images")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--objects", type=int, default=8, help="boxes an image")
+    parser.add_argument("--objects", type=int, default=8, help="boxes per image")
     parser.add_argument("--amp", choices=measure.AMP_TYPES, default="none")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compiled", action="store_true", help="compile the distillation step (d)")
@@ -288,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     height, width = options.size
     settings = [
         f"{options.student} from {options.teacher}, untrained, batch {options.batch} of {height}x{width}, "
-        f"{options.classes} classes, {options.objects} boxes an image",
+        f"{options.classes} classes, {options.objects} boxes per image",
         f"amp {options.amp}",
         "channels last" if options.channels_last else "contiguous",
     ]

@@ -1,7 +1,7 @@
 """What a detection head is made of: branches of towers and predictors, split after any block.
 
-A *branch* (classification, regression) is a *tower* of *blocks*, shared by all levels or one a level,
-followed by *predictors*. `Tower.run` passes features through a whole tower and notes them at *tap
+A *branch* (classification, regression) is a *tower* of *blocks*, shared by all levels or one per level,
+followed by *predictors*. `Tower.run` passes features through a whole tower and keeps them at *tap
 points*; `Tower.tail` takes features up at a tap point and passes them through the rest. Neither changes
 a module.
 """
@@ -58,12 +58,12 @@ class TapPoint(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tapped:
-    r"""Features noted at a tap point, refusing to be read once something has written over them.
+    r"""Features kept at a tap point, refusing to be read once something has written over them.
 
     Attributes:
         place: how errors call the tap point.
         features: shape (batch, channels, \*space).
-        version: the tensor's in-place version when it was noted.
+        version: the tensor's in-place version when it was tapped.
     """
 
     place: str
@@ -71,8 +71,8 @@ class Tapped:
     version: int
 
     @classmethod
-    def note(cls, place: str, features: Tensor) -> Tapped:
-        """Notes features as they are now."""
+    def at(cls, place: str, features: Tensor) -> Tapped:
+        """Features as they are now, tapped at a place."""
         return cls(place, features, _version(features))
 
     def read(self) -> Tensor:
@@ -149,7 +149,7 @@ class Block:
 
     @property
     def widths(self) -> tuple[int, int] | None:
-        """Channels in and out, where a layer tells."""
+        """Channels in and out, where a layer says so."""
         leaves = [leaf for layer in self.layers for leaf in layer.modules()]
         ins = [_first_integer(leaf, "in_channels", "in_features") for leaf in leaves]
         outs = [_first_integer(leaf, "out_channels", "out_features") for leaf in leaves]
@@ -349,24 +349,24 @@ class Tower:
             )
 
     def run(self, features: Tensor, points: Collection[TapPoint]) -> tuple[Tensor, dict[TapPoint, Tapped]]:
-        r"""Passes features through the whole tower, noting them at some points on the way.
+        r"""Passes features through the whole tower, keeping them at some points on the way.
 
         A tapped tensor is never overwritten: what would work on it in place works on a copy.
 
         Args:
             features: shape (batch, channels, \*space); (batch, \*space, channels) for linear layers.
-            points: where to note the features.
+            points: where to tap the features.
 
         Returns:
             The tower's output, and the features (batch, channels, \*space) at each of the points.
         """
         place = f"the {self.name}, position"
 
-        def note(number: int) -> Tapped:
+        def tap(number: int) -> Tapped:
             tapped = features.movedim(-1, 1) if self.channels_last else features
-            return Tapped.note(f"{place} {number}", tapped)
+            return Tapped.at(f"{place} {number}", tapped)
 
-        taps = {p: note(0) for p in points if p.position == 0}
+        taps = {p: tap(0) for p in points if p.position == 0}
         tapped = bool(taps)
         for number, block in enumerate(self.blocks, 1):
             if tapped and block.starts_in_place:
@@ -374,12 +374,12 @@ class Tower:
             before, after = TapPoint(number, "pre"), TapPoint(number, "post")
             if before in points:
                 features = block.body(features)
-                taps[before] = note(number)
+                taps[before] = tap(number)
                 features = block.activate(features)
             else:
                 features = block(features)
             if after in points:
-                taps[after] = note(number)
+                taps[after] = tap(number)
             tapped = after in points or (before in points and block.activation is None)
         return features, taps
 
@@ -406,11 +406,11 @@ class Tower:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One tower over all levels, or one a level, and the predictors that follow it.
+    """One tower over all levels, or one per level, and the predictors that follow it.
 
     Attributes:
         name: ``"classification"``, ``"regression"``…
-        towers: one that all levels share, or one a level.
+        towers: one that all levels share, or one per level.
         predictors: the modules behind the towers, for their names and widths.
     """
 
