@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from crosskd._conformance import CHECKS
-from crosskd._conformance.bench import Bench, Finding, Skipped, Variation, same_random_numbers
-from crosskd._truth import Truth, truth_of
-from crosskd.adapters.protocol import Adapter
-from crosskd.methods import CrossKD, Method
+from crosskd.adapters.base import Adapter, AdapterSpec, Head
+from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Finding, Skipped, Variation, seeded
+from crosskd.methods import PKD, CrossKD, Method
 
 __all__ = ["AdapterError", "AdapterReport", "Fault", "check_adapter"]
 
@@ -48,7 +46,7 @@ class AdapterReport:
     """What `check_adapter` has looked at.
 
     Attributes:
-        adapter: the adapter's name.
+        adapter: the name of the adapter's class.
         passed: the names of the checks that found nothing wrong.
         skipped: by name, why a check was not run.
     """
@@ -65,7 +63,7 @@ class AdapterReport:
 
 
 class AdapterError(AssertionError):
-    """An adapter failed some checks; the message tells each fault.
+    """An adapter failed some checks; the message names each fault.
 
     Attributes:
         faults: what is wrong.
@@ -81,14 +79,13 @@ class AdapterError(AssertionError):
 
 
 def check_adapter(
-    adapter: Adapter,
+    adapter: AdapterSpec,
     images: Any,
     targets: Any,
     *,
     teacher: nn.Module,
     student: nn.Module,
-    own_losses: Callable[[nn.Module, Any, Any], Mapping[str, Tensor]] | None = None,
-    truth: Truth | None = None,
+    teacher_adapter: AdapterSpec | None = None,
     without_objects: Variation | None = None,
     one_image: Variation | None = None,
     odd_size: Variation | None = None,
@@ -101,22 +98,24 @@ def check_adapter(
 
     Small detectors, small images and a handful of objects will do: what is checked is how the adapter takes
     the detectors apart, for which random weights serve as well as trained ones. All checks are run before
-    anything is raised. The detectors are copied, and stay as they are. Of an adapter with a second stage
-    (`crosskd.adapters.TwoStageAdapter`) both heads are checked; what is found names the part.
+    anything is raised. The detectors are copied, and stay as they are. Of a detector with several heads each
+    is checked; what is found names the head.
 
     ============================== ==============================================================
     check                          what it makes sure of
     ============================== ==============================================================
-    ``functions``                  the protocol's functions are there, both detectors supported
-    ``structure``                  classes, strides, levels, branches and towers fit each other
-    ``same path for both``         equal weights give equal numbers, as teacher and as student
+    ``construction``               adapters are made of both detectors, which can be distilled
+    ``structure``                  classes, strides, levels, towers and anchors fit each other
+    ``same path``                  the teacher's pieces predict what its own forward does
     ``taps and tail``              after each block, the rest gives the teacher's own predictions
     ``gradients through the tail`` each ``kd_*`` has a gradient at the student's features
     ``student losses``             the student's own losses are those of plain training
+    ``label assignment``           ``assign()`` gives the assignment that the losses are made with
     ``student gradients``          gradients reach all that plain training reaches
     ``teacher untouched``          no parameter, buffer or mode of the teacher changes
+    ``rows permuted``              rows of a grid have a place; those that have none are queries
     ``decoding and classes``       where the own losses are smallest, boxes and labels are right
-    ``detections``                 in eval mode the student answers
+    ``detections``                 in eval mode the student detects
     ``unlabelled images``          a batch without targets
     ``one image``                  a batch of one
     ``no objects``                 targets without an object
@@ -127,21 +126,19 @@ def check_adapter(
     ============================== ==============================================================
 
     Args:
-        adapter: the adapter to check.
+        adapter: makes the adapter to check: an adapter's class, or what `generic` returns.
         images: a batch of at least two images, as the student takes it.
         targets: with some objects that the student's own assignment finds anchors for.
         teacher: a detector; its towers' width may differ from the student's.
         student: another one.
-        own_losses: ``(student, images, targets)`` gives a dict of the losses that the student alone, in
-            train mode, would be trained on; ``student(images, targets)`` unless given.
-        truth: gives each image's ``boxes`` (objects, 4), xyxy in resized pixels, and ``labels`` of a
-            prepared batch (`Inputs`); read off ``inputs.targets`` unless given.
+        teacher_adapter: makes the teacher's adapter, where it is another one.
         without_objects: ``(images, targets)`` gives a batch without objects; needed where targets are no
             list of dicts of ``boxes`` and ``labels``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
         odd_size: likewise, a batch of an odd size, its targets ``None`` if they can't follow; images are
             cropped unless it is given.
-        method: what is distilled with; ``CrossKD()`` with the adapter's recipe unless given.
+        method: what is distilled with; ``CrossKD()`` unless given, and ``PKD()`` for heads of queries and
+            teachers without a head.
         skip: by name, checks to leave out, and why.
         steps: of the optimisation in ``decoding and classes``.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.
@@ -156,7 +153,7 @@ def check_adapter(
     Example:
         >>> from torchvision.models.detection import RetinaNet
         >>> from torchvision.models.detection.anchor_utils import AnchorGenerator
-        >>> from crosskd.adapters import TorchvisionRetinaNetAdapter
+        >>> from crosskd.adapters import TorchvisionRetinaNet
         >>> def detector(width):
         ...     backbone = nn.Conv2d(3, width, 3, stride=16, padding=1)
         ...     backbone.out_channels = width
@@ -167,7 +164,7 @@ def check_adapter(
         ...     for label in (1, 2)
         ... ]
         >>> report = check_adapter(
-        ...     TorchvisionRetinaNetAdapter(),
+        ...     TorchvisionRetinaNet,
         ...     [torch.rand(3, 64, 64), torch.rand(3, 64, 64)],
         ...     targets,
         ...     teacher=detector(16),
@@ -177,39 +174,46 @@ def check_adapter(
         >>> report.skipped
         {'other device': "it is the CPU's turn"}
         >>> print(report)
-        TorchvisionRetinaNetAdapter: 16 checks passed, 1 skipped
-          passed   functions
+        TorchvisionRetinaNet: 18 checks passed, 1 skipped
+          passed   construction
         ...
     """
-    variations = {"no objects": without_objects, "one image": one_image, "odd image size": odd_size}
+    skipped = dict(skip or {})
+    unknown = sorted(skipped.keys() - CHECKS.keys())
+    if unknown:
+        raise ValueError(f"skip= names no check: {unknown}. The checks are {', '.join(CHECKS)}")
+    specs = teacher_adapter or adapter, adapter
     teacher, student, images, targets = copy.deepcopy((teacher, student, images, targets))
+    variations = {"no objects": without_objects, "one image": one_image, "odd image size": odd_size}
     bench = Bench(
         adapter=adapter,
+        teacher_adapter=teacher_adapter or adapter,
         images=images,
         targets=targets,
         teacher=teacher,
         student=student,
-        method=CrossKD() if method is None else method,
-        own_losses=_called if own_losses is None else own_losses,
-        truth=truth_of if truth is None else truth,
+        method=method or _method_for(specs, (teacher, student)),
         variations={name: given for name, given in variations.items() if given is not None},
         steps=steps,
         options=distiller_options,
     )
-    with same_random_numbers(), torch.enable_grad():
-        return _run(bench, dict(skip or {}))
+    with seeded(student), torch.enable_grad():
+        return _run(bench, skipped)
 
 
-def _called(student: nn.Module, images: Any, targets: Any) -> Mapping[str, Tensor]:
-    """A detector's own losses, as most detectors give them."""
-    losses: Mapping[str, Tensor] = student(images, targets)
-    return losses
+def _method_for(specs: tuple[AdapterSpec, AdapterSpec], detectors: tuple[nn.Module, nn.Module]) -> Method:
+    """A method that can distil what adapters make of two detectors."""
+    for spec, detector in zip(specs, detectors, strict=True):
+        try:
+            heads = spec(copy.deepcopy(detector)).heads
+        except Exception:  # noqa: BLE001  # what is wrong with the adapter is for the checks to find
+            continue
+        if not heads or any(head.rows == "queries" for head in heads):
+            return PKD()
+    return CrossKD()
 
 
 def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
-    unknown = sorted(skipped.keys() - CHECKS.keys())
-    if unknown:
-        raise ValueError(f"skip= names no check: {unknown}. The checks are {', '.join(CHECKS)}")
     passed, findings, first = list[str](), dict[Finding, list[str]](), None
     for name, check in CHECKS.items():
         if name in skipped:
@@ -220,30 +224,29 @@ def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
             skipped[name] = str(reason)
             continue
         except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
-            found, first = [_raised(error, bench)], first or error
+            found, first = [_raised(error)], first or error
         for finding in found:
             findings.setdefault(finding, []).append(name)
         if not found:
             passed.append(name)
-        elif name == "functions":
+        elif name == "construction":
             later = [other for other in CHECKS if other != name and other not in skipped]
-            skipped.update(dict.fromkeys(later, "it needs the functions that are missing"))
-    report = AdapterReport(type(bench.adapter).__name__, tuple(passed), skipped)
+            skipped.update(dict.fromkeys(later, "no distiller could be made"))
+    report = AdapterReport(getattr(bench.adapter, "__name__", repr(bench.adapter)), tuple(passed), skipped)
     if findings:
         faults = tuple(Fault(tuple(checks), *finding) for finding, checks in findings.items())
         raise AdapterError(faults, report) from first
     return report
 
 
-def _raised(error: Exception, bench: Bench) -> Finding:
-    """An exception, and which of the adapter's functions it came out of."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = {id(source): part for part, source in bench.sources.items()}
-    inside = [(f.f_code.co_name, names[of]) for f in frames if (of := id(f.f_locals.get("self"))) in names]
+def _raised(error: Exception) -> Finding:
+    """An exception, and which function of an adapter or a head it came out of."""
     where = "the step"
-    if inside:
-        name, part = inside[-1]
-        where = f"{name}() of the adapter" if part is None else f"{part}: {name}() of the adapter"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inside = frame.f_locals.get("self")
+        if isinstance(inside, Adapter | Head):
+            name = getattr(inside, "name", "")
+            where = f"{name}: " * bool(name) + f"{frame.f_code.co_name}() of {type(inside).__name__}"
     return Finding(
         f"{where} raised {type(error).__name__}: {error}",
         "no error",
