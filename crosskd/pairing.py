@@ -34,6 +34,7 @@ __all__ = [
     "require_predictions_alike",
     "require_same_anchors",
     "require_same_boxes",
+    "require_same_regions",
 ]
 
 ClassMap = Sequence[int] | Mapping[int, int]
@@ -102,7 +103,9 @@ def match_levels(
         >>> match_levels([32, 64], [16, 32], rescaled=True)
         (((0, 0), (1, 1)), 2.0)
     """
-    factors = [1.0, *(stride / student[0] for stride in teacher)] if rescaled else [1.0]
+    factors = [1.0]
+    if rescaled:
+        factors += [theirs / ours for ours in student for theirs in teacher]
     best: tuple[tuple[tuple[int, int], ...], float] = ((), 1.0)
     for factor in factors:
         found: list[tuple[int, int]] = []
@@ -170,12 +173,13 @@ def class_columns(
 def require_heads(pair: Pair) -> tuple[Head, Head]:
     """The (teacher's, student's) head; raises ``ValueError`` where the teacher has none to compare."""
     if pair.teacher_head is None or pair.student_head is None:
-        names = [head.name or "its only head" for head in pair.teacher.heads]
-        wanted = "?" if pair.student_head is None else pair.student_head.name or "a head"
+        names = [head.name for head in pair.teacher.heads]
+        theirs = f"the heads {', '.join(names)}" if len(names) > 1 else "one head" if names else "no head"
+        name = "" if pair.student_head is None else pair.student_head.name
         raise ValueError(
-            f"the student's {wanted} has no counterpart: the teacher, a "
-            f"{type(pair.teacher.detector).__name__}, has {', '.join(names) if names else 'no head'}. Choose "
-            "a method of feature maps, such as crosskd.PKD(), or a teacher with such a head"
+            f"the student's {name or 'only'} head has no counterpart: the teacher, a "
+            f"{type(pair.teacher.detector).__name__}, has {theirs}. Choose a method of feature maps, such as "
+            "crosskd.PKD(), or a teacher with such a head"
         )
     return pair.teacher_head, pair.student_head
 
@@ -228,6 +232,17 @@ def classes_agree(teacher: Head, student: Head) -> bool:
         return False
     theirs, ours = teacher.class_names, student.class_names
     return theirs is None or ours is None or list(map(str.casefold, theirs)) == list(map(str.casefold, ours))
+
+
+def require_same_regions(pair: Pair) -> None:
+    """Raises ``ValueError`` where the heads' maps of a region are of different sizes."""
+    theirs, ours = (getattr(head, "pooled", None) for head in (pair.teacher_head, pair.student_head))
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(
+            f"regions are pooled to {theirs} (teacher), {ours} (student) as (height, width), so the teacher's "
+            "head can't read the student's maps of them: give both the same output_size, and train the "
+            "teacher with it, or give a position where the features are vectors"
+        )
 
 
 def require_classes(pair: Pair) -> None:
