@@ -28,7 +28,7 @@ from torchvision.models.detection.fcos import FCOSHead
 from crosskd.adapters import TorchvisionFCOSAdapter
 from crosskd.predictions import Predictions
 from tests.helpers.reference_files import load_parity
-from tests.published_heads import (
+from tests.helpers.published_heads import (
     ExactAnchors,
     FixedBackbone,
     FixedFeatures,

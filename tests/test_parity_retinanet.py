@@ -12,7 +12,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 
 from crosskd.adapters import TorchvisionRetinaNetAdapter
 from tests.helpers.reference_files import load_parity
-from tests.published_heads import (
+from tests.helpers.published_heads import (
     ExactAnchors,
     FixedBackbone,
     FixedFeatures,

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import crosskd.adapters.mmdet  # says what to install where mmdet can't be imported
+
+# isort: split
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -13,7 +16,7 @@ from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-import crosskd.adapters._mmdet_resume  # registers its loader with mmengine
+import crosskd.integrations.mmdet_resume  # registers its loader with mmengine
 import crosskd.methods
 from crosskd.checkpoints import read_mmdet_checkpoint
 from crosskd.distiller import Distiller
@@ -54,6 +57,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         class_map: likewise, for a teacher that knows more classes, or the same in another order.
         teacher_view: likewise: the teacher's images, as its own data preprocessor would make them.
         resize_levels: likewise.
+        prove: likewise.
 
     Raises:
         ValueError: a pair that can't be distilled, no checkpoint named, or one that doesn't fit.
@@ -64,7 +68,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         A config that trains GFL-R50 from GFL-R101::
 
             _base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
-            custom_imports = dict(imports=["crosskd.adapters.mmdet"], allow_failed_imports=False)
+            custom_imports = dict(imports=["crosskd.integrations.mmdet"], allow_failed_imports=False)
             model = dict(
                 _delete_=True,
                 type="CrossKDDetector",
@@ -85,6 +89,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         class_map: Sequence[int] | None = None,
         teacher_view: Callable[[Any, Any], Any] | None = None,
         resize_levels: bool = False,
+        prove: bool = True,
     ) -> None:
         if teacher_checkpoint == _NOT_GIVEN:
             raise ValueError(
@@ -101,6 +106,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
             class_map=class_map,
             teacher_view=teacher_view,
             resize_levels=resize_levels,
+            prove=prove,
         )
         # In a tuple, where the module machinery sees neither a second copy of the student nor the teacher.
         self._distiller = (distiller,)

@@ -9,7 +9,7 @@ _base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
 
 from mmengine.hub import get_config
 
-custom_imports = dict(imports=["crosskd.adapters.mmdet"], allow_failed_imports=False)
+custom_imports = dict(imports=["crosskd.integrations.mmdet"], allow_failed_imports=False)
 model = dict(
     _delete_=True,
     type="CrossKDDetector",

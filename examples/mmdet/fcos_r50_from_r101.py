@@ -14,7 +14,7 @@ _base_ = "mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py"
 
 from mmengine.hub import get_config
 
-custom_imports = dict(imports=["crosskd.adapters.mmdet"], allow_failed_imports=False)
+custom_imports = dict(imports=["crosskd.integrations.mmdet"], allow_failed_imports=False)
 model = dict(
     _delete_=True,
     type="CrossKDDetector",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from crosskd import CrossKD, Method
-from tests.mmdet_heads import GFL, TESTING, batch_of
+from tests.helpers.mmdet_heads import GFL, TESTING, batch_of
 
 pytestmark = pytest.mark.mmdet
 

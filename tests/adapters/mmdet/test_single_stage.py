@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crosskd import CrossKD, Distiller, PredictionMimicking
 from crosskd.predictions import join_levels
-from tests.mmdet_heads import (
+from tests.helpers.mmdet_heads import (
     CLASSES,
     HEADS,
     SIZE,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.reference_files import bccd_folder
-from tests.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
+from tests.helpers.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -191,7 +191,7 @@ def test_two_processes_end_with_the_same_student(bccd, tmp_path):
         "--standalone",
         "--nproc_per_node=2",
         "-m",
-        "tests.mmdet_process",
+        "tests.helpers.mmdet_process",
     ]
     done = subprocess.run(
         [sys.executable, *command, str(tmp_path / "config.py")],

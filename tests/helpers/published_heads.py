@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from crosskd import CrossKD, Distiller
-from crosskd.adapters import Adapter
+from crosskd.adapters import AdapterSpec
 
 
 class FixedBackbone(nn.Module):
@@ -25,18 +25,18 @@ class FixedBackbone(nn.Module):
 
 
 class FixedFeatures:
-    """For adapters: the strides can't be probed where the feature maps don't depend on the image."""
+    """For torchvision's adapters: where the maps don't depend on the image, they give no strides."""
 
-    def strides(self, detector: Any) -> None:
-        return None
+    def _read_levels(self) -> None:
+        self.strides = self.widths = None
 
 
 class ExactAnchors(AnchorGenerator):
     """Anchors of exact size at exact strides: torchvision rounds the sizes and divides the image.
 
     Args:
-        strides: pixels between locations, a level.
-        sizes: anchor sizes a level.
+        strides: pixels between locations, one per level.
+        sizes: anchor sizes per level.
         ratios: height over width.
         offset: where the first location stands, in strides.
     """
@@ -66,7 +66,7 @@ class Watched(CrossKD):
 
 
 def distil(
-    case: dict[str, Any], build: Any, adapter: Adapter
+    case: dict[str, Any], build: Any, adapter: AdapterSpec
 ) -> tuple[Distiller, dict[str, Tensor], Watched]:
     """One step on a published case: the distiller, its losses, and the method with the step it saw."""
     method = Watched(position=case["position"])
@@ -85,7 +85,7 @@ def gradient_errors(distiller: Distiller, losses: dict[str, Tensor], case: dict[
     """How far the distillation's gradient at the student's features is from the published one.
 
     Returns:
-        One number a level: the largest difference, over the largest published gradient.
+        One number per level: the largest difference, over the largest published gradient.
     """
     (losses["kd_cls"] + losses["kd_reg"]).backward()
     expected = case["expected"]["kd_grad_student_features"]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.mmdet_heads import SIZE, samples_of
+from tests.helpers.mmdet_heads import SIZE, samples_of
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-FOLDER = Path(__file__).parents[1] / "examples" / "mmdet"
+FOLDER = Path(__file__).parents[2] / "examples" / "mmdet"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*_from_*.py"))
 # Nothing is downloaded: teacher and student start from random weights.
 WITHOUT_WEIGHTS = {
