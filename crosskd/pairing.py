@@ -239,9 +239,9 @@ def require_same_regions(pair: Pair) -> None:
     theirs, ours = (getattr(head, "pooled", None) for head in (pair.teacher_head, pair.student_head))
     if None not in (theirs, ours) and theirs != ours:
         raise ValueError(
-            f"regions are pooled to {theirs} (teacher), {ours} (student) as (height, width), so the teacher's "
-            "head can't read the student's maps of them: give both the same output_size, and train the "
-            "teacher with it, or give a position where the features are vectors"
+            f"regions are pooled to {theirs} (teacher), {ours} (student) as (height, width), so the "
+            "teacher's head can't read the student's maps of them: give both the same output_size, and train "
+            "the teacher with it, or give a position where the features are vectors"
         )
 
 

@@ -264,9 +264,13 @@ class RegionHead(Head):
     maps. All images' regions stand one behind the other, in one level: towers take (regions, channels,
     height, width) or (regions, channels), and predictions have the shape (1, regions, …). What `Head` calls
     anchors are the regions, in whatever form `regions` gives them.
+
+    Attributes:
+        pooled: (height, width) of what is pooled at a region; ``None`` where nothing tells.
     """
 
     rows: Rows = "regions"
+    pooled: tuple[int, int] | None = None
 
     @abstractmethod
     def regions(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Any:

@@ -20,6 +20,7 @@ from crosskd.pairing import (
     require_branches,
     require_grid,
     require_heads,
+    require_same_regions,
 )
 from crosskd.predictions import Predictions, join_levels
 from crosskd.schedule import Schedule
@@ -163,6 +164,8 @@ class CrossKD(Method):
                 except ValueError as error:
                     raise ValueError(f"{side}: {error}") from None
             _check_kinds(of_teacher, teacher_point, of_student, student_point)
+            if not of_teacher.tower(0).is_flat(teacher_point.position):
+                require_same_regions(pair)
             self._add_projections(of_teacher, of_student, pair)
 
     def _add_projections(self, teacher: Branch, student: Branch, pair: Pair) -> None:

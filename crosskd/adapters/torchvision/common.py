@@ -25,7 +25,7 @@ __all__ = [
     "decode_deltas",
     "grid_anchors",
     "image_list",
-    "predict_from_tower",
+    "predictors_of",
     "targets_of",
     "widened",
 ]
@@ -168,22 +168,22 @@ def targets_of(batch: Batch, first_label: int) -> list[dict[str, Tensor]]:
     return [{"boxes": o.boxes, "labels": o.labels.clamp(min=first_label)} for o in batch.objects]
 
 
-class _PredictorsOnly:
-    """Stands in for one of torchvision's heads in its own forward, as one whose tower is done already."""
+def predictors_of(head: nn.Module, **replacements: Any) -> Any:
+    """One of torchvision's heads without its tower: what its own forward does behind it.
 
-    def __init__(self, head: nn.Module) -> None:
-        self._head = head
+    Args:
+        head: stays as it is; its predictors are shared.
+        replacements: what stands in the place of the tower, by its name; an identity for ``conv`` unless
+            given.
 
-    def conv(self, tower_output: Tensor) -> Tensor:
-        return tower_output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._head, name)
-
-
-def predict_from_tower(head: nn.Module, tower_output: Tensor) -> Any:
-    """What one of torchvision's heads, by its own forward, predicts from its tower's output of one level."""
-    return type(head).forward(_PredictorsOnly(head), [tower_output])  # type: ignore[arg-type, unused-ignore]
+    Returns:
+        A module whose forward takes a list of one level's tower output, and is the head's own.
+    """
+    rest = copy.copy(head)
+    rest._modules = dict(head._modules)
+    for name, replacement in (replacements or {"conv": nn.Identity()}).items():
+        setattr(rest, name, replacement)
+    return rest
 
 
 def decode_deltas(box_coder: Any, predictions: Predictions, anchors: Anchors) -> Tensor:

@@ -14,7 +14,7 @@ from crosskd.adapters.torchvision.common import (
     TorchvisionAdapter,
     decode_deltas,
     grid_anchors,
-    predict_from_tower,
+    predictors_of,
     targets_of,
     widened,
 )
@@ -32,9 +32,10 @@ class _DenseHead(Head):
     def __init__(self, detector: Any) -> None:
         self.detector = detector
         self.num_classes = int(detector.head.classification_head.num_classes)
-        branches = []
+        branches, self.rest = [], {}
         for name, names in self.predictors.items():
             head = getattr(detector.head, f"{name}_head")
+            self.rest[name] = predictors_of(head)
             predictors = {predictor: getattr(head, predictor) for predictor in names}
             blocks = list(head.conv)
             width = None if blocks else next(iter(predictors.values())).in_channels
@@ -119,9 +120,8 @@ class _RetinaNetHead(_DenseHead):
 
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
-        head = self.detector.head
-        logits = predict_from_tower(head.classification_head, towers["classification"])
-        regression = predict_from_tower(head.regression_head, towers["regression"])
+        logits = self.rest["classification"].forward([towers["classification"]])
+        regression = self.rest["regression"].forward([towers["regression"]])
         return Predictions(logits, regression, quality=None)
 
     def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
@@ -144,9 +144,8 @@ class _FCOSHead(_DenseHead):
 
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the predictors of torchvision's two sub-heads by their own forward."""
-        head = self.detector.head
-        logits = predict_from_tower(head.classification_head, towers["classification"])
-        regression, centerness = predict_from_tower(head.regression_head, towers["regression"])
+        logits = self.rest["classification"].forward([towers["classification"]])
+        regression, centerness = self.rest["regression"].forward([towers["regression"]])
         return Predictions(logits, regression, quality=centerness.squeeze(-1))
 
     def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:

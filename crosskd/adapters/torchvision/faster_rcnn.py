@@ -18,7 +18,7 @@ from crosskd.adapters.torchvision.common import (
     TorchvisionAdapter,
     decode_deltas,
     grid_anchors,
-    predict_from_tower,
+    predictors_of,
     targets_of,
     widened,
 )
@@ -70,12 +70,13 @@ class _RPN(Head):
         head = _known(detector, "rpn.head", RPNHead)
         blocks = list(head.conv)
         tower = Tower.of(blocks, "rpn tower", width_in=None if blocks else head.cls_logits.in_channels)
+        self.rest = predictors_of(head)
         predictors = {"cls_logits": head.cls_logits, "bbox_pred": head.bbox_pred}
         self.branches = (Branch("rpn", (tower,), predictors),)
 
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Objectness and boxes, by the head's own forward and in torchvision's order."""
-        return _proposed(*predict_from_tower(self.rpn.head, towers["rpn"]))
+        return _proposed(*self.rest.forward([towers["rpn"]]))
 
     def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
         """The detector's own anchors."""
@@ -131,6 +132,8 @@ class _BoxHead(RegionHead):
 
     def __init__(self, detector: Any, map_names: Sequence[str]) -> None:
         self.rpn, self.roi_heads, self.map_names = detector.rpn, detector.roi_heads, tuple(map_names)
+        height, width = self.roi_heads.box_roi_pool.output_size
+        self.pooled = (int(height), int(width))
         predictor = _known(detector, "roi_heads.box_predictor", FastRCNNPredictor)
         self.num_classes = int(predictor.cls_score.out_features)
         predictors = {"cls_score": predictor.cls_score, "bbox_pred": predictor.bbox_pred}

@@ -17,6 +17,7 @@ from crosskd.adapters.torchvision.common import (
     decode_deltas,
     grid_anchors,
     image_list,
+    predictors_of,
     targets_of,
 )
 from crosskd.predictions import Assignment, Predictions, mean_over_ranks
@@ -33,30 +34,29 @@ class _SSDHead(Head):
 
     def __init__(self, detector: Any) -> None:
         self.detector = detector
-        self.scoring = {name: _scoring_head(detector, name) for name in ("classification", "regression")}
-        self.num_classes = int(self.scoring["classification"].num_columns)
-        self.predictors: dict[str, list[nn.Conv2d]] = {}
+        self.num_classes = int(_scoring_head(detector, "classification").num_columns)
         branches = []
-        for name, head in self.scoring.items():
-            towers, predictors = [], {}
+        self.rest: dict[str, list[Any]] = {}  # by branch name, one per level
+        for name in ("classification", "regression"):
+            head = _scoring_head(detector, name)
+            towers, predictors, self.rest[name] = [], {}, []
             for level in range(len(head.module_list)):
                 path, layers, predictor = _split(head, level)
                 width = None if layers else predictor.in_channels
                 towers.append(Tower.of(layers, f"{name} tower of level {level}", width_in=width))
                 predictors[path] = predictor
+                alone = _Predictor(predictor)
+                self.rest[name].append(predictors_of(head, _get_result_from_module_list=alone))
             branches.append(Branch(name, tuple(towers), predictors))
-            self.predictors[name] = list(predictors.values())
         self.branches = tuple(branches)
-        # Four numbers for each box.
-        self.per_location = [predictor.out_channels // 4 for predictor in self.predictors["regression"]]
+        # Of the regression head, which has four numbers for each box.
+        self.per_location = [layer.out_channels // 4 for layer in predictors.values()]
 
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
-        """Runs the level's predictors, in the order and layout of torchvision's two sub-heads."""
-        rows = {}
-        for name, head in self.scoring.items():
-            alone: Any = _OneLevel(head.num_columns, self.predictors[name][level])
-            rows[name] = type(head).forward(alone, [towers[name]])  # (batch, anchors, columns)
-        return Predictions(rows["classification"], rows["regression"], None, background=_BACKGROUND)
+        """Runs the level's predictors, in the layout of torchvision's two sub-heads' own forward."""
+        logits = self.rest["classification"][level].forward([towers["classification"]])
+        regression = self.rest["regression"][level].forward([towers["regression"]])
+        return Predictions(logits, regression, None, background=_BACKGROUND)
 
     def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
         """The detector's own anchors, called default boxes there.
@@ -176,13 +176,13 @@ class TorchvisionSSD(TorchvisionAdapter):
         return [OwnOutput(Predictions(logits, regression, None, background=_BACKGROUND))]
 
 
-class _OneLevel:
-    """Stands in for a sub-head in its own forward, as one of one level whose tower is done already."""
+class _Predictor:
+    """Runs one level's predictor alone, as the sub-heads' own forward asks for it."""
 
-    def __init__(self, num_columns: int, predictor: nn.Module) -> None:
-        self.num_columns, self._predictor = num_columns, predictor
+    def __init__(self, predictor: nn.Module) -> None:
+        self._predictor = predictor
 
-    def _get_result_from_module_list(self, features: Tensor, level: int) -> Any:
+    def __call__(self, features: Tensor, level: int) -> Any:
         return self._predictor(features)
 
 
