@@ -170,10 +170,10 @@ def test_error_a_teacher_without_such_a_head():
     backbone, named = PlainAdapter(), PlainHead(name="box")
     student = PlainAdapter(named)
     pair = Pair(backbone, student, student_head=named)
-    with pytest.raises(ValueError, match=r"student's box has no counterpart: .*a Identity, has no head"):
+    with pytest.raises(ValueError, match=r"student's box .*no counterpart: .*Identity, has no head"):
         require_heads(pair)
     other = PlainAdapter(PlainHead(name="rpn"))
-    with pytest.raises(ValueError, match="student's box has no counterpart: .* has rpn"):
+    with pytest.raises(ValueError, match="student's box .*no counterpart: .* head"):
         require_heads(Pair(other, student, student_head=named))
     pair = make_pair(PlainHead(), named)
     assert require_heads(pair) == (pair.teacher_head, named)

@@ -124,7 +124,8 @@ class PKD(Method):
             if level in equal:
                 matches.append((level, equal[level]))
             elif self.resize:
-                ratios = [max(stride / strides[level], strides[level] / stride) for stride in theirs]
+                wanted = pair.scale * strides[level]  # at the teacher's resolution
+                ratios = [max(stride / wanted, wanted / stride) for stride in theirs]
                 matches.append((level, ratios.index(min(ratios))))
         missing = [strides[level] for level in chosen if level not in dict(matches)]
         if not matches or (missing and self.levels is not None):

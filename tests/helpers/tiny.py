@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -146,6 +147,30 @@ def tiny_fcos(
             head=head,
             **options,
         )
+
+
+def with_levels(
+    build: Callable[..., nn.Module], levels: Sequence[int], seed: int, **options: Any
+) -> nn.Module:
+    """A RetinaNet or FCOS that has only some of the three levels.
+
+    Args:
+        build: `tiny_retinanet` or `tiny_fcos`.
+        levels: which, counted from 0.
+        seed: of the weights.
+        options: further arguments of ``build``.
+    """
+    scale, ratios = (4, (0.5, 1.0, 2.0)) if build is tiny_retinanet else (1, (1.0,))
+    sizes = tuple((scale * STRIDES[level],) for level in levels)
+    anchors = AnchorGenerator(sizes, (ratios,) * len(levels))
+    detector = build(seed=seed, anchor_generator=anchors, **options)
+
+    def some(backbone: TinyBackbone, pixels: Tensor) -> dict[str, Tensor]:
+        maps = TinyBackbone.forward(backbone, pixels)
+        return {str(level): maps[str(level)] for level in levels}
+
+    detector.backbone.forward = MethodType(some, detector.backbone)
+    return detector
 
 
 def tiny_ssd(
