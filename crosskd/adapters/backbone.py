@@ -114,8 +114,8 @@ class BackboneAdapter(Adapter):
                 raise ValueError(
                     f"{name} makes {tuple(output.shape)} of an image of {self.image_size} pixels, (height, "
                     "width), which is no map of square cells. Pass backbone() layers= that give (batch, "
-                    "channels, height, width), channels_last=True, or prefix_tokens=, the number of tokens that "
-                    "are no patch"
+                    "channels, height, width), channels_last=True, or prefix_tokens=, how many tokens are no "
+                    "patch"
                 )
             strides.append(stride)
             widths.append(channels)

@@ -73,8 +73,7 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
         background: the column of the logits that means no object, where the classes share a softmax.
         prepare: ``(detector, images, targets)`` returns a `Batch`. Without it images are a tensor (batch,
-            channels, height, width), or a list of tensors of one size, and the detector takes them as they
-            are.
+            channels, height, width), or a list of tensors of one size, which the detector takes as one.
         objects: ``(targets)`` returns boxes (objects, 4), xyxy in pixels, and labels (objects,) of each
             image. Read off a list of dicts of ``boxes`` and ``labels`` unless given.
         assign: ``(detector, predictions, anchors, targets)`` returns what `losses` returns beside the losses,
@@ -248,6 +247,8 @@ class GenericAdapter(Adapter):
         """What was given, or what the detector's forward returns where that is a dict of scalars."""
         if self.spec.own_losses is not None:
             return self.spec.own_losses(self.detector, images, targets)
+        if self.spec.prepare is None:
+            images = stacked_images(images, "prepare=")
         try:
             inspect.signature(self.detector.forward).bind(images, targets)
         except TypeError:

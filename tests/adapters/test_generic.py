@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from crosskd.methods.recipes import HeadRecipe
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 
-from crosskd import CrossKD, Distiller, PredictionMimicking, describe
-from crosskd.adapters import (
-    Adapter,
-    GenericAdapter,
-    Inputs,
-    TorchvisionFCOSAdapter,
-    TorchvisionRetinaNetAdapter,
-)
-from crosskd.adapters.torchvision import Locations, prepare_images
+from crosskd import PKD, CrossKD, Distiller, Method, PredictionMimicking
+from crosskd.adapters import Anchors, Batch, PixelCoding, TorchvisionFCOS, TorchvisionRetinaNet, generic
+from crosskd.adapters.generic import GenericAdapter
+from crosskd.adapters.torchvision.common import grid_anchors
 from crosskd.align import align_statistics
 from crosskd.losses import giou_loss, quality_focal_loss
-from crosskd.methods import recipes
 from crosskd.predictions import Assignment, Predictions
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
@@ -53,7 +46,7 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """One for all levels, or one of them a level."""
+    """One for all levels, or one per level."""
 
     def __init__(self, width: int, classes: int, anchors: int, bins: int, blocks: int) -> None:
         super().__init__()
@@ -62,6 +55,9 @@ class Head(nn.Module):
         self.cls = nn.Conv2d(width, anchors * classes, 1)
         self.box = nn.Conv2d(width, anchors * 4 * bins, 1)
         self.quality = nn.Conv2d(width, anchors, 1)
+
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls(self.cls_tower(feature_map)), self.box(self.box_tower(feature_map))
 
 
 class Shared(nn.Module):
@@ -76,9 +72,12 @@ class Shared(nn.Module):
             self.backbone = Backbone(width, levels)
             self.head = Head(width, classes, anchors, bins, blocks)
 
+    def forward(self, images: Tensor) -> Any:
+        return [self.head(feature_map) for feature_map in self.backbone(images)]
+
 
 class PerLevel(nn.Module):
-    """A detector with a head a level."""
+    """A detector with a head per level."""
 
     def __init__(self, width: int = 8, *, levels=2, anchors=(1, 1), seed=0) -> None:
         super().__init__()
@@ -87,19 +86,23 @@ class PerLevel(nn.Module):
             self.backbone = Backbone(width, levels)
             self.heads = nn.ModuleList(Head(width, CLASSES, anchors[n], 1, 2) for n in range(levels))
 
+    def forward(self, images: Tensor) -> Any:
+        maps = self.backbone(images)
+        return [head(feature_map) for head, feature_map in zip(self.heads, maps, strict=True)]
 
-def own_losses(student, predictions: Predictions, locations, targets) -> tuple[dict[str, Tensor], Tensor]:
+
+def own_losses(detector, predictions: Predictions, anchors, targets) -> tuple[dict[str, Tensor], Tensor]:
     """Every second anchor holds an object of class 0."""
     positive = torch.arange(predictions.logits.shape[1]) % 2 == 0
     positive = positive.expand(predictions.logits.shape[:2])
     return {"own": F.binary_cross_entropy_with_logits(predictions.logits[..., 0], positive.float())}, positive
 
 
-def as_boxes(detector, regression: Tensor, locations) -> Tensor:
+def as_boxes(detector, regression: Tensor, anchors) -> Tensor:
     return torch.cat([-1 - regression[..., :2].exp(), 1 + regression[..., 2:].exp()], dim=-1)
 
 
-def adapter_for(paths: str = "head.", **options: Any) -> GenericAdapter:
+def adapter_for(paths: str = "head.", **options: Any) -> generic:
     settings: dict[str, Any] = {
         "features": "backbone",
         "towers": {"cls": f"{paths}cls_tower", "box": f"{paths}box_tower"},
@@ -107,7 +110,7 @@ def adapter_for(paths: str = "head.", **options: Any) -> GenericAdapter:
         "losses": own_losses,
         "decode": as_boxes,
     }
-    return GenericAdapter(**{**settings, **options})
+    return generic(**{**settings, **options})
 
 
 def pixels(seed: int = 1) -> Tensor:
@@ -162,7 +165,7 @@ def test_a_head_for_all_levels_by_path(anchors):
 
 
 @pytest.mark.parametrize("anchors", [(1, 1), (2, 3)])
-def test_a_head_a_level_by_path(anchors):
+def test_a_head_per_level_by_path(anchors):
     teacher, student = PerLevel(anchors=anchors), PerLevel(anchors=anchors, seed=1)
     losses = losses_of(teacher, student, adapter_for("heads.*."))
     assert_close(losses, by_hand(teacher, student, lambda d, level: d.heads[level], anchors))
@@ -202,51 +205,45 @@ def test_one_feature_map_of_all():
 # -- the same numbers as adapters that were written ------------------------------------------------
 
 
-def torchvision_adapter(family: str, **options: Any) -> GenericAdapter:
+def torchvision_adapter(family: str, **options: Any) -> generic:
     """What torchvision's heads are made of, by name."""
 
-    def prepare(teacher, student, images, targets):
-        return prepare_images(teacher.transform, student.transform, images, targets, 4)
+    def prepare(detector, images, targets):
+        batch, targets = detector.transform(images, targets)
+        return Batch(batch.tensors, tuple(batch.image_sizes), targets=targets)
 
-    def locations(detector, inputs, features):
-        anchors = detector.anchor_generator(inputs.extra, list(features))
-        return Locations(anchors, [f.shape[-2] * f.shape[-1] for f in features])
-
-    return GenericAdapter(
+    return generic(
         features="backbone",
         towers={n: f"head.{n}_head.conv" for n in ("classification", "regression")},
         prepare=prepare,
-        locations=locations,
-        recipe=getattr(recipes, family),
+        anchors=lambda detector, batch, maps: (
+            grid_anchors(detector.anchor_generator, batch, maps, None).boxes
+        ),
+        head_type=family,
         **options,
     )
 
 
-def retinanet_losses(student: RetinaNet, predictions, locations, targets):
+def retinanet_losses(detector: RetinaNet, predictions, anchors, targets):
     """Torchvision's loss, and the matches once more."""
     outputs = {"cls_logits": predictions.logits, "bbox_regression": predictions.regression}
-    losses = student.compute_loss(targets, outputs, locations.anchors)
-    matches = [
-        student.proposal_matcher(box_iou(target["boxes"], anchors))
-        for target, anchors in zip(targets, locations.anchors, strict=True)
-    ]
+    losses = detector.compute_loss(targets, outputs, [anchors] * len(targets))
+    matches = [detector.proposal_matcher(box_iou(target["boxes"], anchors)) for target in targets]
     positive = torch.stack([match >= 0 for match in matches])
-    counted = torch.stack(
-        [(match != student.proposal_matcher.BETWEEN_THRESHOLDS).float() for match in matches]
+    label_weights = torch.stack(
+        [(match != detector.proposal_matcher.BETWEEN_THRESHOLDS).float() for match in matches]
     )
-    return losses, Assignment(counted, positive, positive.sum(1).clamp(min=1).sum().float())
+    return losses, Assignment(label_weights, positive, positive.sum(1).clamp(min=1).sum().float())
 
 
-def retinanet_boxes(detector: RetinaNet, regression: Tensor, locations: Locations) -> Tensor:
-    anchors = locations.stacked().flatten(0, 1)
-    return detector.box_coder.decode_single(regression.flatten(0, 1), anchors).view_as(regression)
+def retinanet_boxes(detector: RetinaNet, regression: Tensor, anchors: Tensor) -> Tensor:
+    rows = anchors.expand(len(regression), -1, -1).flatten(0, 1)
+    return detector.box_coder.decode_single(regression.flatten(0, 1), rows).view_as(regression)
 
 
-@pytest.mark.parametrize("method", [CrossKD(), CrossKD(position=2, tap="pre"), PredictionMimicking()])
-@pytest.mark.parametrize("width", [32, 16])
-def test_retinanet_by_paths_is_retinanet_by_its_adapter(method, width):
-    named = torchvision_adapter(
-        "RETINANET",
+def retinanet_adapter() -> generic:
+    return torchvision_adapter(
+        "RetinaNet",
         predictors={
             "classification": {"logits": "head.classification_head.cls_logits"},
             "regression": {"regression": "head.regression_head.bbox_reg"},
@@ -254,8 +251,13 @@ def test_retinanet_by_paths_is_retinanet_by_its_adapter(method, width):
         losses=retinanet_losses,
         decode=retinanet_boxes,
     )
+
+
+@pytest.mark.parametrize("method", [CrossKD(), CrossKD(position=2, tap="pre"), PredictionMimicking()])
+@pytest.mark.parametrize("width", [32, 16])
+def test_retinanet_by_paths_is_retinanet_by_its_adapter(method, width):
     results = []
-    for adapter in (named, TorchvisionRetinaNetAdapter()):
+    for adapter in (retinanet_adapter(), TorchvisionRetinaNet):
         torch.manual_seed(0)  # of the projections
         student = tiny_retinanet(seed=1, width=width)
         distiller = Distiller(tiny_retinanet(), student, method, adapter)
@@ -278,17 +280,19 @@ def fcos_level(detector, level: int, towers) -> Predictions:
     return Predictions(logits, sides, quality.squeeze(-1))
 
 
-def fcos_losses(student, predictions, locations, targets):
-    return TorchvisionFCOSAdapter().losses(
-        student, predictions, locations, Inputs(torch.empty(0), torch.empty(0), targets)
-    )
+def fcos_losses(detector, predictions, anchors, targets):
+    adapter = TorchvisionFCOS(detector)
+    pixels = torch.empty(len(targets), 3, 64, 64)
+    maps = adapter.maps(pixels)
+    found = adapter.heads[0].anchors(Batch(pixels, ((64, 64),) * len(targets)), maps)
+    return adapter.heads[0].losses(predictions, found, Batch(pixels, (), targets=targets))
 
 
-def fcos_boxes(detector, regression: Tensor, locations: Locations) -> Tensor:
-    return detector.head.box_coder.decode(regression, locations.stacked())
+def fcos_boxes(detector, regression: Tensor, anchors: Tensor) -> Tensor:
+    return detector.head.box_coder.decode(regression, anchors.expand(len(regression), -1, -1))
 
 
-def fcos_adapter(**options: Any) -> GenericAdapter:
+def fcos_adapter(**options: Any) -> generic:
     return torchvision_adapter(
         "FCOS",
         predictors={
@@ -308,7 +312,7 @@ def test_a_predict_of_ones_own_is_fcos_by_its_adapter():
     method = CrossKD(quality_weight=1.0)
     losses, expected = (
         Distiller(tiny_fcos(), tiny_fcos(seed=1), method, adapter)(*tiny_batch())
-        for adapter in (fcos_adapter(predict=fcos_level), TorchvisionFCOSAdapter())
+        for adapter in (fcos_adapter(predict=fcos_level), TorchvisionFCOS)
     )
     assert losses.keys() == expected.keys()
     assert_close(losses, expected)
@@ -320,7 +324,7 @@ def test_quality_as_it_comes():
     towers = {name: torch.randn(2, 32, 4, 5) for name in ("classification", "regression")}
     detector = tiny_fcos()
     for adapter in (fcos_adapter(), fcos_adapter(predict=fcos_level)):
-        predictions.append(adapter.predict(detector, 0, towers))
+        predictions.append(adapter(detector).heads[0].predict(0, towers))
     assert torch.equal(predictions[0].regression.relu(), predictions[1].regression)
     assert torch.equal(predictions[0].quality, predictions[1].quality)
     assert torch.equal(predictions[0].logits, predictions[1].logits)
@@ -345,16 +349,21 @@ class Fully(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         return self.stem(images.flatten(1)).view(len(images), *self.space, -1)
 
+    def forward(self, images: Tensor) -> Any:
+        features = self.tower(self.features(images))
+        return self.cls(features), self.box(features)
 
-def fully_adapter(**options: Any) -> GenericAdapter:
+
+def fully_adapter(**options: Any) -> generic:
     settings: dict[str, Any] = {
         "features": lambda detector, images: detector.features(images),
+        "rows": "grid",
         "towers": {"both": "tower"},
         "predictors": {"both": {"logits": "cls", "regression": "box"}},
         "losses": own_losses,
         "decode": as_boxes,
     }
-    return GenericAdapter(**{**settings, **options})
+    return generic(**{**settings, **options})
 
 
 def fully_by_hand(teacher: Fully, student: Fully) -> dict[str, Tensor]:
@@ -429,7 +438,6 @@ def _widen(wide: nn.Linear, narrow: nn.Linear, space: tuple[int, ...]) -> None:
 def test_linear_predictors_without_a_tower(space):
     teacher, student = Fully(space=space, blocks=0), Fully(space=space, blocks=0, seed=1)
     nothing = fully_adapter(towers={"both": None})
-    assert nothing.recipe.position == 0
     losses = losses_of(teacher, student, nothing)
     assert_close(losses, losses_of(teacher, student, fully_adapter(), CrossKD(position=0)))
     dims = tuple(range(len(space) + 1))
@@ -454,11 +462,12 @@ def test_a_map_with_its_channels_last_is_resized_where_asked_for():
         losses_of(Fully(space=(7,)), Fully(space=(5,)), fully_adapter(), resize_levels=True)
 
 
-def test_predictors_without_a_tower_a_level():
+def test_predictors_without_a_tower_per_level():
     """As in SSD: each level has a width and predictors of its own."""
     teacher, student = PerLevel(12), PerLevel(8, seed=1)
     adapter = adapter_for("heads.*.", towers={"cls": None, "box": None})
-    distiller = Distiller(teacher, student, CrossKD(), adapter)
+    # The detectors' own forward has towers.
+    distiller = Distiller(teacher, student, CrossKD(), adapter, prove=False)
     assert sorted(distiller.methods["crosskd"].projections) == [
         f"{branch}_level{level}" for branch in ("box", "cls") for level in (0, 1)
     ]
@@ -473,31 +482,33 @@ def test_predictors_without_a_tower_a_level():
 
 def test_distributions_without_decode():
     adapter = adapter_for(bins=5, decode=None)
-    assert (adapter.recipe.regression, adapter.recipe.reg_weight) == ("distribution_kl", 4.0)
     teacher, student = Shared(bins=5, anchors=2), Shared(bins=5, anchors=2, seed=1)
     distiller = Distiller(teacher, student, CrossKD(), adapter)
+    comparison = distiller.methods["crosskd"].comparison
+    assert (comparison.regression, comparison.reg_weight) == ("distribution_kl", 4.0)
     losses = distiller(pixels(), [])
     assert losses["kd_reg"] > 0
     features = teacher.backbone(pixels())[0]
     towers = {"cls": teacher.head.cls_tower(features), "box": teacher.head.box_tower(features)}
-    predictions = adapter.predict(teacher, 0, towers)
+    predictions = adapter(teacher).heads[0].predict(0, towers)
     assert predictions.regression.shape == (2, 8 * 8 * 2, 4, 5)
     # Location (3, 2), its second anchor, third side: channels 4 * 5 + 2 * 5 and on.
     expected = teacher.head.box(towers["box"])[:, 30:35, 3, 2]
     torch.testing.assert_close(predictions.regression[:, (3 * 8 + 2) * 2 + 1, 2], expected)
-    with pytest.raises(ValueError, match=r"decode= is missing: .* leave the method's regression= and"):
+    with pytest.raises(ValueError, match=r'regression="giou".* pass it decode='):
         losses_of(teacher, student, adapter, CrossKD(regression="giou"))
 
 
 def test_distributions_with_decode_may_be_compared_as_boxes():
-    def expected_boxes(detector, regression, locations):
+    def expected_boxes(detector, regression, anchors):
         distance = (regression.softmax(-1) * torch.arange(5.0)).sum(-1)
         return torch.cat([-distance[..., :2], distance[..., 2:]], dim=-1)
 
     teacher, student = Shared(bins=5), Shared(bins=5, seed=1)
     adapter = adapter_for(bins=5, decode=expected_boxes)
-    assert adapter.recipe.regression == "giou"
-    assert losses_of(teacher, student, adapter)["kd_reg"] > 0
+    distiller = Distiller(teacher, student, CrossKD(), adapter)
+    assert distiller.methods["crosskd"].comparison.regression == "giou"
+    assert distiller(pixels(), [])["kd_reg"] > 0
 
 
 def test_a_predict_of_ones_own_may_have_one_predictor_for_all():
@@ -508,6 +519,9 @@ def test_a_predict_of_ones_own_may_have_one_predictor_for_all():
             super().__init__(**options)
             self.out = nn.Conv2d(8, 4 + CLASSES, 1)
 
+        def forward(self, images):
+            return [self.out(self.head.cls_tower(feature_map)) for feature_map in self.backbone(images)]
+
     def split(detector, level, towers):
         rows = detector.out(towers["cls"]).flatten(2).mT
         return Predictions(rows[..., 4:], rows[..., :4], None)
@@ -517,7 +531,7 @@ def test_a_predict_of_ones_own_may_have_one_predictor_for_all():
         "predictors": {"cls": {"all": "out"}},
         "predict": split,
     }
-    with pytest.raises(ValueError, match="can't be read off predictors named \\['all'\\]: pass num_classes="):
+    with pytest.raises(ValueError, match=r"\['all'\]: name them so, or pass predict= and num_classes="):
         adapter_for(**options)
     for classes in (CLASSES, lambda detector: detector.out.out_channels - 4):
         adapter = adapter_for(**options, num_classes=classes)
@@ -552,7 +566,7 @@ def test_levels_by_stride():
     assert losses_of(Shared(), student, adapter_for(strides=[2, 4])).keys() == losses.keys()
 
 
-def test_a_head_a_level_by_stride():
+def test_a_head_per_level_by_stride():
     def strides(detector):
         return [2 ** (n + 1) for n in range(len(detector.heads))]
 
@@ -567,10 +581,12 @@ def _without_last_level(detector: PerLevel) -> PerLevel:
     return shorter
 
 
-def test_class_map():
+def test_other_classes():
+    """CrossKD's teacher judges both sides; mimicking compares column by column."""
     teacher, student = Shared(classes=5), Shared(seed=1)
+    assert losses_of(teacher, student, adapter_for())["kd_cls"] > 0
     with pytest.raises(ValueError, match="teacher predicts 5 classes and the student 3: give class_map="):
-        losses_of(teacher, student, adapter_for())
+        losses_of(teacher, student, adapter_for(), PredictionMimicking())
     losses = losses_of(teacher, student, adapter_for(), class_map=[4, 0, 2])
     chosen = copy.deepcopy(teacher)
     chosen.head.cls = nn.Conv2d(8, 3, 1)
@@ -580,8 +596,8 @@ def test_class_map():
 
 
 def test_an_assignment_says_what_counts():
-    def half(student, predictions, locations, targets):
-        losses, positive = own_losses(student, predictions, locations, targets)
+    def half(detector, predictions, anchors, targets):
+        losses, positive = own_losses(detector, predictions, anchors, targets)
         return losses, Assignment(positive.float(), positive, torch.tensor(2.0))
 
     teacher, student = Shared(), Shared(seed=1)
@@ -590,42 +606,383 @@ def test_an_assignment_says_what_counts():
         class Seen(CrossKD):
             def forward(self, step):
                 assert step.assignment.normalizer == normalizer  # noqa: B023
-                assert (step.assignment.counted is None) == (not options)  # noqa: B023
+                assert (step.assignment.label_weights is None) == (not options)  # noqa: B023
                 return super().forward(step)
 
         assert losses_of(teacher, student, adapter_for(**options), Seen())["kd_cls"] > 0
 
 
 def test_an_image_without_objects_counts_as_one_with_one():
-    adapter = adapter_for(losses=lambda s, p, *_: ({}, torch.zeros(p.logits.shape[:2], dtype=torch.bool)))
-    predictions = Predictions(torch.zeros(3, 5, 1), torch.zeros(3, 5, 4), None)
-    _, assignment = adapter.losses(Shared(), predictions, None, Inputs(pixels(), pixels(), []))
+    spec = adapter_for(losses=lambda d, p, *_: ({}, torch.zeros(p.logits.shape[:2], dtype=torch.bool)))
+    predictions = Predictions(torch.zeros(3, 5, 3), torch.zeros(3, 5, 4), None)
+    _, assignment = spec(Shared()).head.losses(predictions, Anchors(None, (5,)), Batch(pixels(), ()))
     assert assignment.normalizer == 3
 
 
-def test_detect_prepare_check_and_the_detectors_class():
+def test_prepare_and_detect():
     teacher, student = Shared(), Shared(seed=1)
     calls = []
 
-    def prepare(teacher, student, images, targets):
+    def prepare(detector, images, targets):
         calls.append("prepare")
-        return Inputs(images * 2, images * 2, targets)
+        return Batch(images * 2, ((16, 16),) * 2, targets=targets)
 
     adapter = adapter_for(
         prepare=prepare,
+        own_losses=lambda detector, images, targets: detector(2 * images) and None,
         detect=lambda student, images: ("detected", student.training),
-        check=lambda teacher, student: calls.append("check"),
-        detector=Shared,
     )
     distiller = Distiller(teacher, student, CrossKD(), adapter)
     losses = distiller(pixels(), [])
-    assert calls == ["check", "prepare"]
+    assert calls == ["prepare", "prepare"]  # once by the proof
     assert_close(losses, Distiller(teacher, student, CrossKD(), adapter_for())(2 * pixels(), []))
     assert distiller.eval()(pixels()) == ("detected", False)
-    with pytest.raises(TypeError, match="GenericAdapter does not support the teacher, a PerLevel"):
-        Distiller(PerLevel(), PerLevel(), CrossKD(), adapter)
-    plain = nn.Sequential(nn.Flatten())
-    assert torch.equal(adapter_for().detect(plain, pixels(), None), pixels().flatten(1))
+    plain = Shared().eval()
+    assert len(adapter_for()(plain).detect(pixels(), None)) == 2
+
+
+def test_pixels_are_recoded():
+    """Where both codings are known; where one is, nothing tells how to make one of the other."""
+    double = PixelCoding((0.0,) * 3, (0.5,) * 3)
+    specs = adapter_for(pixel_coding=double), adapter_for(pixel_coding=PixelCoding((0.0,) * 3, (1.0,) * 3))
+    teacher, student = Shared(), Shared(seed=1)
+    doubled = copy.deepcopy(teacher)
+    doubled.backbone.stages[0].weight.data *= 2
+    found = losses_of(teacher, student, specs[1], teacher_adapter=specs[0])
+    assert_close(found, losses_of(doubled, student, adapter_for()))
+    with pytest.raises(ValueError, match="nothing tells how the student's pixels are coded"):
+        losses_of(teacher, student, adapter_for(), teacher_adapter=specs[0])
+
+
+# -- objects and label assignment -------------------------------------------------------------------
+
+
+def located(detector, batch, maps) -> Tensor:
+    """The centre of each location, shape (locations, 2)."""
+    strides = [2 * getattr(detector, "offset", 1.0) ** 0, 4]
+    levels = []
+    for stride, feature_map in zip(strides, maps, strict=True):
+        y, x = ((torch.arange(n) + 0.5) * stride for n in feature_map.shape[2:])
+        levels.append(torch.cartesian_prod(y, x).flip(-1) + getattr(detector, "offset", 0.0))
+    return torch.cat(levels)
+
+
+def inside(detector, predictions, anchors, targets) -> Tensor:
+    """Which points (batch, points) stand in a box."""
+    found = []
+    for target in targets:
+        boxes = target["boxes"]
+        after, before = anchors[:, None] > boxes[:, :2], anchors[:, None] < boxes[:, 2:]
+        found.append((after & before).all(-1).any(-1))
+    return torch.stack(found)
+
+
+def inside_losses(detector, predictions, anchors, targets):
+    positive = inside(detector, predictions, anchors, targets)
+    return {"own": F.binary_cross_entropy_with_logits(predictions.logits[..., 0], positive.float())}, positive
+
+
+def two_targets() -> list[dict[str, Tensor]]:
+    boxes = torch.tensor([[0.0, 0.0, 6.0, 6.0]]), torch.tensor([[8.0, 4.0, 16.0, 12.0]])
+    return [{"boxes": of_image, "labels": torch.tensor([1])} for of_image in boxes]
+
+
+def test_objects_are_read_off_dicts_or_given():
+    adapter = adapter_for()(Shared())
+    targets = two_targets()
+    batch = adapter.prepare(pixels(), targets)
+    assert batch.image_sizes == ((16, 16), (16, 16))
+    assert all(
+        o.boxes is t["boxes"] and o.labels is t["labels"] for o, t in zip(batch.objects, targets, strict=True)
+    )
+    assert adapter.prepare(pixels(), None).objects is None
+    assert adapter.prepare(pixels(), "annotations.json").objects is None
+    rows = torch.tensor([[0, 1, 0.0, 0.0, 6.0, 6.0], [1, 2, 8.0, 4.0, 16.0, 12.0]])  # image, class, box
+    given = adapter_for(
+        objects=lambda rows: [(rows[rows[:, 0] == n, 2:], rows[rows[:, 0] == n, 1].long()) for n in (0, 1)]
+    )
+    objects = given(Shared()).prepare(pixels(), rows).objects
+    assert [o.labels.tolist() for o in objects] == [[1], [2]]
+    assert torch.equal(objects[1].boxes, targets[1]["boxes"])
+    with pytest.raises(ValueError, match="got 2 images, but targets for 1"):
+        adapter.prepare(pixels(), targets[:1])
+
+
+def test_a_teacher_at_other_places_assigns_labels_itself():
+    """By what losses= returns, or by assign=; and predictions can't be compared row by row."""
+    teacher, student = Shared(), Shared(seed=1)
+    teacher.offset = 4.0
+    expected = inside(teacher, None, located(teacher, None, teacher.backbone(pixels())), two_targets())
+    own = inside(student, None, located(student, None, student.backbone(pixels())), two_targets())
+    assert not torch.equal(expected, own)
+
+    class Seen(CrossKD):
+        def forward(self, step):
+            seen.append((step.teacher_assignment(), step.assignment))
+            return super().forward(step)
+
+    options = {"anchors": located, "losses": inside_losses}
+    for assign in (None, inside):
+        seen: list[Any] = []
+        distiller = Distiller(teacher, student, Seen(), adapter_for(**options, assign=assign))
+        losses = distiller(pixels(), two_targets())
+        theirs, ours = seen[0]
+        assert torch.equal(theirs.positive, expected)
+        assert torch.equal(ours.positive, own)
+        normalizer = expected.sum(1).clamp(min=1).sum()
+        assert theirs.normalizer == normalizer
+        by_number = by_hand(teacher, student, lambda d, _: d.head)["kd_cls"] * 80 / normalizer
+        torch.testing.assert_close(losses["kd_cls"], by_number)
+    with pytest.raises(ValueError, match=r"on the first batch.*first \[5.0, 5.0\].*first \[1.0, 1.0\]"):
+        Distiller(teacher, student, PredictionMimicking(), adapter_for(**options))(pixels(), two_targets())
+    alone = adapter_for(anchors=located, losses=None)
+    with pytest.raises(ValueError, match=r"teacher, a Shared, has other anchors .* generic\(\) assign="):
+        Distiller(teacher, student, CrossKD(), adapter_for(**options), teacher_adapter=alone)(
+            pixels(), two_targets()
+        )
+
+
+def test_a_teacher_of_a_class_that_an_adapter_knows():
+    """torchvision's RetinaNet teaches a detector of one's own, whose boxes are distances around points."""
+    teacher = tiny_retinanet()
+    student = Strided(32, seed=1)
+    spec = generic(
+        features=lambda detector, images: detector.features(images),
+        towers={"classification": "head.cls_tower", "regression": "head.box_tower"},
+        predictors={"classification": {"logits": "head.cls"}, "regression": {"regression": "head.box"}},
+        strides=(8, 16, 32),
+        losses=own_losses,
+        pixel_coding=PixelCoding((0.0,) * 3, (1.0,) * 3),
+    )
+    distiller = Distiller(
+        teacher, student, [CrossKD(position=1), PKD()], spec, teacher_adapter=TorchvisionRetinaNet
+    )
+    losses = distiller(*batch_of_64())
+    assert sorted(losses) == ["kd_cls", "kd_pkd", "kd_reg", "own"]
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    back = Distiller(student, teacher, PKD(), teacher_adapter=spec)
+    assert back(*batch_of_64())["kd_pkd"] > 0
+
+
+class Strided(Shared):
+    """With levels of strides 8, 16 and 32."""
+
+    def __init__(self, width: int, **options: Any) -> None:
+        super().__init__(width, levels=5, **options)
+
+    def forward(self, images: Tensor) -> Any:
+        return [self.head(feature_map) for feature_map in self.features(images)]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        return self.backbone(images)[2:]
+
+
+def batch_of_64() -> tuple[Tensor, list[dict[str, Tensor]]]:
+    images, targets = tiny_batch()
+    return torch.stack([image[:, :64, :64] for image in images]), targets
+
+
+# -- anchors in any form, of some levels alone ------------------------------------------------------
+
+
+def strides_of(detector: Shared) -> list[int]:
+    return [2 ** (level + 1) for level in range(len(detector.backbone.stages))]
+
+
+def numbered(detector, batch, maps) -> list[Tensor]:
+    """A row (level, level) for each location."""
+    return [torch.full((m.shape[2:].numel(), 2), float(level)) for level, m in enumerate(maps)]
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "list of anything", "nothing"])
+def test_anchors_of_some_levels(form):
+    """The teacher has a level that the student lacks: decode= gets the anchors of the others alone."""
+    forms = {
+        "tensor": lambda *arguments: torch.cat(numbered(*arguments)),
+        "list": numbered,
+        "list of anything": lambda d, batch, maps: [{"level": n} for n, _ in enumerate(maps)],
+        "nothing": None,
+    }
+    teacher, student = Shared(levels=3), Shared(seed=1)
+    adapter = adapter_for(anchors=forms[form], strides=strides_of)
+    head = adapter(teacher).head
+    maps = teacher.backbone(pixels())
+    anchors = head.anchors(Batch(pixels(), ((16, 16),) * 2), maps)
+    assert anchors.per_level == (64, 16, 4)
+    fewer = anchors.of_levels([1, 2])
+    assert fewer.per_level == (16, 4)
+    levels = [1.0] * 16 + [2.0] * 4
+    if form == "tensor":
+        assert fewer.extra[:, 0].tolist() == fewer.boxes[:, 0].tolist() == levels
+    elif form == "list":
+        assert torch.cat(fewer.extra)[:, 0].tolist() == fewer.boxes[:, 0].tolist() == levels
+    elif form == "list of anything":
+        assert (fewer.extra, fewer.boxes) == ([{"level": 1}, {"level": 2}], None)
+    else:
+        assert fewer.extra is fewer.boxes is None
+    assert losses_of(teacher, student, adapter)["kd_reg"] > 0
+
+
+def test_anchors_that_can_not_be_taken_apart():
+    adapter = adapter_for(anchors=lambda *_: {"places": torch.zeros(84, 2)}, strides=strides_of)
+    assert losses_of(Shared(), Shared(seed=1), adapter)["kd_reg"] > 0
+    with pytest.raises(ValueError, match="2 of the teacher's 3 levels .* dict, can't be found: .* 84 rows"):
+        losses_of(Shared(levels=3), Shared(seed=1), adapter)
+
+
+def test_a_predict_of_ones_own_with_several_anchors():
+    """What anchors= returns tells how many a location has."""
+
+    def predict(detector, level, towers):
+        rows = [detector.head.cls(towers["cls"]), detector.head.box(towers["box"])]
+        logits, regression = (r.flatten(2).mT.unflatten(2, (2, -1)).flatten(1, 2) for r in rows)
+        return Predictions(logits, regression, None)
+
+    def twice(detector, batch, maps):
+        return [of_level.repeat_interleave(2, 0) for of_level in numbered(detector, batch, maps)]
+
+    for form in (twice, lambda *arguments: torch.cat(twice(*arguments))):
+        adapter = adapter_for(predict=predict, anchors=form, num_classes=CLASSES)
+        anchors = adapter(Shared(anchors=2)).head.anchors(
+            Batch(pixels(), ((16, 16),) * 2), Shared().backbone(pixels())
+        )
+        assert (anchors.per_level, anchors.boxes.shape) == ((128, 32), (160, 2))
+        assert losses_of(Shared(anchors=2), Shared(anchors=2, seed=1), adapter)["kd_cls"] > 0
+
+
+# -- rows that are a set ----------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """A tiny DETR: a decoder's queries look at a map."""
+
+    def __init__(self, width: int = 8, *, queries: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.backbone = Backbone(width, 2)
+            self.queries = nn.Parameter(torch.randn(queries, width))
+            layer = nn.TransformerDecoderLayer(width, 2, 16, dropout=0.0, batch_first=True)
+            self.decoder = nn.TransformerDecoder(layer, 1)
+            self.tower = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+            self.cls, self.box = nn.Linear(width, CLASSES), nn.Linear(width, 4)
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        memory = maps[-1].flatten(2).mT
+        return self.decoder(self.queries.expand(len(memory), -1, -1), memory)
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.tower(self.decode(self.backbone(images)))
+        return self.cls(features), self.box(features)
+
+
+def transformer_adapter(**options: Any) -> generic:
+    settings: dict[str, Any] = {
+        "features": "backbone",
+        "strides": (2, 4),
+        "widths": lambda detector: [stage.out_channels for stage in detector.backbone.stages],
+        "queries": lambda detector, maps: detector.decode(maps),
+        "towers": {"both": "tower"},
+        "predictors": {"both": {"logits": "cls", "regression": "box"}},
+        "losses": own_losses,
+        "decode": as_boxes,
+    }
+    return generic(**{**settings, **options})
+
+
+def permuted(detector: Transformer, order: list[int]) -> Transformer:
+    """The same detector, its queries in another order."""
+    other = copy.deepcopy(detector)
+    other.queries.data = detector.queries.data[order]
+    return other
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "queries=": {},
+    "predict=": {
+        "queries": None,
+        "rows": "queries",
+        "features": lambda d, images: d.backbone(images)[1:],
+        "strides": (4,),
+        "widths": lambda detector: [detector.backbone.stages[1].out_channels],
+        "towers": {"both": None},
+        "num_classes": CLASSES,
+        "predict": lambda d, level, maps: Predictions(
+            d.cls(d.tower(d.decode([maps["both"]]))), d.box(d.tower(d.decode([maps["both"]]))), None
+        ),
+    },
+}
+
+
+class MapDistance(Method):
+    requires = frozenset({"maps"})
+
+    def forward(self, step):
+        pairs = zip(step.student.maps, step.teacher.maps, strict=True)
+        return {"kd_maps": sum((ours - theirs).abs().mean() for ours, theirs in pairs)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_loss_that_is_accepted_depends_on_the_order_of_queries(form):
+    spec = transformer_adapter(**FORMS[form])
+    student = Transformer(seed=1)
+    teachers = Transformer(), permuted(Transformer(), [3, 5, 0, 1, 4, 2])
+    outputs = [teacher(pixels())[0] for teacher in teachers]
+    torch.testing.assert_close(outputs[0][:, [3, 5, 0, 1, 4, 2]], outputs[1])
+    assert not torch.allclose(*outputs)
+    for method in (CrossKD(), CrossKD(position=0), PredictionMimicking()):
+        with pytest.raises(ValueError, match="teacher's rows .* are a set of queries in no order"):
+            Distiller(teachers[0], student, method, spec)
+    for method in (PKD(), MapDistance(name="maps")):
+        prove = form == "queries="  # the other form runs what is behind the maps twice
+        losses, others = (
+            Distiller(teacher, student, method, spec, prove=prove)(pixels(), []) for teacher in teachers
+        )
+        assert losses.keys() == others.keys() > {"own"}
+        assert_close(losses, others)
+        sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("features", ["decode", "decode, transposed"])
+def test_a_set_does_not_pass_as_a_grid(features):
+    def queries(detector, images):
+        found = detector.decode(detector.backbone(images))
+        return found if features == "decode" else found.mT
+
+    options: dict[str, Any] = {"features": queries, "queries": None, "strides": (4,), "widths": (8,)}
+    teacher, student = Transformer(), Transformer(seed=1)
+    with pytest.raises(ValueError, match=r'teacher: the both tower .* rows="grid" .* rows="queries"'):
+        Distiller(teacher, student, CrossKD(), transformer_adapter(**options))
+    # Nor do queries pass as feature maps.
+    for method in (PKD(), MapDistance(name="maps")):
+        distiller = Distiller(teacher, student, method, transformer_adapter(**options, rows="queries"))
+        with pytest.raises(ValueError, match=r"made \[\(2, \d, \d\)\] for Transformer, .* queries="):
+            distiller(pixels(), [])
+
+
+def test_a_row_of_locations_under_convolutions_needs_rows_too():
+    class Row(Shared):
+        def __init__(self, **options):
+            super().__init__(levels=1, **options)
+            self.head.cls_tower = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU())
+            self.head.box_tower = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU())
+            self.head.cls, self.head.box = nn.Conv1d(8, CLASSES, 1), nn.Conv1d(8, 4, 1)
+
+        def features(self, images):
+            return self.backbone(images)[0].flatten(2)
+
+        def forward(self, images):
+            return self.head(self.features(images))
+
+    def features(detector, images):
+        return detector.features(images)
+
+    with pytest.raises(ValueError, match=r"features= made \[\(2, 8, 64\)\] for Row, .* rows=\"grid\""):
+        losses_of(Row(), Row(seed=1), adapter_for(features=features), prove=False)
+    assert losses_of(Row(), Row(seed=1), adapter_for(features=features, rows="grid"))["kd_cls"] > 0
+
+
+# -- the face ---------------------------------------------------------------------------------------
 
 
 def test_images_may_be_a_list():
@@ -635,13 +992,73 @@ def test_images_may_be_a_list():
     assert sorted(distiller(pixels())) == ["kd_cls", "kd_reg"]
 
 
-def test_the_protocol_and_a_description():
-    adapter = adapter_for("heads.*.")
-    assert isinstance(adapter, Adapter)
-    text = describe(PerLevel(), adapter)
-    assert "branch cls: 2 blocks, level 1, valid positions 0 to 2" in text
-    assert "predictors: logits[0] (3 channels), logits[1] (3 channels)" in text
-    assert "logits (6 channels), regression (8 channels)" in describe(Fully(space=()), fully_adapter())
+def test_what_is_read_off_a_detector():
+    adapter = adapter_for("heads.*.", strides=(2, 4))(PerLevel(anchors=(1, 2)))
+    head = adapter.head
+    assert (adapter.strides, adapter.widths) == ((2.0, 4.0), (8, 8))
+    assert (head.num_classes, head.per_location, head.rows, head.decodes) == (CLASSES, (1, 2), "grid", True)
+    assert head.head_type == "tests.adapters.test_generic.PerLevel"
+    assert [len(branch.towers) for branch in head.branches] == [2, 2]
+    assert sorted(head.branches[0].predictors) == ["logits[0]", "logits[1]"]
+    assert adapter_for(head_type="GFL")(Shared()).head.head_type == "GFL"
+
+
+def module_features(detector: Shared, images: Tensor) -> Any:
+    return detector.backbone(images)
+
+
+def test_a_spec_is_copied_and_pickled():
+    spec = adapter_for(features=module_features)
+    for twin in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))):
+        losses = losses_of(Shared(), Shared(seed=1), twin)
+        assert_close(losses, losses_of(Shared(), Shared(seed=1), spec))
+    distiller = Distiller(Shared(), Shared(seed=1), CrossKD(), spec)
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        assert twin.student_adapter.detector is twin.student
+        assert_close(twin(pixels(), []), losses_of(Shared(), Shared(seed=1), spec))
+
+
+def losses_alone(detector: Shared, images: Tensor, targets: Any) -> dict[str, Tensor]:
+    levels = [detector.head(feature_map)[0] for feature_map in detector.backbone(images)]
+    logits = torch.cat([of_level.flatten(2).mT for of_level in levels], dim=1)
+    predictions = Predictions(logits, logits.new_zeros(*logits.shape[:2], 4), None)
+    return own_losses(detector, predictions, None, targets)[0]
+
+
+class Proper(Shared):
+    """Called as a detector is, with losses in training."""
+
+    def forward(self, images: Tensor, targets: Any = None) -> Any:
+        return losses_alone(self, images, targets) if self.training else super().forward(images)
+
+
+def doubled_losses(*arguments: Any) -> Any:
+    losses, positive = own_losses(*arguments)
+    return {"own": 2 * losses["own"]}, positive
+
+
+@pytest.mark.parametrize("way", ["its own", "given"])
+def test_the_pieces_are_compared_with_the_detectors_own_losses(way):
+    options: dict[str, Any] = {} if way == "its own" else {"own_losses": losses_alone}
+    build = Proper if way == "its own" else Shared
+    assert losses_of(build(), build(seed=1), adapter_for(**options))["own"] > 0
+    with pytest.raises(ValueError, match="student: .* own is .* alone and .* by its pieces"):
+        losses_of(build(), build(seed=1), adapter_for(losses=doubled_losses, **options))
+
+
+class Doubling(Shared):
+    def forward(self, images: Tensor) -> Any:
+        return [self.head(2 * feature_map) for feature_map in self.backbone(images)]
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_forward_of_another_kind_is_compared_by_its_layers(side):
+    student = Doubling(seed=1) if side == "student" else Shared(seed=1)
+    teacher = Doubling() if side == "teacher" else Shared()
+    with pytest.raises(ValueError, match=f"{side}: .* part at head.cls_tower.0.0"):
+        Distiller(teacher, student, CrossKD(), adapter_for())(pixels(), two_targets())
+    losses = Distiller(teacher, student, CrossKD(), adapter_for(), prove=False)(pixels(), two_targets())
+    assert losses["kd_cls"] > 0
 
 
 def test_the_student_stays_plain_and_the_teacher_untouched():
@@ -652,7 +1069,7 @@ def test_the_student_stays_plain_and_the_teacher_untouched():
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert list(distiller.student.state_dict()) == names
-    assert isinstance(copy.deepcopy(distiller).adapter, GenericAdapter)
+    assert isinstance(distiller.student_adapter, GenericAdapter)
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -678,25 +1095,9 @@ def test_the_student_stays_plain_and_the_teacher_untouched():
             {"predictors": {"cls": {"logits": "head.cls"}, "box": {"logits": "head.box"}}},
             r"two predictors have one name: \['logits', 'logits'\]",
         ),
-        (
-            {"features": "backbone.*"},
-            r"features: 'backbone.\*' is no attribute path, such as 'head.tower'; a",
-        ),
-        (
-            {"towers": {"cls": "heads.*.*", "box": "head.box_tower"}},
-            r"towers\['cls'\]: 'heads.\*.\*' is no .* or, with one \* for all levels, 'heads.\*.tower'; a",
-        ),
-        (
-            {"towers": {"cls": "heads[0]", "box": "head"}},
-            r"towers\['cls'\]: 'heads\[0\]' is no attribute path",
-        ),
-        ({"towers": {"cls": "tower*", "box": "head"}}, r"'tower\*' is no attribute path"),
         ({"bins": 0}, "bins must be at least 1, got 0"),
-        ({"decode": None}, r"boxes are to be compared \(giou\), but decode= is missing: pass the function"),
-        (
-            {"decode": None, "bins": 3, "recipe": recipes.FCOS},
-            r"compared \(log_iou\), but decode= is missing",
-        ),
+        ({"rows": "regions"}, r"rows must be .* got 'regions'"),
+        ({"rows": "grid", "queries": lambda *_: None}, r"with queries= the latter, got 'grid'"),
     ],
 )
 def test_settings_that_do_not_fit_together(options, message):
@@ -705,8 +1106,10 @@ def test_settings_that_do_not_fit_together(options, message):
 
 
 def test_decode_is_not_missed_where_no_boxes_are_compared():
-    recipe = HeadRecipe("mine", 1, cls_weight=1.0, reg_weight=0.0, regression="giou")
-    losses = losses_of(Shared(), Shared(seed=1), adapter_for(decode=None, recipe=recipe))
+    adapter = adapter_for(decode=None)
+    with pytest.raises(ValueError, match='regression="giou".*pass it decode='):
+        losses_of(Shared(), Shared(seed=1), adapter)
+    losses = losses_of(Shared(), Shared(seed=1), adapter, CrossKD(reg_weight=0.0))
     assert sorted(losses) == ["kd_cls", "own"]
 
 
@@ -734,9 +1137,14 @@ def named(branch: str, where: Any) -> dict[str, Any]:
             named("box", "head.cls_tower.0.0.*"),
             r"towers\['box'\] must be a module of Shared or a list .* of \[\]",
         ),
+        (named("cls", "head[0]"), r"no module 'head\[0\]' in Shared: Shared has no 'head\[0\]', but \['ba"),
+        (
+            {"features": "backbone.stages.*.*"},
+            r"features: there is no module 'backbone.stages.\*.\*' in Shared: backbone.stages.\* has no '\*'",
+        ),
         (named("box", lambda d: d.neck), r"towers\['box'\]: the function failed on Shared: AttributeError"),
-        (named("box", lambda d: [1, 2]), r"one a level, got a list of \['int', 'int'\]"),
-        (named("box", lambda d: None), "one a level, got NoneType"),
+        (named("box", lambda d: [1, 2]), r"one per level, got a list of \['int', 'int'\]"),
+        (named("box", lambda d: None), "one per level, got NoneType"),
         (named("cls", "head.cls_tower.0.0"), "teacher: cls tower is a Conv2d, which cannot be split"),
         (
             named("cls", "head"),
@@ -752,11 +1160,11 @@ def named(branch: str, where: Any) -> dict[str, Any]:
         ),
         (
             {"predictors": {"cls": {"logits": "head.cls"}, "box": {"regression": "head.quality"}}},
-            r"teacher: the predictors of Shared give \{'logits': 3, 'regression': 1\} numbers a location",
+            r"teacher: the predictors of Shared give \{'logits': 3, 'regression': 1\} numbers per location",
         ),
         (
             {"bins": 8},
-            "'regression': 4} .* don't fit 8 bins for each of 4 sides of each anchor.*: tell bins=",
+            "'regression': 4} .* don't fit 8 bins for each of 4 sides of each anchor.*: pass bins=",
         ),
         (
             {
@@ -765,11 +1173,11 @@ def named(branch: str, where: Any) -> dict[str, Any]:
                     "box": {"regression": "head.box", "quality": "head.cls"},
                 }
             },
-            r"\{'logits': 3, 'regression': 4, 'quality': 3\} numbers .* and one quality: tell bins=",
+            r"\{'logits': 3, 'regression': 4, 'quality': 3\} numbers .* and one quality: pass bins=",
         ),
         (
             {"towers": {"cls": "head.cls_tower", "box": lambda d: [d.head.box_tower] * 3}, "strides": [2, 4]},
-            r"teacher: Shared has not as many of each a level: \{'strides': 2, 'towers of box': 3\}",
+            r"teacher: Shared has different numbers of levels: \{'strides': 2, 'towers of box': 3\}",
         ),
     ],
 )
@@ -794,7 +1202,7 @@ def test_levels_of_one_head_that_know_other_classes():
     teacher = PerLevel()
     teacher.heads[1].cls = nn.Conv2d(8, 5, 1)
     with pytest.raises(
-        ValueError, match=r"teacher: PerLevel predicts \[3, 5\] classes, not as many on each lev"
+        ValueError, match=r"teacher: the predictors of PerLevel give \[3, 5\] classes.* each level must"
     ):
         Distiller(teacher, PerLevel(), CrossKD(), adapter_for("heads.*."))
 
@@ -810,7 +1218,7 @@ def test_levels_of_one_head_that_know_other_classes():
         ({"losses": lambda s, p, *_: (p.logits.sum(), None)}, "got a tuple of .'Tensor', 'NoneType'."),
         (
             {"losses": lambda s, p, *_: ({}, torch.ones(2, 7, dtype=torch.bool))},
-            r"mask of type bool and shape \(2, 80\), .* or an Assignment, got torch.bool \(2, 7\)",
+            r"mask of type bool and shape \(2, 80\), .* or an Assignment .* got torch.bool \(2, 7\)",
         ),
         (
             {"losses": lambda s, p, *_: ({}, torch.ones(2, 80))},
@@ -844,50 +1252,3 @@ def test_what_functions_return_is_checked(options, message):
 def test_images_that_are_no_batch(images, error, message):
     with pytest.raises(error, match=message):
         Distiller(Shared(), Shared(seed=1), CrossKD(), adapter_for())(images, [])
-
-
-def test_the_pairs_own_check():
-    def refuse(teacher, student):
-        raise ValueError("anchors differ")
-
-    with pytest.raises(ValueError, match="anchors differ"):
-        Distiller(Shared(), Shared(seed=1), CrossKD(), adapter_for(check=refuse))
-
-
-def points(detector, inputs, features) -> dict[str, Any]:
-    """Places a level, an offset of the detector's own, and the levels' numbers."""
-    numbers = torch.arange(len(features))
-    return {"places": [torch.rand(5, 2) * 0 + getattr(detector, "offset", 1.0)], "numbers": numbers}
-
-
-def test_places_that_differ_are_refused_on_the_first_step():
-    teacher, student = Shared(), Shared(seed=1)
-    adapter = adapter_for(locations=points)
-    assert losses_of(teacher, student, adapter)["kd_cls"] > 0
-    student.offset = 2.0
-    with pytest.raises(ValueError, match=r"locations of the first batch, \(5, 2\), have other values for"):
-        losses_of(teacher, student, adapter)
-
-
-def test_places_of_another_scale():
-    """A teacher of twice the strides sees images of twice the size."""
-    teacher, student = Shared(), Shared(seed=1)
-    teacher.backbone.stages[0].stride = (4, 4)
-    teacher.offset = 2.0
-    adapter = adapter_for(
-        locations=points, strides=lambda d: [n * d.backbone.stages[0].stride[0] for n in (1, 2)]
-    )
-
-    def view(images, targets):
-        return F.interpolate(images, scale_factor=2.0)
-
-    assert losses_of(teacher, student, adapter, teacher_view=view)["kd_cls"] > 0
-    teacher.offset = 3.0
-    with pytest.raises(ValueError, match="have other values for the teacher"):
-        losses_of(teacher, student, adapter, teacher_view=view)
-
-
-def test_recipe_is_what_was_given():
-    recipe = dataclasses.replace(recipes.RETINANET, position=2)
-    distiller = Distiller(Shared(), Shared(seed=1), CrossKD(), adapter_for(recipe=recipe))
-    assert distiller.methods["crosskd"].position == 2
