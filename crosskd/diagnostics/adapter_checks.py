@@ -40,6 +40,7 @@ _ROUNDING, _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-5, 1e-3, 1e-2
 _OVERLAP, _SHARE = 0.9, 0.75
 # Steps of Adam, in logits and in a typical object's side.
 _LOGIT_STEP, _BOX_STEP, _NUDGE, _FLATTEST = 0.2, 0.05, 1e-2, 1e-3
+_SET = "its rows are a set of queries, which no method compares row by row"
 # Of an object's side: proposals that far off are still that object's.
 _OFF = 0.15
 
@@ -286,7 +287,7 @@ def structure(bench: Bench) -> Iterator[Finding]:
         wrong = _level_findings(adapter, maps, batch.size)
         for head in adapter.heads:
             if not isinstance(head, RegionHead):
-                wrong += of_head(head, _tower_findings(head, maps))
+                wrong += of_head(head, _tower_findings(head, head.feed(maps)))
         if not wrong:  # else the heads could not be run on these
             for each in run_heads(adapter, batch):
                 wrong += of_head(each.head, _head_findings(each, batch))
@@ -425,6 +426,9 @@ def same_path(bench: Bench) -> Iterator[Finding]:
 @torch.no_grad()
 def taps_and_tail(bench: Bench) -> Iterator[Finding]:
     """Features tapped after each block, and the rest run on them, are the teacher's own predictions."""
+    queries = [each.head for each in bench.twins()[0] if each.head.rows == "queries"]
+    if queries:
+        raise Skipped(_SET)
     for own, twin in zip(*bench.twins(), strict=True):
         for place, branch in enumerate(own.head.branches):
             findings = (
@@ -839,32 +843,24 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 @torch.no_grad()
 def rows_permuted(bench: Bench) -> Iterator[Finding]:
     """The boxes of a grid depend on the places of its rows; where they don't, the rows are queries."""
-    skipped = []
-    for _, adapter, batch in bench.sides():
-        for each in run_heads(adapter, batch):
-            if each.head.rows != "grid" or not each.head.decodes:
-                reason = f"its rows are {each.head.rows}" if each.head.decodes else "it decodes no boxes"
-                skipped.append(f"{each.head.name or 'the head'}: {reason}")
-                continue
-            order = torch.randperm(each.predictions.logits.shape[1], device=each.predictions.logits.device)
-            p = each.predictions
-            quality = None if p.quality is None else p.quality[:, order]
-            permuted = replace(
-                p, logits=p.logits[:, order], regression=p.regression[:, order], quality=quality
+    runs = [each for _, adapter, batch in bench.sides() for each in run_heads(adapter, batch)]
+    grids = [each for each in runs if each.head.rows == "grid" and each.head.decodes]
+    if not grids:
+        raise Skipped(_SET if any(e.head.rows == "queries" for e in runs) else "the adapter decodes no boxes")
+    for each in grids:
+        own = each.predictions
+        order = torch.randperm(own.logits.shape[1], device=own.logits.device)
+        quality = None if own.quality is None else own.quality[:, order]
+        permuted = Predictions(own.logits[:, order], own.regression[:, order], quality, own.background)
+        boxes = each.head.decode(own, each.anchors)[:, order]
+        if len(order) > 1 and alike([boxes], [each.head.decode(permuted, each.anchors)]):
+            finding = Finding(
+                'rows is "grid", but of permuted predictions decode() makes the same boxes, permuted',
+                'rows = "queries" for a set of queries, whose rows have no place',
+                "the head predicts a set, which methods must not compare row by row; or predict() gives "
+                "boxes that are decoded already, which is for decode() to do",
             )
-            boxes = each.head.decode(p, each.anchors)[:, order]
-            if len(order) > 1 and alike([boxes], [each.head.decode(permuted, each.anchors)]):
-                finding = Finding(
-                    'rows is "grid", but decode() gives permuted predictions the same boxes, permuted: no '
-                    'row '
-                    "has a place",
-                    'rows = "queries" for a set of queries',
-                    "the head predicts a set, which methods must not compare row by row; or predict() gives "
-                    "boxes that are decoded already, which is for decode() to do",
-                )
-                yield from of_head(each.head, [finding])
-    if skipped:
-        raise Skipped("; ".join(sorted(set(skipped))))
+            yield from of_head(each.head, [finding])
 
 
 def decoding_and_classes(bench: Bench) -> Iterator[Finding]:

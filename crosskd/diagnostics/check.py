@@ -25,7 +25,7 @@ from crosskd.diagnostics.check_report import (
 )
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
-from crosskd.pairing import Pair
+from crosskd.pairing import Pair, classes_agree
 from crosskd.proof import same_random_numbers
 from crosskd.step import HeadTrace, Trace, run_head
 
@@ -106,6 +106,11 @@ def _report(distiller: Distiller, trace: Trace) -> CheckReport:
     if distiller.teacher_adapter.heads:
         run = _teacher_run(distiller, trace)
         confidence = _confidence(run)
+        if max(confidence.highest) < _LEAST_SURE:
+            remarks.append(
+                "the teacher is sure of nothing on these images: its largest class probability is "
+                f"{max(confidence.highest):.3f}"
+            )
         if trace.student.batch.targets is not None:
             fit = _fit(distiller, trace, run, remarks)
     else:
@@ -209,7 +214,8 @@ def _differences(distiller: Distiller, trace: Trace) -> list[str]:
         )
     elif trace.teacher.heads and not _comparable(pair):
         classes = [adapter.heads[-1].num_classes for adapter in (pair.teacher, pair.student)]
-        differences.append(f"classes: {classes[0]} (teacher), {classes[1]} (student), without a class_map")
+        names = " of other names" if classes[0] == classes[1] else ""
+        differences.append(f"classes: {classes[0]} (teacher), {classes[1]} (student){names}, without a class_map")
     if not trace.teacher.heads:
         differences += _map_differences(pair)
     for side, strides in zip(("teacher", "student"), pair.left_out(), strict=True):
@@ -266,9 +272,7 @@ def _coding(coding: PixelCoding) -> str:
 
 def _comparable(pair: Pair) -> bool:
     """Whether the teacher's classes, by the class map, are the student's."""
-    return (
-        pair.class_map is not None or pair.teacher.heads[-1].num_classes == pair.student.heads[-1].num_classes
-    )
+    return pair.class_map is not None or classes_agree(pair.teacher.heads[-1], pair.student.heads[-1])
 
 
 @torch.no_grad()
@@ -377,15 +381,16 @@ def _refuse(report: CheckReport) -> None:
             f"{', '.join(infinite)}: the loss, or its gradient, is not finite on this batch: look for "
             "numbers that are not finite in images, targets and weights"
         )
-    highest = 1.0 if report.confidence is None else max(report.confidence.highest)
-    if highest < _LEAST_SURE:
+    # Methods of feature maps alone don't need the teacher's head to be right: there are remarks on it.
+    highest = max(report.confidence.highest) if report.confidence is not None else 1.0
+    if report.head_types and highest < _LEAST_SURE:
         raise ValueError(
             f"the teacher is sure of nothing on these images: its largest class probability is {highest:.3f} "
             f"and should be at least {_LEAST_SURE}. Load its trained weights, give it images as it was "
             "trained with (size, order of channels, normalisation), and choose some that hold what it knows"
         )
     fit = report.fit
-    if fit is not None and not fit.found:
+    if report.head_types and fit is not None and not fit.found:
         advice = (
             "Check its weights, that boxes are xyxy in pixels, and that it sees images as it was trained "
             "with; if these objects are too hard for it, look at other images, or for another teacher"

@@ -18,7 +18,7 @@ from crosskd.adapters._torchvision_two_stage import _BoxHead
 from crosskd.predictions import Predictions
 from crosskd.testing import AdapterError, check_adapter
 from tests.conformance import assert_green, only
-from tests.two_stages import POOLED, tiny_faster_rcnn, two_stage_batch
+from tests.helpers.two_stages import POOLED, tiny_faster_rcnn, two_stage_batch
 
 
 class Renamed(nn.Module):

@@ -102,7 +102,7 @@ def test_the_documented_detector_is_green_and_told_what_it_can_not_do_itself(gri
 @pytest.mark.parametrize("family", ["gfl", "atss", "retinanet", "fcos", "rtmdet"])
 def test_mmdets_adapter_is_green(family):
     from crosskd.adapters.mmdet import MMDetAdapter
-    from tests.mmdet_heads import batch_of, detector_of, head_settings
+    from tests.helpers.mmdet_heads import batch_of, detector_of, head_settings
 
     def losses(student, images, samples):
         by_level = student.loss(images, samples)
