@@ -1,7 +1,8 @@
 """Files that tests compare with: published numbers and real images.
 
-The smaller files of published numbers stand in ``tests/data/parity``. For all others ``CROSSKD_SHARED`` names the
-folder that holds ``parity`` and ``data``; without it, a folder ``shared`` beside the checkout is used. Where it is missing the tests that need it skip and say so.
+The smaller files of published numbers stand in ``tests/data/parity``. For all others ``CROSSKD_SHARED``
+names the folder that holds ``parity`` and ``data``; without it, a folder ``shared`` beside the checkout is
+used. Where it is missing the tests that need it skip and say so.
 """
 
 import os
