@@ -1,22 +1,25 @@
 """Holds the pieces that a step runs against the detector's own forward, once.
 
 A detector is distilled piece by piece: maps, towers, predictors, losses. Whether the pieces are the detector
-is not guessed from types and attributes but seen: the detector's own forward and its pieces run on the same
-batch under the same random numbers, on copies, and what they compute must agree: the outputs of its layers,
-the teacher's predictions, the student's own losses.
+is not guessed from types and attributes but measured: the detector's own forward and its pieces run on the
+same batch under the same random numbers, and what they compute must agree: the outputs of its layers, the
+teacher's predictions, the student's own losses. Both detectors are left as they were.
 """
 
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, Batch, RegionHead
 from crosskd.pairing import Pair
 from crosskd.predictions import Predictions
@@ -29,26 +32,25 @@ __all__ = ["losses_of_pieces", "parting_layer", "prove_student", "prove_teacher"
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE = 2e-2
 
-Outputs = dict[str, list[Tensor]]
-"""What each layer of a detector gave, call by call, by its path."""
+Outputs = dict[str, list[tuple[torch.dtype, Tensor]]]
+"""The type and a few sums of what each layer of a detector gave, call by call, by its path."""
 
 
 def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
     """Raises ``ValueError`` where the student's pieces compute other losses than its own forward.
 
     Args:
-        adapter: the student's, whose detector is in train mode. It is copied and stays as it is.
+        adapter: the student's, whose detector is in train mode.
         images: as the student takes them.
         targets: likewise.
     """
-    buffers = _saved_buffers(adapter.detector)
-    try:
-        with torch.no_grad():
-            own, own_outputs = _run_copy(adapter, "own", images, targets)
-            pieces, outputs = _run_copy(adapter, "pieces", images, targets)
-    finally:
-        _restore_buffers(buffers)  # a forward that was bound to the student itself has run on it
+    with _proving(adapter.detector) as own_outputs:
+        own = adapter.own_losses(*_copied((images, targets)))
+        own = None if own is None else dict(own)
+    with _proving(adapter.detector) as outputs:
+        pieces = losses_of_pieces(adapter, *_copied((images, targets)))
     name = type(adapter.detector).__name__
+    _check_types(f"student: {name}", own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
     if own is None:
         if place is not None:
@@ -78,18 +80,18 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
         batch: as the teacher takes it.
     """
     name = type(adapter.detector).__name__
-    with torch.no_grad(), same_random_numbers(adapter.detector):
-        with _recorded(adapter.detector) as own_outputs:
-            own = adapter.own_outputs(batch)
-        with _recorded(adapter.detector) as outputs:
-            maps = adapter.maps(batch.pixels)
-            runs = []
-            for head, given in zip(adapter.heads, own, strict=False):
-                if isinstance(head, RegionHead):
-                    feed, levels = [head.pool(given.maps, given.regions, batch)], [0]
-                else:
-                    feed, levels = maps, list(range(len(maps)))
-                runs.append((head, given, run_head(head, feed, levels).predictions))
+    with _proving(adapter.detector) as own_outputs:
+        own = adapter.own_outputs(batch)
+    runs = []
+    with _proving(adapter.detector) as outputs:
+        maps = adapter.maps(batch.pixels)
+        for head, given in zip(adapter.heads, own, strict=False):
+            if isinstance(head, RegionHead):
+                feed, levels = [head.pool(given.maps, given.regions, batch)], [0]
+            else:
+                feed, levels = maps, list(range(len(maps)))
+            runs.append((head, given, run_head(head, feed, levels).predictions))
+    _check_types(f"teacher: {name}", own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
     for head, given, predictions in runs:
         if given.predictions is None:
@@ -100,6 +102,15 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
                 raise ValueError(_message(f"teacher: {name}", place, f"{which}: {_difference(theirs, ours)}"))
     if place is not None and any(given.predictions is None for _, given, _ in runs):
         raise ValueError(_message(f"teacher: {name}", place, "its layers give other numbers"))
+
+
+def _check_types(who: str, own: Outputs, pieces: Outputs) -> None:
+    """Raises ``ValueError`` at the first layer whose outputs are of another type, as under an autocast."""
+    for path, outputs in own.items():
+        for (own_type, _), (type_of_pieces, _) in zip(outputs, pieces.get(path, []), strict=False):
+            if own_type != type_of_pieces:
+                what = f"its layers run in {own_type} alone and in {type_of_pieces} by its pieces"
+                raise ValueError(_message(who, path, what))
 
 
 def losses_of_pieces(adapter: Adapter, images: Any, targets: Any) -> dict[str, Tensor]:
@@ -134,30 +145,47 @@ def parting_layer(own: Outputs, pieces: Outputs) -> str | None:
         if path not in pieces:
             continue
         others = pieces[path]
-        if len(outputs) != len(others) or not all(map(_alike, outputs, others)):
+        pairs = zip(outputs, others, strict=False)
+        if len(outputs) != len(others) or not all(_alike(a, b) for (_, a), (_, b) in pairs):
             return path
     return next((path for path in pieces if path not in own), None)
 
 
 @contextmanager
 def same_random_numbers(detector: nn.Module) -> Iterator[None]:
-    """What is drawn inside is drawn again afterwards.
+    """What is drawn inside, by torch, Python or numpy, is drawn again afterwards.
 
     Args:
         detector: on whose devices.
     """
     devices = sorted({p.device.index or 0 for p in detector.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        yield
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        if numpy is not None:
+            numpy.random.set_state(of_numpy)
 
 
-def _run_copy(adapter: Adapter, what: str, images: Any, targets: Any) -> tuple[Any, Outputs]:
-    """The losses that a copy's own forward, or its pieces, give, and the outputs of its layers."""
-    twin = copy.deepcopy(adapter)
-    batch = copy.deepcopy((images, targets))
-    with same_random_numbers(adapter.detector), _recorded(twin.detector) as outputs:
-        losses = twin.own_losses(*batch) if what == "own" else losses_of_pieces(twin, *batch)
-    return losses, outputs
+@contextmanager
+def _proving(detector: nn.Module) -> Iterator[Outputs]:
+    """Records the outputs of a detector's layers; all else that runs inside leaves no trace."""
+    with torch.no_grad(), unchanged(detector), same_random_numbers(detector), _recorded(detector) as outputs:
+        yield outputs
+
+
+def _copied(value: Any) -> Any:
+    """A copy of images and targets, which a detector may change; their tensors without a history."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return copy.deepcopy(value)
 
 
 @contextmanager
@@ -175,8 +203,8 @@ def _recorded(detector: nn.Module) -> Iterator[Outputs]:
             if isinstance(output, Tensor):
                 # A few numbers tell outputs apart, and all of them would not fit into memory.
                 numbers = output.detach().double()
-                sums = [numbers.sum(), numbers.abs().sum(), numbers.square().sum()]
-                outputs.setdefault(path, []).append(torch.stack(sums))
+                sums = torch.stack([numbers.sum(), numbers.abs().sum(), numbers.square().sum()])
+                outputs.setdefault(path, []).append((output.dtype, sums))
 
         handles.append(module.register_forward_hook(record))
     try:
@@ -221,15 +249,3 @@ def _message(who: str, place: str | None, what: str) -> str:
         "(autocast, accelerate's prepare) around the distiller instead, write an adapter that runs what is "
         "special (docs/adapters.md), or pass prove=False if the difference is wanted"
     )
-
-
-def _saved_buffers(detector: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    return [(buffer, buffer.detach().clone()) for buffer in detector.buffers()]
-
-
-def _restore_buffers(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in saved:
-            if buffer.shape != value.shape:
-                buffer.resize_(value.shape)
-            buffer.copy_(value)
