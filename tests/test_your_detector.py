@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ import torch
 
 from crosskd import CrossKD, Distiller
 from tests.blood_cells import average_precision, cells
-from tests.test_docs import ROOT, python_blocks
+from tests.test_docs import EXAMPLES, ROOT, python_blocks
 
 PAGE = ROOT / "docs/your_detector.md"
 # As much as teaches the teacher something, which `check` insists on; else no more than runs a line.
 SHORT = {"draw(200, ": "draw(8, ", "draw(60, ": "draw(3, ", "steps=300": "steps=60", "steps=100": "steps=2"}
+
+
+@pytest.fixture(autouse=True)
+def _examples(monkeypatch) -> None:
+    """The page imports the detector from the file that it shows."""
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
 
 
 def shown(*parts: str) -> dict[str, Any]:
@@ -48,11 +55,16 @@ def test_the_page_runs(monkeypatch, tmp_path, capsys):
 
 
 def test_the_page_keeps_what_it_promises():
-    """A detector of some 80 lines, an adapter of at most 30."""
-    detector, *_ = (block for _, block in python_blocks(PAGE) if "class SmallDetector" in block)
-    adapter, *_ = (block for _, block in python_blocks(PAGE) if "GenericAdapter(" in block)
-    assert len([line for line in detector.splitlines() if line.strip()]) <= 85
-    assert len(adapter.splitlines()) <= 30
+    """What matters stands first, in at most 18 lines, and the adapter is at most 15 of them."""
+    (_, first), *_ = python_blocks(PAGE)
+    adapter = first[first.index("adapter = generic(") : first.index("\n)\n") + 2]
+    assert len(first.splitlines()) <= 18
+    assert len(adapter.splitlines()) <= 15
+    page = PAGE.read_text(encoding="utf-8")
+    file = (EXAMPLES / "your_detector.py").read_text(encoding="utf-8")
+    for marker in ("# -- the detector", "# -- its training", "# -- images"):
+        assert marker in page
+        assert file.count(marker) == 1
 
 
 # -- on real images --------------------------------------------------------------------------------
@@ -61,8 +73,8 @@ def test_the_page_keeps_what_it_promises():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_pages_detectors_on_blood_cells():
-    """A teacher of 48 channels and students of 16, with and without it: the page has these numbers."""
-    page = shown("class SmallDetector", "def train", "GenericAdapter(")
+    """A teacher of 48 channels and students of 16, with and without it: docs/runs.md has these numbers."""
+    page = shown("generic(")
     train, build = page["train"], page["SmallDetector"]
     _, images, targets = cells("train", 48)
     dataset, test_images, _ = cells("test", 36)
