@@ -7,7 +7,8 @@ module for ultralytics' models only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
 try:
     from crosskd.adapters.ultralytics.detect import DetectHead, UltralyticsDetect
@@ -17,16 +18,12 @@ except ImportError as error:
         "pip install 'crosskd[ultralytics]'. Read docs/yolo.md on its licence, the AGPL-3.0, first"
     ) from error
 
-if TYPE_CHECKING:
-    from crosskd.integrations.ultralytics import CrossKDTrainer, trainer
-
-__all__ = ["CrossKDTrainer", "DetectHead", "UltralyticsDetect", "trainer"]
+__all__ = ["DetectHead", "UltralyticsDetect"]
 
 
 def __getattr__(name: str) -> Any:
-    """`trainer` and its class stand above the `Distiller`, which imports adapters: they are found late."""
-    if name not in ("CrossKDTrainer", "trainer"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from crosskd.integrations import ultralytics
-
-    return getattr(ultralytics, name)
+    """``trainer`` and its class, which have moved to `crosskd.integrations.ultralytics`."""
+    if name in ("CrossKDTrainer", "trainer"):
+        # By its name, for nothing here depends on it: it stands above.
+        return getattr(importlib.import_module("crosskd.integrations.ultralytics"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
