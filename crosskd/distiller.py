@@ -264,10 +264,10 @@ class Distiller(nn.Module):
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
         teacher, student = self.pair.teacher, self.pair.student
         self._check_unchanged()
+        batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
             self._proved.add("student")
-        batch = student.prepare(images, targets)
         if not active:
             return batch, batch
         seen = self.teacher_batch(batch, images, targets)

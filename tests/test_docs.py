@@ -12,19 +12,44 @@ import pytest
 from torch import nn
 from torchvision.models import detection
 
+from tests.helpers.mmdet_recipes import mmdet_batch
 from tests.helpers.tiny import tiny_batch
-from tests.mmdet_recipes import mmdet_batch
-from tests.yolo import batch_of
+from tests.helpers.yolo import batch_of
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/adapters.md", "docs/pairs.md")
+EXAMPLES = ROOT / "examples"
+PAGES = (
+    "README.md",
+    "docs/adapters.md",
+    "docs/backbones.md",
+    "docs/crosskd.md",
+    "docs/mimicking.md",
+    "docs/pairs.md",
+    "docs/pkd.md",
+    "docs/quickstart.md",
+    "docs/torchvision.md",
+    "docs/your_method.md",
+)
+# Pages that another test runs, with a framework of their own or on the examples' path.
+ELSEWHERE = ("docs/mmdet.md", "docs/two_stages.md", "docs/yolo.md", "docs/your_detector.md")
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """Each Python block of a page with the line that it starts on."""
+    """Each Python block of a page with the line that it starts on; of a diff, what it leads to."""
     text = page.read_text(encoding="utf-8")
-    fences = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [(text[: fence.start(1)].count("\n"), fence.group(1)) for fence in fences]
+    blocks = []
+    for fence in re.finditer(r"^```(python|diff)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        block = fence.group(2)
+        if fence.group(1) == "diff":
+            block = side_of_diff(block, "+")
+        blocks.append((text[: fence.start(2)].count("\n"), block))
+    return blocks
+
+
+def side_of_diff(diff: str, side: str) -> str:
+    """The lines of one side, ``"-"`` for before and ``"+"`` for after; the other's are empty."""
+    kept = (line[1:] if line[:1] in ("", " ", side) else "" for line in diff.splitlines())
+    return "\n".join(kept) + "\n"
 
 
 def without_downloads(build: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
@@ -42,19 +67,45 @@ def without_downloads(build: Callable[..., nn.Module], **options: Any) -> Callab
     return build_small
 
 
+def small_detectors(monkeypatch) -> None:
+    """The detectors that pages build, for small images and without downloads."""
+    for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"):
+        monkeypatch.setattr(detection, name, without_downloads(getattr(detection, name)))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, monkeypatch, tmp_path):
-    for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
-        monkeypatch.setattr(detection, name, without_downloads(getattr(detection, name)))
+    small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
     images, targets = tiny_batch()
     shown: dict[str, Any] = {"loader": [(images, targets)], "__name__": page}
+    shown |= {"images": images, "targets": targets}
     blocks = python_blocks(ROOT / page)
     assert blocks
     for line, block in blocks:
         source = "\n" * line + block  # so that a traceback tells the page's own line
         exec(compile(source, str(ROOT / page), "exec"), shown)
     assert "losses" in shown
+
+
+def test_every_page_with_python_is_run():
+    pages = {
+        str(path.relative_to(ROOT))
+        for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")
+        if python_blocks(path)
+    }
+    assert pages == {*PAGES, *ELSEWHERE}
+
+
+def test_the_readmes_loop_runs_before_the_diff_is_applied(monkeypatch, tmp_path):
+    small_detectors(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    plain = side_of_diff(diff, "-")
+    assert "crosskd" not in plain
+    shown: dict[str, Any] = {"loader": [tiny_batch()], "__name__": "README.md"}
+    exec(compile(plain, "README.md", "exec"), shown)
+    assert sorted(shown["losses"]) == ["bbox_regression", "classification"]
 
 
 def test_python_of_two_stages_runs(monkeypatch, tmp_path):
@@ -68,7 +119,7 @@ def test_python_of_two_stages_runs(monkeypatch, tmp_path):
     for line, block in python_blocks(page):
         exec(compile("\n" * line + block, str(page), "exec"), shown)
         losses.append({name for name in shown["losses"] if "kd" in name})
-    rpn, box = ({f"kd_{part}_{kind}" for kind in ("cls", "reg")} for part in ("rpn", "box"))
+    rpn, box = ({f"kd_{head}_{kind}" for kind in ("cls", "reg")} for head in ("rpn", "box"))
     assert losses == [rpn | box, rpn | {f"{name}_{key}" for name in ("crosskd", "mimic") for key in box}]
 
 
@@ -113,6 +164,13 @@ def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_every_page_stands_in_the_table_of_contents():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    listed = "\n".join(re.findall(r"^```{toctree}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)).splitlines()
+    pages = {path.stem for path in ROOT.glob("docs/*.md")} - {"index"}
+    assert pages <= set(listed)
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -206,13 +207,16 @@ class _LoggingHead(DetectHead):
 class _LoggingDetect(UltralyticsDetect):
     head = _LoggingHead
 
+    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor]:
+        with _own_class(self.detector):
+            return super().own_losses(images, targets)
+
 
 class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
     """What the student is while it is trained: the same object, of a class made of this one and its own.
 
     It stays one object, so whatever ultralytics sets on its model or reads from it is the student's. Copies
-    of it, as the averaged one that checkpoints hold and those that the first step's comparison runs on, are
-    plain.
+    of it, as the averaged one that checkpoints hold, are plain.
     """
 
     @classmethod
@@ -228,7 +232,7 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
 
     def unwrap(self) -> None:
         """Makes it the plain student again, in place."""
-        own = self.__dict__["_distiller"][1]
+        own = self.own_class
         del self._modules[_EXTRAS], self.__dict__["_distiller"]
         self.__class__ = own
 
@@ -236,6 +240,11 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
     def distiller(self) -> Distiller:
         distiller: Distiller = self.__dict__["_distiller"][0]
         return distiller
+
+    @property
+    def own_class(self) -> Any:
+        """The student's class when it isn't distilled."""
+        return self.__dict__["_distiller"][1]
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -276,8 +285,7 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
 
     def plain(self) -> DetectionModel:
         """The plain student, of its own class, which shares everything with this one."""
-        own = self.__dict__["_distiller"][1]
-        student: DetectionModel = own.__new__(own)
+        student: DetectionModel = self.own_class.__new__(self.own_class)
         modules = {name: module for name, module in self._modules.items() if name != _EXTRAS}
         student.__dict__.update({**self.__dict__, "_modules": modules})
         del student.__dict__["_distiller"]
@@ -288,6 +296,18 @@ class _DistilledModel(DetectionModel):  # type: ignore[misc, unused-ignore]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return copy.copy, (self.plain(),)  # pickle refuses the plain one's own way, for the class differs
+
+
+@contextmanager
+def _own_class(student: nn.Module) -> Iterator[None]:
+    """While it is open, a student that is distilled computes what it would alone."""
+    distilled = type(student)
+    if isinstance(student, _DistilledModel):
+        student.__class__ = student.own_class
+    try:
+        yield
+    finally:
+        student.__class__ = distilled
 
 
 def _distil(student: nn.Module, teacher: nn.Module, settings: Settings, device: torch.device) -> None:

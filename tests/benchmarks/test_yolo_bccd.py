@@ -11,7 +11,7 @@ import pytest
 
 from tests.benchmarks.test_benchmarks import load
 from tests.helpers.reference_files import bccd_folder
-from tests.yolo import model_of
+from tests.helpers.yolo import model_of
 
 yolo_bccd = load("yolo_bccd")
 

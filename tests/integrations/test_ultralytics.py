@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from crosskd import CrossKD, PredictionMimicking, Schedule
+from crosskd import PKD, CrossKD, PredictionMimicking, Schedule
 from tests.benchmarks.test_benchmarks import load
 from tests.helpers.reference_files import bccd_folder
-from tests.yolo import batch_of, model_of
+from tests.helpers.yolo import batch_of, model_of
 
 pytestmark = pytest.mark.ultralytics
 ROOT = Path(__file__).parents[2]
@@ -109,11 +109,11 @@ def test_each_call_gives_a_class_of_its_own():
 
 
 def test_teachers_and_options_that_are_refused():
-    from crosskd.adapters.ultralytics import CrossKDTrainer
+    from crosskd.integrations.ultralytics import CrossKDTrainer
 
-    with pytest.raises(TypeError, match="the detector is a Linear"):
+    with pytest.raises(TypeError, match="no adapter understands a Linear"):
         trainer_of(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"trainer\(\) got position, but takes class_map"):
+    with pytest.raises(TypeError, match=r"trainer\(\) got position, but takes teacher_adapter, class_map"):
         trainer_of("teacher.pt", position=2)
     with pytest.raises(TypeError, match="CrossKDTrainer has no teacher"):
         CrossKDTrainer()
@@ -134,7 +134,7 @@ def test_options_of_ultralytics_that_do_not_go_together(tmp_path, data):
 
 
 def test_checkpoints_are_read_without_running_what_they_say(tmp_path, teacher_file):
-    from crosskd.adapters._ultralytics_trainer import _load
+    from crosskd.integrations.ultralytics import _load
 
     class Harmful:
         def __reduce__(self) -> Any:
@@ -157,20 +157,22 @@ def test_checkpoints_are_read_without_running_what_they_say(tmp_path, teacher_fi
 # -- the model while it is trained ----------------------------------------------------------------
 
 
-def distilled(*methods: Any) -> Any:
-    from crosskd.adapters._ultralytics_trainer import Settings, _distil
+def distilled(*methods: Any, student: Any = None, **options: Any) -> Any:
     from ultralytics.cfg import get_cfg
 
-    student = model_of("yolo11n")
+    from crosskd.integrations.ultralytics import Settings, _distil
+
+    student = student or model_of("yolo11n")
     student.args = get_cfg()
     teacher = model_of("yolo11n", width=0.25, seed=1)
-    _distil(student, teacher, Settings(teacher, list(methods) or CrossKD()), torch.device("cpu"))
+    _distil(student, teacher, Settings(teacher, list(methods) or CrossKD(), options), torch.device("cpu"))
     return student
 
 
 def test_copies_of_it_are_the_plain_student():
-    from crosskd.adapters._ultralytics_trainer import _undo
     from ultralytics.nn.tasks import DetectionModel
+
+    from crosskd.integrations.ultralytics import _undo
 
     student = distilled()
     plain = model_of("yolo11n")
@@ -201,6 +203,78 @@ def test_modes_follow_and_eval_distils_nothing():
     student.train()
     assert student.distiller.training
     assert not student.distiller.teacher.training
+
+
+def special(**functions: Any) -> Any:
+    """A student of a class of the user's own."""
+    student = model_of("yolo11n")
+    student.__class__ = type("Special", (type(student),), functions)
+    return student
+
+
+def test_a_class_of_ones_own_stays_and_is_a_students_again_in_the_end():
+    from crosskd.integrations.ultralytics import _undo
+
+    student = special(hello=lambda self: "hello")
+    own = type(student)
+    distilled(student=student)
+    images, targets = batch_of()
+    losses, _ = student({"img": images, **targets})
+    assert len(losses) == 5
+    assert student.hello() == "hello"
+    assert type(copy.deepcopy(student)) is own
+    _undo(student)
+    assert type(student) is own
+
+
+def test_a_loss_of_ones_own_is_refused():
+    def loss(self: Any, batch: Any, preds: Any = None) -> Any:
+        losses, logged = super(own, self).loss(batch, preds)
+        return 100 * losses, logged
+
+    student = special(loss=loss)
+    own = type(student)
+    distilled(student=student)
+    images, targets = batch_of()
+    with pytest.raises(ValueError, match=r"student: Special's own forward.*box_loss is .* alone"):
+        student({"img": images, **targets})
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("kind", ["yolo11n", "yolo26n"])
+def test_the_first_step_compares_it_with_its_own_forward_once(monkeypatch, kind, amp):
+    from crosskd import distiller as module
+
+    compared = []
+    prove = module.prove_student
+
+    def record(adapter: Any, images: Any, targets: Any) -> None:
+        compared.append(type(adapter.detector).__mro__[1].__name__)
+        prove(adapter, images, targets)
+
+    monkeypatch.setattr(module, "prove_student", record)
+    images, targets = batch_of()
+    batch = {"img": images, **targets}
+    student = distilled(PKD(), student=model_of(kind))
+    averaged = copy.deepcopy(student)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        student.eval()(batch)
+        averaged(batch)
+        assert compared == []
+        for _ in range(2):
+            losses, _ = student.train()(batch)
+            assert losses.isfinite().all()
+    assert compared == ["_DistilledModel"]
+
+
+def test_the_old_place_of_the_trainer():
+    from crosskd.adapters import ultralytics as adapters
+    from crosskd.integrations import ultralytics as integrations
+
+    assert adapters.trainer is integrations.trainer
+    assert adapters.CrossKDTrainer is integrations.CrossKDTrainer
+    with pytest.raises(AttributeError, match="has no attribute 'train'"):
+        adapters.train  # noqa: B018
 
 
 def test_its_extras_come_back():
@@ -332,7 +406,7 @@ def test_two_processes(tmp_path, data, teacher_file):
     file = generate_ddp_file(kind(overrides={**overrides, **SETTINGS, "epochs": 1, "exist_ok": True}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "yolo_process.py"), file],
+        [*command, str(ROOT / "tests" / "helpers" / "yolo_process.py"), file],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

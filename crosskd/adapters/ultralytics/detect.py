@@ -358,9 +358,7 @@ class UltralyticsDetect(Adapter):
 
     def own_outputs(self, batch: Batch) -> list[OwnOutput]:
         """The raw predictions that the model's own forward gives beside its detections."""
-        head = self.detector.model[-1]
-        # In eval mode a head keeps the anchors of the last images that it has seen.
-        with replaced(head, export=False, shape=None, anchors=head.anchors, strides=head.strides):
+        with replaced(self.detector.model[-1], export=False):
             output = self.detector(batch.pixels)
         raw = output[1] if isinstance(output, tuple) and len(output) == 2 else None
         if not isinstance(raw, Mapping):
