@@ -153,7 +153,7 @@ def draw(count, seed, side=64):
 
 @torch.no_grad()
 def f1(detector, images, targets):
-    """Of detections with a score above 0.3. One is right if its IoU with an object of its class is above 0.5."""
+    """Of detections with a score above 0.3; an IoU above 0.5 with an object of the class makes one right."""
     right = found = wanted = 0
     for detected, target in zip(detector.eval()(images), targets, strict=True):
         sure = detected["scores"] > 0.3
