@@ -20,10 +20,12 @@ except ImportError as error:
 
 __all__ = ["DetectHead", "UltralyticsDetect"]
 
+_INTEGRATION = "crosskd.integrations.ultralytics"
+
 
 def __getattr__(name: str) -> Any:
     """``trainer`` and its class, which have moved to `crosskd.integrations.ultralytics`."""
     if name in ("CrossKDTrainer", "trainer"):
         # By its name, for nothing here depends on it: it stands above.
-        return getattr(importlib.import_module("crosskd.integrations.ultralytics"), name)
+        return getattr(importlib.import_module(_INTEGRATION), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
