@@ -11,6 +11,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from crosskd.adapters.ultralytics.detect import Criterion, DetectHead, UltralyticsDetect
+
+# isort: split
+# Behind the adapter, whose import says what to install where ultralytics is missing or too old.
 from ultralytics.engine.model import Model
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel, torch_safe_load
@@ -19,7 +24,6 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Anchors
-from crosskd.adapters.ultralytics.detect import Criterion, DetectHead, UltralyticsDetect
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
 from crosskd.predictions import Predictions
@@ -116,7 +120,7 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
     ) -> None:
         if self.settings is None:
             raise TypeError(
-                "CrossKDTrainer has no teacher: pass what crosskd.adapters.ultralytics.trainer() gives"
+                "CrossKDTrainer has no teacher: pass what crosskd.integrations.ultralytics.trainer() gives"
             )
         super().__init__(cfg, overrides, _callbacks)
         for name in ("compile", "distill_model"):

@@ -1,4 +1,4 @@
-"""What a person is told who has no ultralytics, or an old one: these run everywhere."""
+"""What imports answer without ultralytics, or with an old one: these run everywhere."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ for name in ("", ".nn", ".nn.modules", ".nn.modules.head", ".nn.tasks", ".utils"
 """
 
 
+@pytest.mark.parametrize("module", ["crosskd.adapters.ultralytics", "crosskd.integrations.ultralytics"])
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [(NONE, "import of ultralytics halted"), (OLD, "8.3.40 is installed, which is older than 8.4.190")],
     ids=["none", "old"],
 )
-def test_the_import_says_what_to_install(setting, told):
-    code = (
-        f"import sys\n{setting}\n"
-        "try:\n    import crosskd.adapters.ultralytics\n"
-        "except ImportError as error:\n    print(error)"
-    )
+def test_the_import_says_what_to_install(setting, message, module):
+    code = f"import sys\n{setting}\ntry:\n    import {module}\nexcept ImportError as error:\n    print(error)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert told in done.stdout
+    assert message in done.stdout
     assert "pip install 'crosskd[ultralytics]'" in done.stdout
     assert "AGPL-3.0" in done.stdout
