@@ -1,6 +1,7 @@
 """The checks that `crosskd.testing.check_adapter` runs: one function each, named as reports name them.
 
-A check yields what it finds wrong, and raises `Skipped` where it can't be run.
+A check yields what it finds wrong, and raises `Skipped` where it can't be run. The first paragraph of its
+docstring says what is expected, the second what usually causes a fault; reports show both.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._checks import compute_dtype
-from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, Objects, RegionHead
-from crosskd.diagnostics._objects import counts_of, overlaps, rows_of_images
+from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, RegionHead
+from crosskd.diagnostics.free_predictions import FreePredictions, is_distribution, objects_for
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
-from crosskd.predictions import Assignment, Predictions
+from crosskd.predictions import Predictions
 from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import Tapped, TapPoint, Tower
 
-__all__ = ["CHECKS", "Bench", "Finding", "Skipped", "Variation", "seeded"]
+__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "seeded"]
 
 Variation = Callable[[Any, Any], tuple[Any, Any]]
 """Makes another batch of images and targets."""
@@ -35,28 +36,7 @@ _COMPARED = {"kd_cls": "logits", "kd_reg": "regression", "kd_quality": "quality"
 
 # Numbers that are calculated twice by the same operators differ by no more than this, relatively.
 _ROUNDING, _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-5, 1e-3, 1e-2
-# What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
-# assignment may follow the predictions, and give an anchor another object at the last moment.
-_OVERLAP, _SHARE = 0.9, 0.75
-# Steps of Adam, in logits and in a typical object's side.
-_LOGIT_STEP, _BOX_STEP, _NUDGE, _FLATTEST = 0.2, 0.05, 1e-2, 1e-3
 _SET = "its rows are a set of queries, which no method compares row by row"
-# Of an object's side: proposals that far off are still that object's.
-_OFF = 0.15
-
-
-class Finding(NamedTuple):
-    """Something that is wrong.
-
-    Attributes:
-        found: what was found.
-        expected: what should have been.
-        cause: what usually causes it.
-    """
-
-    found: str
-    expected: str
-    cause: str
 
 
 class Skipped(Exception):  # noqa: N818  # it is no error
@@ -149,7 +129,8 @@ class Bench:
 
     def twins(self) -> tuple[list[Pass], list[Pass]]:
         """The heads of the teacher, and of its copy in train mode whose layers compute what they do in
-        eval."""
+        eval.
+        """
         (_, teacher, batch), _ = self.sides()
         copied = copy.deepcopy(self.teacher).train()
         for module in copied.modules():
@@ -185,19 +166,18 @@ def run_heads(adapter: Adapter, batch: Batch, regions: Sequence[Any] | None = No
     with seeded(adapter.detector):
         maps = adapter.maps(batch.pixels)
         for place, head in enumerate(adapter.heads):
-            anchors, feed = None, maps
-            if not isinstance(head, RegionHead):
-                anchors = head.anchors(batch, maps)
-            else:
+            feed, anchors = list(maps), None if regions is None else regions[place]
+            if isinstance(head, RegionHead):
                 before = passes[-1]
-                anchors = (
-                    regions[place] if regions else head.regions(before.predictions, before.anchors, batch)
-                )
+                if batch.targets is not None:  # regions are asked for after the losses, as in training
+                    before.head.losses(before.predictions, before.anchors, batch)
+                if anchors is None:
+                    anchors = head.regions(before.predictions, before.anchors, batch)
                 feed = [head.pool(maps, anchors, batch)]
+            else:
+                anchors = head.anchors(batch, maps)
             run = run_head(head, [level.clone() for level in feed], range(len(feed)))
             passes.append(Pass(head, feed, run.predictions.detach(), anchors))
-            if batch.targets is not None:  # regions are asked for after the losses, as in training
-                head.losses(passes[-1].predictions, anchors, batch)
     return passes
 
 
@@ -210,25 +190,23 @@ def numbers(predictions: Predictions) -> list[Tensor]:
     return [part for part in every if part is not None]
 
 
-def alike(theirs: Sequence[Tensor], ours: Sequence[Tensor], tolerance: float = _ROUNDING) -> bool:
-    """Whether two lists of tensors differ by no more than a share of the largest number of each."""
-    if [t.shape for t in theirs] != [t.shape for t in ours]:
-        return False
-    for a, b in zip(theirs, ours, strict=True):
-        first, second = a.detach().double(), b.detach().double().to(a.device)
-        largest = first.abs().max().clamp(min=1e-12) if a.numel() else first.new_zeros(())
-        if a.numel() and not bool((first - second).abs().max() <= tolerance * largest):
-            return False
-    return True
+def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor], tolerance: float = _ROUNDING) -> str | None:
+    """How two lists of tensors differ, in words; ``None`` where they don't.
 
-
-def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> str:
-    """How two lists of tensors differ, in words."""
+    Args:
+        theirs: the ones.
+        ours: the others.
+        tolerance: what doesn't count, as a share of each tensor's largest number.
+    """
     shapes = [[tuple(t.shape) for t in side] for side in (theirs, ours)]
     if shapes[0] != shapes[1]:
         return f"shapes {shapes[0]} and {shapes[1]}"
-    largest = max(float((a - b).abs().max()) for a, b in zip(theirs, ours, strict=True) if a.numel())
-    return f"they differ by up to {largest:.3g}"
+    for a, b in zip(theirs, ours, strict=True):
+        first, second = a.detach().double(), b.detach().double().to(a.device)
+        largest = float((first - second).abs().max()) if a.numel() else 0.0
+        if a.numel() and not largest <= tolerance * max(float(first.abs().max()), 1e-12):
+            return f"they differ by up to {largest:.3g}"
+    return None
 
 
 def some(names: Sequence[str]) -> str:
@@ -237,10 +215,10 @@ def some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def of_head(head: Head, findings: Iterable[Finding]) -> Iterator[Finding]:
+def of_head(head: Head, findings: Iterable[str]) -> Iterator[str]:
     """Findings about one head, with its name in front where it has one."""
     for finding in findings:
-        yield finding._replace(found=f"{head.name}: {finding.found}") if head.name else finding
+        yield f"{head.name}: {finding}" if head.name else finding
 
 
 def backward(losses: Iterable[Tensor]) -> None:
@@ -253,183 +231,144 @@ def backward(losses: Iterable[Tensor]) -> None:
 # -- what an adapter has, and what it says of a detector -------------------------------------------
 
 
-def construction(bench: Bench) -> Iterator[Finding]:
-    """The specs make adapters of both detectors, and the pair can be distilled."""
+def construction(bench: Bench) -> Iterator[str]:
+    """Both specs make a crosskd.adapters.Adapter with all its attributes, and the pair can be distilled.
+
+    The spec is an object instead of a class or a function of the detector, or an attribute was left out.
+    """
     sides = ("teacher", bench.teacher_adapter, bench.teacher), ("student", bench.adapter, bench.student)
     for side, spec, detector in sides:
-        adapter = spec(copy.deepcopy(detector))
+        adapter: Any = spec(copy.deepcopy(detector))
         if not isinstance(adapter, Adapter):
-            yield Finding(
-                f"{side}: the spec makes a {type(adapter).__name__} of a {type(detector).__name__}",
-                "a crosskd.adapters.Adapter",
-                "it was given as an object instead of a class or a function of the detector",
-            )
+            yield f"{side}: the spec makes a {type(adapter).__name__} of a {type(detector).__name__}"
             return
-        missing = [
-            f"{head.name or 'head'}.{name}"
-            for head in adapter.heads
-            for name in ("num_classes", "branches")
-            if not hasattr(head, name)
-        ]
-        if missing:
-            yield Finding(
-                f"{side}: there is no {some(missing)}", "all attributes of a Head", "it was left out"
-            )
-            return
+        for head in adapter.heads:
+            missing = [n for n in ("num_classes", "branches") if not hasattr(head, n)]
+            if missing:
+                yield f"{side}: there is no {', '.join(missing)}"
+                return
     bench.distiller()
 
 
-def structure(bench: Bench) -> Iterator[Finding]:
-    """Classes, strides, levels, branches, towers and anchors fit each other and the feature maps."""
+def structure(bench: Bench) -> Iterator[str]:
+    """Classes, strides, widths, levels (finest first), towers and anchors fit the maps and each other.
+
+    maps() gives the levels in another order, or leaves one out; a tower lacks its first layers; one number
+    counts the background or the anchors of a location; predict() flattens other dimensions.
+    """
     for side, adapter, batch in bench.sides():
         with torch.no_grad():
             maps = adapter.maps(batch.pixels)
-        wrong = _level_findings(adapter, maps, batch.size)
+        wrong = list(_level_findings(adapter, maps, batch.size))
         for head in adapter.heads:
             if not isinstance(head, RegionHead):
                 wrong += of_head(head, _tower_findings(head, head.feed(maps)))
         if not wrong:  # else the heads could not be run on these
             for each in run_heads(adapter, batch):
                 wrong += of_head(each.head, _head_findings(each, batch))
-        for finding in wrong:
-            yield finding._replace(found=f"{side}: {finding.found}")
+        yield from (f"{side}: {found}" for found in wrong)
 
 
-def _level_findings(adapter: Adapter, maps: Sequence[Tensor], size: tuple[int, int]) -> list[Finding]:
-    wrong = []
+def _level_findings(adapter: Adapter, maps: Sequence[Tensor], size: tuple[int, int]) -> Iterator[str]:
     shapes = [tuple(level.shape[2:]) for level in maps]
     areas = [math.prod(shape) for shape in shapes]
     if areas != sorted(areas, reverse=True):
-        wrong.append(
-            Finding(
-                f"the levels are {shapes}, as (height, width)",
-                "the finest level first",
-                "maps() gives the levels in another order",
-            )
-        )
+        yield f"the levels are {shapes}, as (height, width)"
     for name, given in (("strides", adapter.strides), ("widths", adapter.widths)):
         if given is not None and len(given) != len(maps):
-            found = f"{name} are of {len(given)} levels and maps() gives {len(maps)}"
-            wrong.append(Finding(found, f"{name} of each level", "one of them leaves a level out"))
-    if wrong or (adapter.heads and adapter.heads[0].branches[0].towers[0].channels_last):
-        return wrong
+            yield f"{name} has {len(given)} levels and maps() gives {len(maps)}"
+            return
     for level, feature_map in enumerate(maps):
-        if adapter.widths is not None and feature_map.shape[1] != adapter.widths[level]:
-            found = (
-                f"widths says {adapter.widths[level]} for level {level}, whose map has {feature_map.shape[1]}"
-            )
-            wrong.append(Finding(found, "the map's channels", "they are those of another layer"))
-        if adapter.strides is None or len(shapes[level]) != 2:
+        if feature_map.ndim != 4:
             continue
-        expected = tuple(side / adapter.strides[level] for side in size)
+        if adapter.widths is not None and feature_map.shape[1] != adapter.widths[level]:
+            width = adapter.widths[level]
+            yield f"widths says {width} for level {level}, whose map has {feature_map.shape[1]}"
+        if adapter.strides is None:
+            continue
+        expected = [side / adapter.strides[level] for side in size]
         if any(abs(a - b) > 1 for a, b in zip(shapes[level], expected, strict=True)):
-            wrong.append(
-                Finding(
-                    f"strides says {adapter.strides[level]:g} for level {level}, whose map is "
-                    f"{shapes[level]} for pixels of {size}",
-                    f"a map of about {tuple(math.ceil(number) for number in expected)}",
-                    "maps() and strides order the levels differently (finest first in both), or the strides "
-                    "are those of another backbone",
-                )
-            )
-    return wrong
+            where = f"level {level}, whose map is {shapes[level]} for pixels of {size}"
+            yield f"strides says {adapter.strides[level]:g} for {where}"
 
 
-def _tower_findings(head: Head, feed: Sequence[Tensor]) -> Iterator[Finding]:
+def _tower_findings(head: Head, feed: Sequence[Tensor]) -> Iterator[str]:
     names = [branch.name for branch in head.branches]
     if len(set(names)) < len(names):
-        yield Finding(f"the branches are {names}", "each name once", "a branch was added twice")
+        yield f"the branches are {names}, not each with a name of its own"
     for branch in head.branches:
         if len(branch.towers) not in (1, len(feed)):
-            yield Finding(
-                f"the {branch.name} branch has {len(branch.towers)} towers for {len(feed)} levels",
-                "one tower for all levels, or one for each",
-                "a level's tower was left out",
-            )
+            yield f"the {branch.name} branch has {len(branch.towers)} towers for {len(feed)} levels"
             continue
         for level, features in enumerate(feed):
             tower = branch.tower(level)
             width = features.shape[-1 if tower.channels_last else 1]
             if width != tower.width_in:
-                yield Finding(
-                    f"the {tower.name} takes {tower.width_in} channels, the map of level {level} has {width}",
-                    "the same width",
-                    "the tower lacks its first layers, or the levels stand in another order than the towers",
-                )
+                takes = f"the {tower.name} takes {tower.width_in} channels"
+                yield f"{takes}, the map of level {level} has {width}"
 
 
-def _head_findings(run: Pass, batch: Batch) -> Iterator[Finding]:
+def _head_findings(run: Pass, batch: Batch) -> Iterator[str]:
     """What is wrong with a head's predictions and what they stand at."""
     head, predictions = run.head, run.predictions
-    batch_size, rows, classes = predictions.logits.shape
-    facts = {
-        "num_classes": (head.num_classes, classes),
-        "background": (head.background, predictions.background),
-        "bins": (head.bins, predictions.regression.shape[3] if _is_distribution(predictions) else 1),
-    }
-    for name, (said, found) in facts.items():
+    rows, classes = predictions.logits.shape[1:]
+    bins = predictions.regression.shape[3] if is_distribution(predictions) else 1
+    for name, said, found in (
+        ("num_classes", head.num_classes, classes),
+        ("background", head.background, predictions.background),
+        ("bins", head.bins, bins),
+    ):
         if said != found:
-            yield Finding(
-                f"{name} says {said}, the predictions have {found}",
-                "the same",
-                "one counts the background or the anchors of a location; or predict() leaves it out",
-            )
+            yield f"{name} says {said}, the predictions have {found}"
     if isinstance(head, RegionHead):
         counts, pooled = list(head.counts(run.anchors)), len(run.feed[0])
         if len(counts) != len(batch.pixels) or {pooled, rows} != {sum(counts)}:
-            yield Finding(
-                f"counts() says {counts} regions for {len(batch.pixels)} images, pool() gives {pooled} and "
-                f"predict() {rows}",
-                "the regions of all images, one image behind the other",
-                "pool() leaves regions out, or adds some",
-            )
+            images = f"{len(batch.pixels)} images"
+            yield f"counts() says {counts} regions for {images}, pool() gives {pooled} and predict() {rows}"
         yield from _tower_findings(head, run.feed)
         return
     last = head.branches[0].towers[0].channels_last
-    locations = [math.prod(space(level, channels_last=last)) for level in run.feed]
-    per_level = list(run.anchors.per_level)
+    locations = [math.prod(space(level, channels_last=last)) for level in head.feed(run.feed)]
+    per_level, boxes = list(run.anchors.per_level), run.anchors.boxes
     uneven = [n for n, each in zip(per_level, locations, strict=False) if head.rows == "grid" and n % each]
-    boxes = rows if run.anchors.boxes is None else len(run.anchors.boxes)
-    if len(per_level) != len(locations) or uneven or {sum(per_level), boxes} != {rows}:
-        yield Finding(
-            f"anchors() has {per_level} anchors per level and {boxes} boxes; the levels have {locations} "
-            f"locations and {rows} rows of predictions",
-            "one anchor for each row of predictions, as many at each location of a level",
-            "predict() flattens other dimensions than those of the locations, or anchors are of other levels",
+    several = len({rows, sum(per_level), rows if boxes is None else len(boxes)}) > 1
+    if len(per_level) != len(locations) or uneven or several:
+        yield (
+            f"anchors() has {per_level} anchors per level and {'no' if boxes is None else len(boxes)} boxes; "
+            f"there are {locations} locations and {rows} rows of predictions"
         )
-    if batch_size != len(batch.pixels):
-        found = f"{batch_size} images in the predictions, {len(batch.pixels)} in the batch"
-        yield Finding(found, "the same", "predict() flattens the batch")
-
-
-def _is_distribution(predictions: Predictions) -> bool:
-    return predictions.regression.ndim == 4 and not predictions.box_per_class
 
 
 # -- the head, split and put together again --------------------------------------------------------
 
 
-def same_path(bench: Bench) -> Iterator[Finding]:
-    """The teacher's pieces predict what its own forward does, layer by layer."""
+def same_path(bench: Bench) -> Iterator[str]:
+    """The teacher's pieces predict what its own forward does, layer by layer.
+
+    A layer of the detector's own forward is left out, levels or anchors are in another order, or a function
+    looks at the detector's mode.
+    """
     (_, teacher, batch), _ = bench.sides()
     try:
         prove_teacher(teacher, batch)
     except ValueError as error:
-        yield Finding(
-            str(error),
-            "the pieces compute what the detector does",
-            "a layer of the detector's own forward is left out, or the levels or anchors are in another "
-            "order",
-        )
+        yield str(error)
 
 
 @torch.no_grad()
-def taps_and_tail(bench: Bench) -> Iterator[Finding]:
-    """Features tapped after each block, and the rest run on them, are the teacher's own predictions."""
-    queries = [each.head for each in bench.twins()[0] if each.head.rows == "queries"]
-    if queries:
+def taps_and_tail(bench: Bench) -> Iterator[str]:
+    """Features tapped after each block, and the rest run on them, give exactly the teacher's predictions.
+
+    Blocks in another order than the tower runs them; an activation that belongs to two blocks; predict()
+    reads something else than the towers' outputs, or keeps something from call to call; a block or predict()
+    works in place on what it is given (relu_(), inplace=True, +=) in a way that its layers don't show.
+    """
+    passes, twins = bench.twins()
+    if not passes:
+        raise Skipped("the teacher has no head")
+    if any(each.head.rows == "queries" for each in passes):
         raise Skipped(_SET)
-    for own, twin in zip(*bench.twins(), strict=True):
+    for own, twin in zip(passes, twins, strict=True):
         for place, branch in enumerate(own.head.branches):
             findings = (
                 finding
@@ -448,23 +387,18 @@ def _points(tower: Tower) -> Iterator[TapPoint]:
             yield TapPoint(number, "pre")
 
 
-def _split_findings(own: Pass, twin: Head, level: int, place: int, point: TapPoint) -> Iterator[Finding]:
+def _split_findings(own: Pass, twin: Head, level: int, place: int, point: TapPoint) -> Iterator[str]:
     """What is wrong where one branch of a twin is tapped, and the rest run by the teacher's head."""
     head, branch = own.head, own.head.branches[place]
     whole, outputs = _outputs(head, own.feed[level], level)
-    run = run_head(twin, [own.feed[level].clone()], [level], {twin.branches[place].name: {"": point}})
-    where = f"{branch.name} branch, level {level}, position {point.position} ({point.tap})"
+    name = twin.branches[place].name
+    run = run_head(twin, [own.feed[level].clone()], [level], {name: {"": point}})
     try:
-        features = run.taps[""][twin.branches[place].name][0].read()
+        rest = run.taps[""][name][0].read()
     except ValueError as error:
-        yield Finding(
-            str(error),
-            "features that stay as they were tapped",
-            "a block or predict() works in place on what it is given (relu_(), inplace=True, +=) in a way "
-            "that its layers don't show; the student's features would change after they were handed over",
-        )
+        yield str(error)
         return
-    tower, rest = branch.tower(level), features
+    tower = branch.tower(level)
     if tower.channels_last:
         rest = rest.movedim(1, -1)
     if point.tap == "pre" and point.position:
@@ -472,24 +406,15 @@ def _split_findings(own: Pass, twin: Head, level: int, place: int, point: TapPoi
     # Behind "post" Tower.tail would activate again, which only some activations can be without effect.
     for block in tower.blocks[point.position :]:
         rest = block(rest)
-    expected = "exactly the teacher's own numbers, with its copy as the student"
-    if not alike([outputs[branch.name]], [rest]):
-        yield Finding(
-            f"{where}: the blocks behind the split make another tower output: "
-            f"{difference([outputs[branch.name]], [rest])}",
-            expected,
-            "blocks in another order than the tower runs them, an activation that belongs to two blocks, or "
-            "a tap overwritten in place",
-        )
+    where = f"{branch.name} branch, level {level}, position {point.position} ({point.tap})"
+    differ = difference([outputs[branch.name]], [rest])
+    if differ:
+        yield f"{where}: the blocks behind the split make another tower output: {differ}"
         return
     predictions = head.predict(level, {**_cloned(outputs), branch.name: rest.clone()})
-    if not alike(numbers(whole), numbers(predictions)):
-        yield Finding(
-            f"{where}: predict() gives other predictions for the same tower output: "
-            f"{difference(numbers(whole), numbers(predictions))}",
-            expected,
-            "predict() reads something else than the towers' outputs, or keeps something from call to call",
-        )
+    differ = difference(numbers(whole), numbers(predictions))
+    if differ:
+        yield f"{where}: predict() gives other predictions for the same tower output: {differ}"
 
 
 def _outputs(head: Head, features: Tensor, level: int) -> tuple[Predictions, dict[str, Tensor]]:
@@ -512,46 +437,40 @@ def _cloned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: output.clone() for name, output in outputs.items()}
 
 
-def gradients_through_the_tail(bench: Bench) -> Iterator[Finding]:
-    """Each distillation loss has a gradient at the student's features in every branch that it depends on."""
-    distiller, trace = bench.step()
+def gradients_through_the_tail(bench: Bench) -> Iterator[str]:
+    """Each distillation loss has a gradient at the student's features of each level, in every branch that it
+    depends on, and what is pooled at regions has one at the student's own maps.
+
+    The tail is detached: detach(), .data, torch.no_grad() or a copy by numpy in predict(), decode() or a
+    tower; or pool() pools from the teacher's maps for both, or keeps maps from call to call.
+    """
     if "towers" not in bench.method.requires:
         raise Skipped(f"{type(bench.method).__name__} taps no features")
+    distiller, trace = bench.step()
     passes = {each.head.name: each for each in bench.twins()[0]}
     for name, step in trace.steps.items():
         depends = _dependencies(passes[step.teacher.head.name])
-        taps = {b: [tap.read() for tap in levels] for b, levels in step.student.taps.items()}
         for key, loss in trace.losses[name].items():
-            for branch in sorted(depends.get(_COMPARED.get(key, ""), set()) & taps.keys()):
-                yield from of_head(step.teacher.head, _lost(key, loss, branch, taps[branch]))
+            for branch in sorted(depends.get(_COMPARED.get(key, ""), set()) & step.student.taps.keys()):
+                taps = [tap.read() for tap in step.student.taps[branch]]
+                yield from of_head(step.teacher.head, _lost(key, loss, branch, taps))
+    student = trace.student
     for head in distiller.student_adapter.heads:
         if isinstance(head, RegionHead):
-            pooled = head.pool(
-                trace.student.maps, trace.student.heads[head.name].anchors, trace.student.batch
-            )
-            if not any(gradient is not None for gradient in _gradients(pooled.sum(), trace.student.maps)):
-                finding = Finding(
-                    "what pool() makes for the student has no gradient at the student's own maps",
-                    "each detector's features pooled from its own maps, at the student's regions",
-                    "pool() pools from the teacher's maps for both, keeps maps from call to call, or "
-                    "detaches",
-                )
-                yield from of_head(head, [finding])
+            pooled = head.pool(student.maps, student.heads[head.name].anchors, student.batch)
+            if not any(gradient is not None for gradient in _gradients(pooled.sum(), student.maps)):
+                found = "what pool() makes for the student has no gradient at the student's own maps"
+                yield from of_head(head, [found])
 
 
-def _lost(key: str, loss: Tensor, branch: str, features: Sequence[Tensor]) -> Iterator[Finding]:
+def _lost(key: str, loss: Tensor, branch: str, features: Sequence[Tensor]) -> Iterator[str]:
     """The levels at whose features a loss has no gradient."""
     gradients = _gradients(loss, features)
     lost = [level for level, gradient in enumerate(gradients) if gradient is None]
     reached = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
     if lost or not reached:
         levels = f"at level {', '.join(map(str, lost))}" if lost and reached else "at any level"
-        yield Finding(
-            f"{key} has no gradient at the student's features of the {branch} branch {levels}",
-            "a gradient at every level: the teacher's tail is frozen, but the student learns through it",
-            "the tail is detached: detach(), .data, torch.no_grad() or a copy by numpy in predict(), "
-            "decode() or a tower",
-        )
+        yield f"{key} has no gradient at the student's features of the {branch} branch {levels}"
 
 
 @torch.no_grad()
@@ -604,58 +523,43 @@ def plain_losses(adapter: Adapter, images: Any, targets: Any) -> Mapping[str, Te
     return plain
 
 
-def loss_findings(bench: Bench, batch: tuple[Any, Any]) -> Iterator[Finding]:
+def loss_findings(bench: Bench, batch: tuple[Any, Any]) -> Iterator[str]:
     """What differs between the student's own losses and the distiller's; the losses must be finite."""
     plain = plain_losses(bench.of_student(), *batch)
     distiller, trace = bench.step(batch)
     own = trace.own_losses
     if plain is not None and plain.keys() != own.keys():
-        yield Finding(
-            f"the student's own losses are {sorted(own)} through the adapter and {sorted(plain)} alone",
-            "the same names",
-            "losses() leaves one out or names it otherwise",
-        )
-    for name in [] if plain is None else sorted(plain.keys() & own.keys()):
-        if not alike([plain[name]], [own[name]]):
-            yield Finding(
-                f"{name} is {float(own[name].detach()):.6g} through the adapter and "
-                f"{float(plain[name].detach()):.6g} alone",
-                "the same loss: distillation adds losses, it changes none",
-                "predictions, anchors or levels stand in another order than the detector's losses want; "
-                "prepare() preprocesses otherwise; a branch is fed something else than in the detector's own "
-                "forward; or random numbers are drawn that the detector doesn't draw, or in another order",
+        yield f"the student's own losses are {sorted(own)} through the adapter and {sorted(plain)} alone"
+    for name, loss in {} if plain is None else plain.items():
+        if name in own and difference([loss], [own[name]]):
+            numbers = (
+                f"{float(own[name].detach()):.6g} through the adapter and {float(loss.detach()):.6g} alone"
             )
+            yield f"{name} is {numbers}"
     yield from finite_findings(distiller, trace)
 
 
-def finite_findings(distiller: Distiller, trace: Trace) -> Iterator[Finding]:
+def finite_findings(distiller: Distiller, trace: Trace) -> Iterator[str]:
     """Losses or gradients of a step that are not finite."""
     losses = distiller.named_losses(trace)
     infinite = [name for name, loss in losses.items() if not bool(loss.isfinite())]
     if infinite:
-        yield Finding(
-            f"not finite: {', '.join(infinite)}",
-            "finite losses",
-            "a division by a number of positives that may be 0: the assignment's normalizer must be at least "
-            "1",
-        )
+        yield f"not finite: {', '.join(infinite)}"
         return
     backward(losses.values())
-    wrong = [
-        name
-        for name, parameter in distiller.student.named_parameters()
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-    ]
+    parameters = distiller.student.named_parameters()
+    wrong = [n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())]
     if wrong:
-        yield Finding(
-            f"gradients that are not finite at {some(wrong)}",
-            "finite gradients",
-            "a square root, logarithm or division at 0 in decode() or losses()",
-        )
+        yield f"gradients that are not finite at {some(wrong)}"
 
 
-def student_losses(bench: Bench) -> Iterator[Finding]:
-    """The student's own losses are those of plain training."""
+def student_losses(bench: Bench) -> Iterator[str]:
+    """The student's own losses are those of plain training: distillation adds losses, it changes none.
+
+    Predictions, anchors or levels stand in another order than the detector's losses want; losses() leaves one
+    out or names it otherwise; prepare() preprocesses otherwise; a branch is fed something else than in the
+    detector's own forward; or random numbers are drawn that the detector doesn't draw, or in another order.
+    """
     try:
         findings = list(loss_findings(bench, bench.batch))
     except Skipped as reason:
@@ -665,55 +569,46 @@ def student_losses(bench: Bench) -> Iterator[Finding]:
         try:
             prove_student(bench.of_student(), *bench.batch)
         except ValueError as error:
-            yield Finding(
-                str(error), "the same layer outputs", "a layer is left out, or run in another order"
-            )
+            yield str(error)
 
 
-def label_assignment(bench: Bench) -> Iterator[Finding]:
-    """The assignment has the predictions' shape, and assign() gives the one that the losses are made with."""
+def label_assignment(bench: Bench) -> Iterator[str]:
+    """The assignment is (batch, anchors) with one normalizer above 0, and assign() gives that of the losses.
+
+    Levels, images or anchors stand in another order than in the predictions; the normalizer leaves out images
+    without objects, which count as one positive; batch.objects are other boxes than the targets.
+    """
     _, (_, adapter, batch) = bench.sides()
     for each in run_heads(adapter, batch):
+        shape = tuple(each.predictions.logits.shape[:2])
         with torch.no_grad(), seeded(adapter.detector):
-            _, assignment = each.head.losses(each.predictions, each.anchors, batch)
-        wrong = list(_assignment_findings(assignment, tuple(each.predictions.logits.shape[:2])))
-        yield from of_head(each.head, wrong)
-        overridden = type(each.head).assign is not Head.assign
-        if wrong or not overridden or batch.objects is None:
-            continue
-        with torch.no_grad(), seeded(adapter.detector):
-            other = each.head.assign(each.predictions, each.anchors, replace(batch, targets=None))
-        same = torch.equal(assignment.positive, other.positive)
-        if not same or not alike([assignment.normalizer.double()], [other.normalizer.double()]):
-            counts = [(int(a.positive.sum()), float(a.normalizer)) for a in (assignment, other)]
-            finding = Finding(
-                "the losses' assignment and that of assign() differ: (positives, normalizer) are "
-                f"{counts[0]} and {counts[1]}",
-                "the same assignment for the same predictions and objects",
-                "batch.objects are other boxes or labels than the targets, or assign() leaves a step out",
+            _, own = each.head.losses(each.predictions, each.anchors, batch)
+        wrong = []
+        if tuple(own.positive.shape) != shape or own.positive.dtype != torch.bool:
+            wrong.append(
+                f"assignment.positive is {own.positive.dtype} {tuple(own.positive.shape)}, not {shape}"
             )
-            yield from of_head(each.head, [finding])
+        if own.label_weights is not None and tuple(own.label_weights.shape) != shape:
+            wrong.append(f"assignment.label_weights is {tuple(own.label_weights.shape)}, not {shape}")
+        if own.normalizer.ndim or not 0 < float(own.normalizer) < math.inf:
+            wrong.append(f"assignment.normalizer is {own.normalizer.tolist()}")
+        if not wrong and type(each.head).assign is not Head.assign and batch.objects is not None:
+            with torch.no_grad(), seeded(adapter.detector):
+                other = each.head.assign(each.predictions, each.anchors, replace(batch, targets=None))
+            facts = [(int(a.positive.sum()), round(float(a.normalizer), 4)) for a in (own, other)]
+            if facts[0] != facts[1] or not torch.equal(own.positive, other.positive):
+                both = f"(positives, normalizer) are {facts[0]} and {facts[1]}"
+                wrong.append(f"the losses' assignment and that of assign() differ: {both}")
+        yield from of_head(each.head, wrong)
 
 
-def _assignment_findings(assignment: Assignment, shape: tuple[int, ...]) -> Iterator[Finding]:
-    order = "levels, images or anchors stand in another order than in the predictions"
-    positive, weights, normalizer = assignment.positive, assignment.label_weights, assignment.normalizer
-    if tuple(positive.shape) != shape or positive.dtype != torch.bool:
-        found = f"assignment.positive is {positive.dtype} {tuple(positive.shape)}"
-        yield Finding(found, f"torch.bool {shape}, (batch, anchors)", order)
-    if weights is not None and tuple(weights.shape) != shape:
-        found = f"assignment.label_weights is {tuple(weights.shape)}"
-        yield Finding(found, f"{shape}, (batch, anchors), or None", order)
-    if normalizer.ndim or not bool(normalizer.isfinite()) or float(normalizer) <= 0:
-        yield Finding(
-            f"assignment.normalizer is {normalizer.tolist()}",
-            "one finite number above 0",
-            "it leaves out images without objects, which are to count as one positive",
-        )
+def student_gradients(bench: Bench) -> Iterator[str]:
+    """Gradients are those of plain training, and the distillation's reach the student's blocks before the
+    split and none behind it.
 
-
-def student_gradients(bench: Bench) -> Iterator[Finding]:
-    """Gradients reach what plain training reaches, and the distillation's the blocks before the split."""
+    Features, towers or predictions of the student are detached; another copy of a module is run; the
+    teacher's tail is detached, or the cross-head predictions are made by the student's blocks instead.
+    """
     alone = bench.of_student()
     plain = plain_losses(alone, *bench.batch)
     distiller, trace = bench.step()
@@ -723,23 +618,11 @@ def student_gradients(bench: Bench) -> Iterator[Finding]:
         expected, ours = _gradients_of(alone.detector), _gradients_of(distiller.student)
         lost = [name for name in expected if name not in ours]
         if lost:
-            yield Finding(
-                f"the student's own losses have no gradient at {some(lost)}, which plain training reaches",
-                "a gradient wherever plain training has one",
-                "features, towers or predictions are detached, or another copy of a module is run",
-            )
-        others = [
-            n
-            for n in expected.keys() & ours.keys()
-            if not alike([expected[n]], [ours[n]], _GRADIENT_ROUNDING)
-        ]
+            yield f"the student's own losses have no gradient at {some(lost)}, which plain training reaches"
+        both = [name for name in expected if name in ours]
+        others = [n for n in both if difference([expected[n]], [ours[n]], _GRADIENT_ROUNDING)]
         if others:
-            yield Finding(
-                "the gradients of the student's own losses differ from plain training's at "
-                f"{some(sorted(others))}",
-                "the same gradients",
-                "part of the student's graph is detached, or scaled on its way",
-            )
+            yield f"the gradients of the student's own losses differ from plain training's at {some(others)}"
     distiller.student.zero_grad()
     backward([loss for losses in trace.losses.values() for loss in losses.values()])
     for name, step in trace.steps.items():
@@ -752,8 +635,7 @@ def _gradients_of(detector: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad for n, p in detector.named_parameters() if p.grad is not None and bool(p.grad.any())}
 
 
-def _tower_gradient_findings(head: Head, method: CrossKD) -> Iterator[Finding]:
-    """The distillation's gradient reaches every block before the split and none behind it."""
+def _tower_gradient_findings(head: Head, method: CrossKD) -> Iterator[str]:
     missed, strayed = list[str](), list[str]()
     for branch in head.branches:
         position = method.tap_points(branch.name)[0].position
@@ -764,27 +646,23 @@ def _tower_gradient_findings(head: Head, method: CrossKD) -> Iterator[Finding]:
                 if parameters and reached != (number <= position):
                     (strayed if reached else missed).append(f"block {number} of the {tower.name}")
     if missed:
-        yield Finding(
-            f"the distillation's gradient does not reach what stands before the split: {some(missed)}",
-            "a gradient in each of the student's blocks before the split",
-            "the branches hold other modules than the student trains, or the teacher's tail is detached",
-        )
+        yield f"the distillation's gradient does not reach what stands before the split: {some(missed)}"
     if strayed:
-        yield Finding(
-            f"the distillation's gradient reaches what stands behind the split: {some(strayed)}",
-            "no gradient in the student's blocks behind the split",
-            "the cross-head predictions are made by the student's blocks instead of the teacher's",
-        )
+        yield f"the distillation's gradient reaches what stands behind the split: {some(strayed)}"
 
 
-def teacher_untouched(bench: Bench) -> Iterator[Finding]:
-    """Neither the teacher that was handed in nor its frozen copy is changed, or runs in train mode."""
+def teacher_untouched(bench: Bench) -> Iterator[str]:
+    """Each parameter, buffer, flag and mode of the teacher stays as it was, and it runs in eval mode alone.
+
+    The adapter calls train() or requires_grad_(), works in place on weights, or sets something of the
+    detector.
+    """
     teacher = copy.deepcopy(bench.teacher)
-    before, ran = state_of(teacher), set[str]()
+    before, ran = state_of(teacher), list[str]()
     distiller = bench.distiller(teacher)
 
     def record(name: str) -> Callable[[nn.Module, Any], None]:
-        return lambda module, _: ran.add(name) if module.training else None
+        return lambda module, _: ran.append(name) if module.training else None
 
     for name, module in distiller.teacher.named_modules():
         if not any(True for _ in module.children()):
@@ -792,26 +670,14 @@ def teacher_untouched(bench: Bench) -> Iterator[Finding]:
     with seeded(bench.student):
         backward(distiller.named_losses(distiller.trace(*bench.batch)).values())
     if ran or distiller.teacher.training:
-        yield Finding(
-            f"the teacher in train mode: {some(sorted(ran))} ran in it"
-            if ran
-            else "the teacher left in train mode",
-            "the teacher in eval mode from beginning to end: in train mode its batch norm would change",
-            "the adapter calls detector.train(): modes are not its business",
-        )
+        yield f"the teacher in train mode: {some(list(dict.fromkeys(ran))) or 'no layer'} ran in it"
     changed = changes(before, state_of(teacher))
     if changed:
-        yield Finding(
-            f"the teacher has changed: {some(changed)}",
-            "each parameter, buffer, flag and mode as it was",
-            "the adapter runs the teacher in train mode, works in place on its weights, or sets something of "
-            "it",
-        )
+        yield f"the teacher has changed: {some(changed)}"
     parameters = distiller.teacher.named_parameters()
     learning = [name for name, p in parameters if p.requires_grad or p.grad is not None]
     if learning:
-        found = f"the frozen teacher has parameters with a gradient: {some(learning)}"
-        yield Finding(found, "none", "the adapter calls requires_grad_()")
+        yield f"the frozen teacher has parameters with a gradient: {some(learning)}"
 
 
 def state_of(detector: nn.Module) -> dict[str, Any]:
@@ -841,8 +707,12 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 @torch.no_grad()
-def rows_permuted(bench: Bench) -> Iterator[Finding]:
-    """The boxes of a grid depend on the places of its rows; where they don't, the rows are queries."""
+def rows_permuted(bench: Bench) -> Iterator[str]:
+    """The boxes of a grid depend on the places of its rows; a set, whose rows have none, has rows "queries".
+
+    The head predicts a set, which methods must not compare row by row; or predict() gives boxes that are
+    decoded already, which is for decode() to do.
+    """
     runs = [each for _, adapter, batch in bench.sides() for each in run_heads(adapter, batch)]
     grids = [each for each in runs if each.head.rows == "grid" and each.head.decodes]
     if not grids:
@@ -853,18 +723,19 @@ def rows_permuted(bench: Bench) -> Iterator[Finding]:
         quality = None if own.quality is None else own.quality[:, order]
         permuted = Predictions(own.logits[:, order], own.regression[:, order], quality, own.background)
         boxes = each.head.decode(own, each.anchors)[:, order]
-        if len(order) > 1 and alike([boxes], [each.head.decode(permuted, each.anchors)]):
-            finding = Finding(
-                'rows is "grid", but of permuted predictions decode() makes the same boxes, permuted',
-                'rows = "queries" for a set of queries, whose rows have no place',
-                "the head predicts a set, which methods must not compare row by row; or predict() gives "
-                "boxes that are decoded already, which is for decode() to do",
-            )
-            yield from of_head(each.head, [finding])
+        if len(order) > 1 and not difference([boxes], [each.head.decode(permuted, each.anchors)]):
+            found = 'rows is "grid", but of permuted predictions decode() makes the same boxes, permuted'
+            yield from of_head(each.head, [found])
 
 
-def decoding_and_classes(bench: Bench) -> Iterator[Finding]:
-    """Predictions that minimise the student's own losses decode to the objects' boxes, of their labels."""
+def decoding_and_classes(bench: Bench) -> Iterator[str]:
+    """Predictions that minimise the student's own losses decode to the objects' boxes, of their labels.
+
+    decode() takes the four numbers in another order or scale than the losses do; anchors stand in another
+    order than the predictions; positive is not the losses' own; batch.objects are not in pixels of the batch.
+    Logits or boxes of classes stand in another order than the labels, or labels are counted from 1. Objects
+    are too small for this detector, or a box takes long to fit: more steps=.
+    """
     _, (_, adapter, batch) = bench.sides()
     if batch.objects is None:
         raise Skipped("the adapter's batches hold no objects")
@@ -872,215 +743,73 @@ def decoding_and_classes(bench: Bench) -> Iterator[Finding]:
         raise Skipped("the targets hold no object")
     with torch.no_grad():
         maps = adapter.maps(batch.pixels)
-    fit: _Fit | None = None
+    free: FreePredictions | None = None
     for head in adapter.heads:
         if not head.decodes:
             raise Skipped("the adapter decodes no boxes")
-        objects = batch.objects
-        if head is not adapter.heads[-1] and head.num_classes == 1:
-            objects = tuple(Objects(o.boxes, torch.zeros_like(o.labels)) for o in objects)
         with torch.no_grad(), seeded(adapter.detector):
-            anchors, feed = None, list(maps)
             if isinstance(head, RegionHead):
-                assert fit is not None
-                anchors = fit.regions_of(head)
+                assert free is not None
+                anchors: Any = free.regions_of(head)
                 feed = [head.pool(maps, anchors, batch)]
             else:
-                anchors = head.anchors(batch, maps)
+                anchors, feed = head.anchors(batch, maps), list(maps)
             start = run_head(head, feed, range(len(feed))).predictions
         with seeded(adapter.detector):
-            fit = _Fit(head, batch, anchors, objects, start)
-            fit.run(bench.steps)
-        yield from of_head(head, fit.findings())
-
-
-class _Fit:
-    """Predictions that are free numbers instead of a network's outputs, and what a head's own losses make of
-    them.
-
-    Minimising the losses over them leads to the objects' own boxes and labels, so that decoding and the order
-    of classes can be read off the result, for any head and without a trained network.
-
-    Args:
-        head: whose losses and decoding are meant.
-        batch: with objects.
-        anchors: where the predictions stand, or the regions that they are for.
-        objects: of each image, labelled as this head does.
-        start: predictions of the detector, for their shapes and as one of the points to start from.
-    """
-
-    def __init__(
-        self, head: Head, batch: Batch, anchors: Any, objects: Sequence[Objects], start: Predictions
-    ) -> None:
-        self.head, self.batch, self.anchors, self.objects = head, batch, anchors, objects
-        self.counts = counts_of(head, anchors)
-        # Losses of boxes far apart may have no gradient. Zeros are an anchor itself where anchors are shifted
-        # and stretched, and no box at all where distances are predicted, for which ones are a small box.
-        starts = [torch.zeros_like(start.regression), torch.ones_like(start.regression), start.regression]
-        candidates = [replace(start, regression=regression) for regression in starts]
-        self.predictions = max(candidates, key=self._overlap).detach()
-        self.assignment: Assignment | None = None
-
-    def run(self, steps: int) -> None:
-        """Minimises the losses by Adam."""
-        start, scale = self.predictions, self._scale()
-        logits = torch.full_like(start.logits, -2.0).requires_grad_()
-        offset = torch.zeros_like(start.regression).requires_grad_()
-        quality = None if start.quality is None else torch.zeros_like(start.quality).requires_grad_()
-        free = [logits, offset, *([] if quality is None else [quality])]
-        groups = [{"params": [leaf], "lr": _BOX_STEP if leaf is offset else _LOGIT_STEP} for leaf in free]
-        # Losses may weigh an object next to nothing, but its numbers are to arrive as well.
-        optimizer = torch.optim.Adam(groups, eps=1e-12)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            regression = start.regression + scale * offset
-            predictions = replace(start, logits=logits, regression=regression, quality=quality)
-            losses, self.assignment = self.head.losses(predictions, self.anchors, self.batch)
-            total = torch.stack([loss for loss in losses.values() if loss.requires_grad]).sum()
-            for leaf, gradient in zip(free, torch.autograd.grad(total, free, allow_unused=True), strict=True):
-                leaf.grad = gradient
-            optimizer.step()
-            schedule.step()
-            self.predictions = predictions.detach()
-
-    def regions_of(self, head: RegionHead) -> Any:
-        """The regions that follow, somewhat off: proposals that are the objects leave nothing to decode."""
-        offset = torch.empty_like(self.predictions.regression).uniform_(-_OFF, _OFF)
-        moved = replace(self.predictions, regression=self.predictions.regression + self._scale() * offset)
-        self.head.losses(moved, self.anchors, self.batch)  # regions are asked for after them
-        return head.regions(moved, self.anchors, self.batch)
-
-    def _decoded(self, predictions: Predictions) -> tuple[Tensor, ...]:
-        return rows_of_images(self.head.decode(predictions, self.anchors), self.counts)
-
-    def _overlap(self, predictions: Predictions) -> float:
-        """How much predicted boxes overlap the objects."""
-        pairs = zip(self._decoded(predictions), self.objects, strict=True)
-        return sum(float(overlaps(boxes.reshape(-1, 4), o.boxes).sum()) for boxes, o in pairs)
-
-    def _scale(self) -> Tensor | float:
-        """By how much each number of the regression must change for its box to change by an object's size.
-
-        A head may predict in pixels, strides, anchor sizes or their logarithms; so steps of one size suit
-        all.
-        """
-        start = self.predictions
-        if _is_distribution(start):
-            return _LOGIT_STEP / _BOX_STEP  # the logits of a distribution
-        boxes = torch.cat([of_image.boxes for of_image in self.objects])
-        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).mean().to(start.regression)
-        at_start, slopes = self.head.decode(start, self.anchors), []
-        for index in range(4):
-            nudged = start.regression.clone()
-            nudged[..., index] += _NUDGE
-            moved = self.head.decode(replace(start, regression=nudged), self.anchors) - at_start
-            slopes.append(moved.abs().amax(dim=-1) / _NUDGE)  # (batch, anchors)
-        return side / torch.stack(slopes, dim=-1).clamp(min=_FLATTEST).to(start.regression)
-
-    def findings(self) -> Iterator[Finding]:
-        """What is wrong with boxes and classes at the positive anchors."""
-        assert self.assignment is not None
-        whole = self.predictions.logits, self.assignment.positive
-        columns = [rows_of_images(rows, self.counts) for rows in whole]
-        seen = []
-        for boxes, logits, positive, of_image in zip(
-            self._decoded(self.predictions), *columns, self.objects, strict=True
-        ):
-            if bool(positive.any()) and len(of_image.labels):
-                seen.append(self._compared(boxes[positive], logits[positive], of_image))
-        if not seen:
-            yield Finding(
-                "no anchor is responsible for any object of the targets",
-                "at least one",
-                "assignment.positive is not that of the losses, or the objects are too small for this "
-                "detector",
-            )
-            return
-        best, right, shifts, own = (torch.cat(column) for column in zip(*seen, strict=True))
-        smallest = "where the student's own losses are smallest"
-        missed = int((best < _OVERLAP).sum())
-        if missed > (1 - _SHARE) * len(best):
-            yield Finding(
-                f"decoding: {smallest}, the decoded boxes of {missed} of {len(best)} positive anchors "
-                f"overlap no object by an IoU of {_OVERLAP} (median of the best {float(best.median()):.2f})",
-                f"an IoU of at least {_OVERLAP} at three of four",
-                "decode() takes the four numbers in another order or scale than the losses do, anchors stand "
-                "in another order than the predictions, positive is not the losses' own, or batch.objects "
-                "are not in pixels of the batch; or a box takes long to fit, and steps= should be more",
-            )
-        # Only where its box is right is it clear whose label an anchor was to learn.
-        right, shifts, own = (column[best >= _OVERLAP] for column in (right, shifts, own))
-        wrong = int((~right).sum())
-        if wrong > (1 - _SHARE) * len(right):
-            yield Finding(
-                f"classes: {smallest}, the largest logit of {wrong} of {len(right)} positive anchors is not "
-                f"that of the object's label (mostly of label {int(shifts[~right].mode().values):+d})",
-                "the object's label: logit 0 belongs to label 0",
-                "the logits stand in another order than the labels of batch.objects, a background class "
-                "comes first, or labels are counted from 1",
-            )
-        wrong = int((own < _OVERLAP).sum())
-        if wrong > (1 - _SHARE) * len(own):
-            yield Finding(
-                f"classes: {smallest}, it is another class's box than that of the object's label which fits "
-                f"at {wrong} of {len(own)} positive anchors",
-                "the box of the object's label",
-                "predict() or decode() gives the boxes' classes in another order than the labels'",
-            )
-
-    def _compared(self, boxes: Tensor, logits: Tensor, objects: Objects) -> tuple[Tensor, ...]:
-        """(best overlap, whether the label is right, by how much it is off, the label's box's overlap)."""
-        labels = objects.labels
-        boxes = boxes if boxes.ndim == 3 else boxes[:, None]  # (positives, classes, 4)
-        by_class = overlaps(boxes.flatten(0, 1), objects.boxes).view(*boxes.shape[:2], -1)
-        overlap = by_class.amax(dim=1)  # (positives, objects)
-        found = logits.argmax(dim=-1)
-        fitting = (overlap >= _OVERLAP) & (found[:, None] == labels)
-        shifts = (found - labels[overlap.argmax(dim=1)]) % logits.shape[-1]
-        of_labels = labels if self.predictions.box_per_class else torch.zeros_like(labels)
-        own = by_class[:, of_labels, torch.arange(len(labels), device=labels.device)]
-        return overlap.amax(dim=1), fitting.any(dim=1), shifts, own.amax(dim=1)
+            free = FreePredictions(head, batch, anchors, objects_for(head, adapter, batch), start)
+            free.fit(bench.steps)
+        yield from of_head(head, free.findings())
 
 
 # -- other batches, types and devices --------------------------------------------------------------
 
 
-def detections(bench: Bench) -> Iterator[Finding]:
-    """In eval mode the student detects, and stays as it is."""
+def detections(bench: Bench) -> Iterator[str]:
+    """In eval mode the student detects, and stays as it is.
+
+    detect() sets the mode or works in place.
+    """
     distiller = bench.distiller().eval()
     before = state_of(distiller.student)
     with torch.no_grad():
         distiller(bench.batch[0])
     changed = changes(before, state_of(distiller.student))
     if changed:
-        found = f"detect() has changed the student: {some(changed)}"
-        yield Finding(found, "the student as it was", "detect() sets the mode or works in place")
+        yield f"detect() has changed the student: {some(changed)}"
 
 
-def unlabelled_images(bench: Bench) -> Iterator[Finding]:
-    """Without targets the distillation losses stand alone."""
+def unlabelled_images(bench: Bench) -> Iterator[str]:
+    """Without targets the distillation losses stand alone, and are finite.
+
+    prepare() makes targets where none were given.
+    """
     distiller, trace = bench.step((bench.batch[0], None))
     if trace.own_losses:
-        yield Finding(
-            f"losses of the student's own without targets: {sorted(trace.own_losses)}",
-            "distillation losses alone",
-            "prepare() makes targets where none were given",
-        )
+        yield f"losses of the student's own without targets: {sorted(trace.own_losses)}"
     yield from finite_findings(distiller, trace)
 
 
-def one_image(bench: Bench) -> Iterator[Finding]:
-    """A batch of one image."""
+def one_image(bench: Bench) -> Iterator[str]:
+    """A batch of one image gives the losses of plain training, and they are finite.
+
+    Something is squeezed, or taken from a second image.
+    """
     yield from loss_findings(bench, bench.varied("one image", _first_image))
 
 
-def no_objects(bench: Bench) -> Iterator[Finding]:
-    """Images whose targets hold no object."""
+def no_objects(bench: Bench) -> Iterator[str]:
+    """Images whose targets hold no object give the losses of plain training, and they are finite.
+
+    A division by a number of positives that may be 0: the assignment's normalizer must be at least 1.
+    """
     yield from loss_findings(bench, bench.varied("no objects", _without_objects))
 
 
-def odd_image_size(bench: Bench) -> Iterator[Finding]:
-    """Images whose sides are multiples of nothing."""
+def odd_image_size(bench: Bench) -> Iterator[str]:
+    """Images whose sides are multiples of nothing give the losses of plain training, and they are finite.
+
+    Sizes of levels are calculated from strides instead of read off the maps.
+    """
     images, targets = bench.varied("odd image size", _cropped)
     if targets is not None:
         yield from loss_findings(bench, (images, targets))
@@ -1088,8 +817,11 @@ def odd_image_size(bench: Bench) -> Iterator[Finding]:
         yield from finite_findings(*bench.step((images, None)))
 
 
-def autocast(bench: Bench) -> Iterator[Finding]:
-    """Under bfloat16 autocast losses are finite, and the distillation's in float32."""
+def autocast(bench: Bench) -> Iterator[str]:
+    """Under bfloat16 autocast losses are finite, and the distillation's in float32.
+
+    decode() casts to a type of its own.
+    """
     device = next(bench.student.parameters()).device.type
     if device not in ("cpu", "cuda"):
         raise Skipped(f"nothing is known of autocast on {device}")
@@ -1100,8 +832,11 @@ def autocast(bench: Bench) -> Iterator[Finding]:
     yield from finite_findings(distiller, trace)
 
 
-def float64(bench: Bench) -> Iterator[Finding]:
-    """Detectors and images in float64, on the CPU."""
+def float64(bench: Bench) -> Iterator[str]:
+    """Detectors and images in float64, on the CPU, give finite losses in float64.
+
+    decode() casts to a type of its own.
+    """
     if next(bench.student.parameters()).device.type != "cpu":
         raise Skipped("the detectors are not on the CPU")
     wide = bench.converted(dtype=torch.float64)
@@ -1111,22 +846,22 @@ def float64(bench: Bench) -> Iterator[Finding]:
     yield from finite_findings(distiller, trace)
 
 
-def other_device(bench: Bench) -> Iterator[Finding]:
-    """The same losses on a CUDA device, or on the CPU where the detectors are on one."""
+def other_device(bench: Bench) -> Iterator[str]:
+    """The losses are the same on a CUDA device, or on the CPU where the detectors are on one.
+
+    Something is read before it has been calculated, or kept on one device.
+    """
     here = next(bench.student.parameters()).device
     there = _elsewhere(here)
     if there is None:
         raise Skipped("there is no CUDA device here")
-    expected = (step := bench.step())[0].named_losses(step[1])
+    distiller, trace = bench.step()
+    expected = distiller.named_losses(trace)
     distiller, trace = bench.converted(device=there).step()
     losses = distiller.named_losses(trace)
     for name, loss in expected.items():
-        if not alike([loss], [losses[name]], _DEVICE_ROUNDING):
-            yield Finding(
-                f"{name} is {loss.item():.6g} on {here.type} and {losses[name].item():.6g} on {there.type}",
-                "the same losses on every device",
-                "something is read before it has been calculated, or kept on one device",
-            )
+        if difference([loss], [losses[name]], _DEVICE_ROUNDING):
+            yield f"{name} is {loss.item():.6g} on {here.type} and {losses[name].item():.6g} on {there.type}"
     yield from finite_findings(distiller, trace)
 
 
@@ -1137,19 +872,15 @@ def _elsewhere(device: torch.device) -> torch.device | None:
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def _type_findings(trace: Trace) -> Iterator[Finding]:
+def _type_findings(trace: Trace) -> Iterator[str]:
     """Losses of a smaller type than float32, or than the head's own predictions."""
     for name, losses in trace.losses.items():
+        step = trace.steps[name]
         for key in losses.keys() & _COMPARED.keys():
-            step = trace.steps[name]
             expected = compute_dtype(getattr(step.student.predictions, _COMPARED[key]))
             if losses[key].dtype != expected:
-                finding = Finding(
-                    f"{key} is {losses[key].dtype}, of predictions that are {expected} or narrower",
-                    f"{expected}",
-                    "decode() casts to a type of its own",
-                )
-                yield from of_head(step.student.head, [finding])
+                found = f"{key} is {losses[key].dtype}, of predictions that are {expected} or narrower"
+                yield from of_head(step.student.head, [found])
 
 
 def _first_image(images: Any, targets: Any) -> tuple[Any, Any]:
@@ -1212,7 +943,7 @@ def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -
     return value.to(device) if device is not None and hasattr(value, "to") else value
 
 
-CHECKS: dict[str, Callable[[Bench], Iterable[Finding]]] = {
+CHECKS: dict[str, Callable[[Bench], Iterator[str]]] = {
     check.__name__.replace("_", " "): check
     for check in (
         construction,

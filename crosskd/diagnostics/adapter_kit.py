@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from crosskd.adapters.base import Adapter, AdapterSpec, Head
-from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Finding, Skipped, Variation, seeded
+from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Skipped, Variation, seeded
 from crosskd.methods import PKD, CrossKD, Method
 
 __all__ = ["AdapterError", "AdapterReport", "Fault", "check_adapter"]
+
+_RAISED = " raised "
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def _method_for(specs: tuple[AdapterSpec, AdapterSpec], detectors: tuple[nn.Modu
 
 
 def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
-    passed, findings, first = list[str](), dict[Finding, list[str]](), None
+    passed, findings, first = list[str](), dict[str, list[str]](), None
     for name, check in CHECKS.items():
         if name in skipped:
             continue
@@ -234,12 +237,20 @@ def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
             skipped.update(dict.fromkeys(later, "no distiller could be made"))
     report = AdapterReport(getattr(bench.adapter, "__name__", repr(bench.adapter)), tuple(passed), skipped)
     if findings:
-        faults = tuple(Fault(tuple(checks), *finding) for finding, checks in findings.items())
+        faults = tuple(_fault(tuple(checks), found) for found, checks in findings.items())
         raise AdapterError(faults, report) from first
     return report
 
 
-def _raised(error: Exception) -> Finding:
+def _fault(checks: tuple[str, ...], found: str) -> Fault:
+    """A fault with what the first check that found it expects, and what usually causes it."""
+    expected, _, cause = inspect.cleandoc(CHECKS[checks[0]].__doc__ or "").partition("\n\n")
+    if _RAISED in found:
+        cause = "the message says; the traceback of the first such error stands above"
+    return Fault(checks, found, *(" ".join(text.split()) for text in (expected, cause)))
+
+
+def _raised(error: Exception) -> str:
     """An exception, and which function of an adapter or a head it came out of."""
     where = "the step"
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -247,8 +258,4 @@ def _raised(error: Exception) -> Finding:
         if isinstance(inside, Adapter | Head):
             name = getattr(inside, "name", "")
             where = f"{name}: " * bool(name) + f"{frame.f_code.co_name}() of {type(inside).__name__}"
-    return Finding(
-        f"{where} raised {type(error).__name__}: {error}",
-        "no error",
-        "the message says; the traceback of the first such error stands above",
-    )
+    return f"{where}{_RAISED}{type(error).__name__}: {error}"

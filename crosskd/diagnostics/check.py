@@ -215,7 +215,9 @@ def _differences(distiller: Distiller, trace: Trace) -> list[str]:
     elif trace.teacher.heads and not _comparable(pair):
         classes = [adapter.heads[-1].num_classes for adapter in (pair.teacher, pair.student)]
         names = " of other names" if classes[0] == classes[1] else ""
-        differences.append(f"classes: {classes[0]} (teacher), {classes[1]} (student){names}, without a class_map")
+        differences.append(
+            f"classes: {classes[0]} (teacher), {classes[1]} (student){names}, without a class_map"
+        )
     if not trace.teacher.heads:
         differences += _map_differences(pair)
     for side, strides in zip(("teacher", "student"), pair.left_out(), strict=True):

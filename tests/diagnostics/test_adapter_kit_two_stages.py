@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 
 from crosskd import CrossKD
-from crosskd.adapters import TorchvisionFasterRCNNAdapter
-from crosskd.adapters._torchvision_two_stage import _BoxHead
+from crosskd.adapters import TorchvisionFasterRCNN
+from crosskd.adapters.torchvision.faster_rcnn import _RPN, _BoxHead
 from crosskd.predictions import Predictions
 from crosskd.testing import AdapterError, check_adapter
-from tests.conformance import assert_green, only
+from tests.helpers.conformance import assert_green, only
 from tests.helpers.two_stages import POOLED, tiny_faster_rcnn, two_stage_batch
 
 
@@ -47,11 +46,20 @@ PAIRS = {
 }
 
 
-def found(second: _BoxHead, *checks: str, adapter: Any = None, **student: Any) -> AdapterError:
-    """The error that a second stage gets, from all checks unless some are named."""
-    adapter = TorchvisionFasterRCNNAdapter() if adapter is None else adapter
-    adapter.second = second
-    detectors = {"teacher": tiny_faster_rcnn(), "student": tiny_faster_rcnn(seed=1, **student)}
+def with_heads(box: type[_BoxHead] = _BoxHead, rpn: type[_RPN] = _RPN) -> type:
+    """An adapter with other heads."""
+
+    class Changed(TorchvisionFasterRCNN):
+        def __init__(self, detector):
+            super().__init__(detector)
+            self.heads = (rpn(detector), box(detector, self.map_names))
+
+    return Changed
+
+
+def found(adapter: Any, *checks: str) -> AdapterError:
+    """The error that an adapter gets, from all checks unless some are named."""
+    detectors = {"teacher": tiny_faster_rcnn(), "student": tiny_faster_rcnn(seed=1)}
     skip = only(*checks) if checks else None
     with pytest.raises(AdapterError) as error:
         check_adapter(adapter, *two_stage_batch(), **detectors, skip=skip, steps=120)
@@ -64,37 +72,37 @@ def test_faster_rcnns_adapter_is_green(teacher, student):
         "teacher": tiny_faster_rcnn(**teacher),
         "student": with_names("p3", "p4", "top", seed=1, **student),
     }
-    assert_green(TorchvisionFasterRCNNAdapter(), *two_stage_batch(), **pair)
+    assert_green(TorchvisionFasterRCNN, *two_stage_batch(), **pair)
 
 
-@pytest.mark.parametrize("part", ["rpn", "box"])
-def test_one_part_may_be_distilled_alone(part):
+@pytest.mark.parametrize("head", ["rpn", "box"])
+def test_one_head_may_be_distilled_alone(head):
     pair = {"teacher": tiny_faster_rcnn(), "student": tiny_faster_rcnn(seed=1)}
-    skip = only("gradients through the tail", "student losses", "student gradients", "unlabelled images")
-    method = CrossKD(part=part)
+    checks = "gradients through the tail", "student losses", "student gradients", "unlabelled images"
     report = check_adapter(
-        TorchvisionFasterRCNNAdapter(), *two_stage_batch(), **pair, method=method, skip=skip
+        TorchvisionFasterRCNN, *two_stage_batch(), **pair, method=CrossKD(head=head), skip=only(*checks)
     )
-    assert set(report.passed).isdisjoint(skip)
-    assert len(report.passed) == 4
+    assert report.passed == checks
 
 
-# -- broken second stages ------------------------------------------------------------------------
+# -- broken box heads ----------------------------------------------------------------------------
 
 
 class PoolsFromTheTeacher(_BoxHead):
-    """Hands the student what it has seen first: the teacher's maps."""
+    """Hands the student what was pooled from first: the teacher's maps."""
 
-    def features(self, detector, maps, regions, inputs):
-        if not detector.training:
-            self.maps = maps
-        return super().features(detector, self.maps, regions, inputs)
+    maps: Sequence[Tensor] = ()
+
+    def pool(self, maps, regions, batch):
+        if not self.roi_heads.training:
+            PoolsFromTheTeacher.maps = maps
+        return super().pool(PoolsFromTheTeacher.maps, regions, batch)
 
 
 class DetachesTheTail(_BoxHead):
-    def predict(self, detector, level, towers):
-        with torch.set_grad_enabled(detector.training and torch.is_grad_enabled()):
-            return super().predict(detector, level, towers)
+    def predict(self, level, towers):
+        with torch.set_grad_enabled(self.roi_heads.training and torch.is_grad_enabled()):
+            return super().predict(level, towers)
 
 
 class DrawsOfItsOwn(_BoxHead):
@@ -110,32 +118,33 @@ class HalvesItsLosses(_BoxHead):
 
 
 class WakesTheTeacher(_BoxHead):
-    def features(self, detector, maps, regions, inputs):
-        return super().features(detector.train(), maps, regions, inputs)
+    def pool(self, maps, regions, batch):
+        self.roi_heads.train()
+        return super().pool(maps, regions, batch)
 
 
 class LooksAtTheMode(_BoxHead):
-    def features(self, detector, maps, regions, inputs):
-        (pooled,) = super().features(detector, maps, regions, inputs)
-        return [pooled if detector.training else 2 * pooled]
+    def pool(self, maps, regions, batch):
+        pooled = super().pool(maps, regions, batch)
+        return pooled if self.roi_heads.training else 2 * pooled
 
 
 @pytest.mark.parametrize(
-    ("second", "check", "told"),
+    ("box", "check", "told"),
     [
         (PoolsFromTheTeacher, "gradients through the tail",
-         r"box: what features\(\) pools for the student has no gradient at the student's own maps"),
-        (PoolsFromTheTeacher, "student losses", "box: loss_classifier is .* through the adapter and"),
+         r"box: what pool\(\) makes for the student has no gradient at the student's own maps"),
+        (PoolsFromTheTeacher, "student losses", "loss_classifier is .* through the adapter and"),
         (DetachesTheTail, "gradients through the tail",
          "box: kd_cls has no gradient at the student's features of the box branch at any level"),
-        (DrawsOfItsOwn, "student losses", "box: loss_classifier is .* through the adapter and .* alone"),
-        (HalvesItsLosses, "student losses", "box: loss_box_reg is .* through the adapter and .* alone"),
-        (WakesTheTeacher, "teacher untouched", r"train mode: second.features\(\) left it so"),
-        (LooksAtTheMode, "same path for both", r"box: features\(\) gives a teacher and a student of"),
+        (DrawsOfItsOwn, "student losses", "loss_classifier is .* through the adapter and .* alone"),
+        (HalvesItsLosses, "student losses", "loss_box_reg is .* through the adapter and .* alone"),
+        (WakesTheTeacher, "teacher untouched", "the teacher in train mode: roi_heads"),
+        (LooksAtTheMode, "same path", "the box's logits differ"),
     ],
 )  # fmt: skip
-def test_broken_second_stages_are_red_and_told_why(second, check, told):
-    error = found(second(), check)
+def test_broken_box_heads_are_red_with_the_fault_named(box, check, told):
+    error = found(with_heads(box), check)
     assert {name for fault in error.faults for name in fault.checks} == {check}
     with pytest.raises(AdapterError, match=told):
         raise error
@@ -148,54 +157,49 @@ def turned(predictions: Predictions) -> Predictions:
 
 
 class DecodesMixedUp(_BoxHead):
-    def decode(self, detector, predictions, regions):
-        return super().decode(detector, turned(predictions), regions)
+    def decode(self, predictions, anchors):
+        return super().decode(turned(predictions), anchors)
 
 
-class ProposesMixedUp(TorchvisionFasterRCNNAdapter):
+class ProposesMixedUp(_RPN):
     """Mixes up what the first head's boxes are compared by, while its proposals are right."""
 
-    def decode(self, detector, predictions, locations):
-        return super().decode(detector, turned(predictions), locations)
+    def decode(self, predictions, anchors):
+        return super().decode(turned(predictions), anchors)
 
 
 class Shifts(_BoxHead):
-    """Hands something of each class out as the next one's, and knows it itself."""
+    """Hands something of each class out as the next one's, and is consistent about it."""
 
-    def __init__(self, name: str, dimension: int) -> None:
-        self.name, self.dimension = name, dimension
+    part, dimension = "logits", -1
 
     def rolled(self, predictions, by):
-        values = getattr(predictions, self.name).roll(by, dims=self.dimension)
-        return replace(predictions, **{self.name: values})
+        values = getattr(predictions, self.part).roll(by, dims=self.dimension)
+        return replace(predictions, **{self.part: values})
 
-    def predict(self, detector, level, towers):
-        return self.rolled(super().predict(detector, level, towers), 1)
+    def predict(self, level, towers):
+        return self.rolled(super().predict(level, towers), 1)
 
-    def losses(self, student, predictions, regions, inputs):
-        return super().losses(student, self.rolled(predictions, -1), regions, inputs)
+    def losses(self, predictions, anchors, batch):
+        return super().losses(self.rolled(predictions, -1), anchors, batch)
+
+
+class ShiftsBoxes(Shifts):
+    part, dimension = "regression", 2
 
 
 @pytest.mark.parametrize(
-    ("second", "adapter", "told"),
+    ("adapter", "told"),
     [
-        (DecodesMixedUp(), None, "box: decoding: where the student's own losses are smallest, the decoded"),
-        (
-            _BoxHead(),
-            ProposesMixedUp(),
-            "rpn: decoding: where the student's own losses are smallest, the dec",
-        ),
-        (Shifts("logits", -1), None, r"box: classes: .*of the target's label \(mostly of label \+1\)"),
-        (
-            Shifts("regression", 2),
-            None,
-            "box: classes: .*another class's box than that of the target's label",
-        ),
+        (with_heads(DecodesMixedUp), "box: decoding: where the student's own losses are smallest, the dec"),
+        (with_heads(rpn=ProposesMixedUp), "rpn: decoding: where the student's own losses are smallest, the"),
+        (with_heads(Shifts), r"box: classes: .*of the object's label \(mostly of label \+1\)"),
+        (with_heads(ShiftsBoxes), "box: classes: .*another class's box than that of the object's label"),
     ],
 )
-def test_boxes_and_classes_alone_are_blamed_where_they_are_mixed_up(second, adapter, told):
-    error = found(second, adapter=adapter)
-    assert [fault.checks for fault in error.faults] == [("decoding and classes",)]
+def test_boxes_and_classes_that_are_mixed_up(adapter, told):
+    error = found(adapter, "decoding and classes")
+    assert len(error.faults) == 1
     with pytest.raises(AdapterError, match=told):
         raise error
 
@@ -203,25 +207,29 @@ def test_boxes_and_classes_alone_are_blamed_where_they_are_mixed_up(second, adap
 # -- what else each check finds ------------------------------------------------------------------
 
 
-class Changed(_BoxHead):
-    """Does one thing otherwise: a function that is given what the right one gives, and its arguments."""
+def of_box(name: str, change: Any) -> type:
+    """An adapter whose box head does one thing otherwise, given what is right, the head, the arguments."""
+    right = getattr(_BoxHead, name)
 
-    def __init__(self, name: str, change: Any) -> None:
-        right = getattr(super(), name)
-        setattr(self, name, lambda *arguments: change(right(*arguments), *arguments))
+    def changed(self, *arguments):
+        return change(right(self, *arguments), self, *arguments)
 
-
-class RefusesOneImage(_BoxHead):
-    def losses(self, student, predictions, regions, inputs):
-        if len(regions.boxes) == 1:
-            raise IndexError("no second image")
-        return super().losses(student, predictions, regions, inputs)
+    return with_heads(type("ChangedBox", (_BoxHead,), {name: changed}))
 
 
-def with_recipe(**changed: Any) -> _BoxHead:
-    stage = _BoxHead()
-    stage.recipe = replace(_BoxHead.recipe, **changed)
-    return stage
+def with_box(**values: Any) -> type:
+    class Valued(_BoxHead):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            vars(self).update(values)
+
+    return with_heads(Valued)
+
+
+def refuses_one_image(result, head, predictions, regions, batch):
+    if len(regions.boxes) == 1:
+        raise IndexError("no second image")
+    return result
 
 
 def without_normalizer(result, *_):
@@ -229,44 +237,34 @@ def without_normalizer(result, *_):
 
 
 @pytest.mark.parametrize(
-    ("check", "second", "told"),
+    ("check", "adapter", "told"),
     [
-        ("structure", Changed("num_classes", lambda n, d: n if d.training else n - 1),
-         r"box: teacher: num_classes\(\) says 4, the logits of level 0 are of 5"),
-        ("structure", Changed("counts", lambda n, r: n[:1]),
-         r"box: teacher: counts\(\) says \[16\] regions for 2 "),
-        ("structure", Changed("features", lambda f, *_: [f[0][1:]]),
-         r"for 2 images, features\(\) gives \[31\]"),
-        ("structure", Changed("features", lambda f, *_: [f[0][:, 1:]]),
-         "the box tower takes 16 channels, the m"),
-        ("structure", with_recipe(background=None), "box: teacher: recipe.background is None, that of "),
-        ("taps and tail", Changed("predict", lambda p, *_: replace(p, logits=p.logits + torch.rand(()))),
+        ("structure", with_box(background=None),
+         "teacher: box: background says None, the predictions have 0"),
+        ("structure", of_box("counts", lambda n, *_: n[:1]),
+         r"teacher: box: counts\(\) says \[.*\] regions for 2 images"),
+        ("structure", of_box("pool", lambda f, *_: f[1:]), r"pool\(\) gives 31 and predict\(\) 31"),
+        ("taps and tail", of_box("predict", lambda p, *_: replace(p, logits=p.logits + torch.rand(()))),
          r"box: box branch, level 0, position 0 .*predict\(\) gives other predictions for the same tower"),
-        ("student losses", Changed("losses", without_normalizer), "box: assignment.normalizer is 0"),
-        ("student gradients", Changed("branches", lambda b, d: copy.deepcopy(b)),
+        ("label assignment", of_box("losses", without_normalizer), "box: assignment.normalizer is 0"),
+        ("student gradients", with_heads(DetachesTheTail),
          "box: the distillation's gradient does not reach what stands before the split: block 1 of the box"),
-        ("one image", RefusesOneImage(),
-         r"box: losses\(\) of the adapter raised IndexError: no second image"),
-        ("autocast", Changed("decode", lambda b, *_: b.bfloat16().double()), "box: kd_reg is torch.float64"),
+        ("one image", of_box("losses", refuses_one_image),
+         r"box: changed\(\) of ChangedBox raised IndexError: no second image"),
+        ("autocast", of_box("decode", lambda b, *_: b.bfloat16().double()), "box: kd_reg is torch.float64"),
     ],
 )  # fmt: skip
-def test_each_check_looks_at_the_second_stage(check, second, told):
-    error = found(second, check)
+def test_each_check_looks_at_the_box_head(check, adapter, told):
+    error = found(adapter, check)
     with pytest.raises(AdapterError, match=told):
         raise error
 
 
-def test_functions_of_a_second_stage_that_are_missing():
-    class Half:
-        recipe = _BoxHead.recipe
+def test_functions_of_a_box_head_that_are_missing():
+    class Half(_BoxHead):
+        pool = None
 
-        def regions(self, *arguments):
-            return None
-
-    class Unnamed(TorchvisionFasterRCNNAdapter):
-        parts = ("head", "head")
-
-    error = found(Half(), adapter=Unnamed())
-    assert "Half has no function num_classes, check_pair, branches, counts, features, predict" in str(error)
-    assert "Unnamed.parts is ('head', 'head')" in str(error)
+    Half.__abstractmethods__ = frozenset({"pool"})
+    error = found(with_heads(Half))
+    assert "raised TypeError: Can't instantiate abstract class Half" in str(error)
     assert error.report.passed == ()

@@ -44,7 +44,10 @@ def test_table_of_an_fcos():
     assert lines[4] == "branch classification: 4 blocks, shared by all levels, valid positions 0 to 4"
     assert lines[10] == "         4        64  post, pre  Conv2d, GroupNorm, ReLU"
     assert lines[-2] == "  predictors: bbox_reg (4 channels), bbox_ctrness (1 channels)"
-    assert lines[-1] == "settings unless given (published): position 2, cls_weight 0.4, reg_weight 0.75 (log_iou)"
+    assert (
+        lines[-1]
+        == "settings unless given (published): position 2, cls_weight 0.4, reg_weight 0.75 (log_iou)"
+    )
 
 
 FASTER_RCNN_TABLE = """\

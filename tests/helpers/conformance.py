@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from crosskd._conformance import CHECKS
+from crosskd.diagnostics.adapter_checks import CHECKS
 from crosskd.testing import AdapterReport, check_adapter
 
 __all__ = ["assert_green", "only"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dense_heads import adapter_of
 
-from tests.conformance import assert_green
+from tests.helpers.conformance import assert_green
 from tests.examples.dense_heads.small import CLASSES, FAMILIES, small
 from tests.helpers.tiny import tiny_batch
 
