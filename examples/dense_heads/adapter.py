@@ -1,138 +1,135 @@
-"""What it takes to distil a detector of one's own: the functions of ``crosskd.adapters.Adapter``."""
+"""What it takes to distil a detector of one's own: a ``crosskd.adapters.Adapter`` with a ``Head``.
+
+These detectors have the transform and the backbone of torchvision's, so the adapter derives from the one of
+those, which prepares images and runs the backbone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from crosskd.adapters import Inputs
-from crosskd.adapters.levels import LevelPairs
-from crosskd.adapters.torchvision import prepare_images
-from crosskd.head import Branch, Tower
-from crosskd.methods import recipes
-from crosskd.methods.recipes import HeadRecipe
+import crosskd.adapters
+from crosskd.adapters import Adapter, Anchors, Batch, Head, OwnOutput
+from crosskd.adapters.torchvision.common import TorchvisionAdapter, image_list, targets_of
 from crosskd.predictions import Assignment, Predictions
+from crosskd.towers import Branch, Tower
 from dense_heads.atss import ATSS
-from dense_heads.detector import OUTSIDE, DenseDetector, Grid, Outputs
+from dense_heads.detector import OUTSIDE, Grid, Outputs
 from dense_heads.gfl import GFL
 
 
-class _DenseHeadsAdapter:
-    """Adapter for the detectors of this package; the families differ in their published settings alone."""
+class _DenseHead(Head):
+    """The head of the detectors of this package; the two differ in name alone."""
 
-    recipe: HeadRecipe
-    family: type[DenseDetector]
-
-    def supports(self, detector: nn.Module) -> bool:
-        """Whether a detector is of this family."""
-        return isinstance(detector, self.family)
-
-    def num_classes(self, detector: Any) -> int:
-        """How many classes the detector knows."""
-        return int(detector.num_classes)
-
-    def strides(self, detector: Any) -> tuple[int, ...]:
-        """Pixels between neighbouring locations a level."""
-        strides: tuple[int, ...] = detector.strides
-        return strides
-
-    def check_pair(self, teacher: nn.Module, student: nn.Module, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` for a pair whose predictions can't be compared."""
-        why = {
-            "anchor_scale": "boxes predicted from different anchors can't be compared",
-            "reg_max": "distributions over different bins can't be compared",
-        }
-        for name, advice in why.items():
-            theirs, ours = (getattr(detector, name, None) for detector in (teacher, student))
-            if theirs != ours:
-                raise ValueError(
-                    f"{name} differs: {theirs} (teacher), {ours} (student): {advice}. Build both with the "
-                    f"same {name}, and train the teacher with it"
-                )
-
-    def branches(self, detector: Any) -> tuple[Branch, ...]:
-        """The two towers, each one over all levels, with the predictors behind it."""
+    def __init__(self, detector: Any) -> None:
+        self.detector = detector
+        self.num_classes = detector.num_classes
         head = detector.head
+        self.bins = head.bins or 1
         behind = {"regression": head.regression, "centerness": head.centerness}
         predictors = {
             "classification": {"logits": head.logits},
             "regression": {name: module for name, module in behind.items() if module is not None},
         }
         width = detector.backbone.out_channels
-        return tuple(
-            Branch(
-                name, (Tower.of(getattr(head, f"{name}_tower"), f"{name} tower", width_in=width),), modules
-            )
-            for name, modules in predictors.items()
-        )
+        branches = []
+        for name, modules in predictors.items():
+            tower = Tower.of(getattr(head, f"{name}_tower"), f"{name} tower", width_in=width)
+            branches.append(Branch(name, (tower,), modules))
+        self.branches = tuple(branches)
 
-    def prepare(self, teacher: Any, student: Any, images: Any, targets: Any) -> Inputs:
-        """The student's transform, once; the teacher gets the same pixels."""
-        return prepare_images(teacher.transform, student.transform, images, targets, student.num_classes)
-
-    def features(self, detector: Any, pixels: Tensor) -> list[Tensor]:
-        """The pyramid's feature maps."""
-        return list(detector.backbone(pixels).values())
-
-    def predict(self, detector: Any, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """Runs the head's predictors on a level's tower outputs."""
-        return Predictions(*detector.head.predict(level, towers["classification"], towers["regression"]))
+        return Predictions(*self.detector.head.predict(level, towers["classification"], towers["regression"]))
 
-    def locations(self, detector: Any, inputs: Inputs, features: Sequence[Tensor]) -> Grid:
-        """The detector's anchors."""
-        grid: Grid = detector.grid(inputs.extra, features)
-        return grid
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """The detector's grid; ``extra`` tells which anchors of an image are inside of it."""
+        grid = self.detector.grid(image_list(batch), maps)
+        return Anchors(grid.anchors, tuple(grid.level_sizes), strides=grid.strides, extra=grid.inside)
 
-    def decode(self, detector: Any, predictions: Predictions, locations: Grid) -> Tensor:
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
         """Boxes by the detector's own function, in float32 at least."""
-        boxes: Tensor = detector.decode(_outputs(predictions).widened().regression, locations)
+        regression = _outputs(predictions).widened().regression
+        boxes: Tensor = self.detector.decode(regression, _grid(anchors))
         return boxes
 
     def losses(
-        self, student: Any, predictions: Predictions, locations: Grid, inputs: Inputs
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
     ) -> tuple[dict[str, Tensor], Assignment]:
         """The detector's own losses, and the matches that they were made with."""
-        matches = student.match(locations, inputs.targets)
-        losses = student.losses(_outputs(predictions), locations, matches, inputs.targets)
-        counted = (matches != OUTSIDE).float()
-        return losses, Assignment(counted, matches >= 0, student.normalizer(matches))
+        grid = _grid(anchors)
+        matches = self.detector.match(grid, batch.targets)
+        losses = self.detector.losses(_outputs(predictions), grid, matches, batch.targets)
+        return losses, self._assignment(matches)
 
-    def detect(self, student: nn.Module, images: Any, targets: Any) -> Any:
-        """The student's own detections."""
-        return student(images)
+    def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
+        """The detector's own matches, which look at places alone."""
+        return self._assignment(self.detector.match(_grid(anchors), targets_of(batch, first_label=0)))
 
-    def check_locations(self, teacher: Grid, student: Grid, levels: LevelPairs) -> None:
-        """Raises ``ValueError`` where the anchors of the two differ."""
-        by_level = teacher.anchors.split(teacher.level_sizes)
-        paired = torch.cat([by_level[level] for level in levels.of_teacher(len(by_level))])
-        if paired.shape != student.anchors.shape or not paired.equal(levels.scale * student.anchors):
-            raise ValueError("the anchors differ on the first batch: build both detectors with the same grid")
+    def _assignment(self, matches: Tensor) -> Assignment:
+        return Assignment((matches != OUTSIDE).float(), matches >= 0, self.detector.normalizer(matches))
 
 
-class GFLAdapter(_DenseHeadsAdapter):
+class _GFLHead(_DenseHead):
+    head_type = "GFL"
+
+
+class _ATSSHead(_DenseHead):
+    head_type = "ATSS"
+
+
+class _DenseAdapter(TorchvisionAdapter):
+    """Adapter for the detectors of this package."""
+
+    head: type[_DenseHead]
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__(detector)
+        self.heads = (self.head(detector),)
+
+    def _read_levels(self) -> None:
+        """These detectors know their strides."""
+        self.strides = tuple(map(float, self.detector.strides))
+        self.widths = (self.detector.backbone.out_channels,) * len(self.strides)
+
+    def own_outputs(self, batch: Batch) -> list[OwnOutput]:
+        """What the head gives in the detector's own forward."""
+        ((_, outputs),) = self.own_head_outputs(batch, [self.detector.head])
+        return [OwnOutput(Predictions(*outputs))]
+
+
+class GFLAdapter(_DenseAdapter):
     """Adapter for `GFL`."""
 
-    recipe = recipes.GFL
-    family = GFL
+    head = _GFLHead
 
 
-class ATSSAdapter(_DenseHeadsAdapter):
+class ATSSAdapter(_DenseAdapter):
     """Adapter for `ATSS`."""
 
-    recipe = recipes.ATSS
-    family = ATSS
+    head = _ATSSHead
 
 
-def adapter_of(*detectors: nn.Module) -> GFLAdapter | ATSSAdapter | None:
-    """The adapter for detectors of this package, ``None`` for others, which the library may know itself."""
-    for adapter in (GFLAdapter(), ATSSAdapter()):
-        if all(adapter.supports(detector) for detector in detectors):
-            return adapter
-    return None
+def adapter_of(detector: nn.Module) -> Adapter:
+    """The adapter of a detector, of this package or one that the library knows itself.
+
+    Raises:
+        TypeError: no adapter understands it.
+    """
+    if isinstance(detector, GFL):
+        return GFLAdapter(detector)
+    if isinstance(detector, ATSS):
+        return ATSSAdapter(detector)
+    return crosskd.adapters.find_adapter(detector)
 
 
 def _outputs(predictions: Predictions) -> Outputs:
     return Outputs(predictions.logits, predictions.regression, predictions.quality)
+
+
+def _grid(anchors: Anchors) -> Grid:
+    """Anchors in the detectors' own form."""
+    return Grid(anchors.boxes, anchors.strides, list(anchors.per_level), anchors.extra)
