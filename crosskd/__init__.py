@@ -3,9 +3,45 @@
 ``Distiller(teacher, student, CrossKD())`` wraps a detector; call it, back-propagate, keep the student.
 """
 
-from crosskd.diagnostics import check, describe
+from crosskd import (
+    adapters,
+    align,
+    checkpoints,
+    losses,
+    methods,
+    pairing,
+    predictions,
+    schedule,
+    step,
+    testing,
+    towers,
+)
+from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.methods import PKD, CrossKD, Method, PredictionMimicking
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "PKD",
+    "CrossKD",
+    "Distiller",
+    "Method",
+    "PredictionMimicking",
+    "Schedule",
+    "adapters",
+    "align",
+    "check",
+    "check_adapter",
+    "checkpoints",
+    "describe",
+    "losses",
+    "methods",
+    "pairing",
+    "predictions",
+    "schedule",
+    "step",
+    "testing",
+    "towers",
+]

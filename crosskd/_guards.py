@@ -53,7 +53,7 @@ def check_same_pixels(teacher: Adapter, student: Adapter) -> None:
     theirs, ours = teacher.pixel_coding, student.pixel_coding
     if (theirs is None) != (ours is None):
         raise ValueError(
-            f"nothing tells how the {'teacher' if theirs is None else 'student'}'s pixels are coded, so the "
+            f"it is unknown how the {'teacher' if theirs is None else 'student'}'s pixels are coded, so the "
             "teacher's can't be made of the student's: pass generic() the pixel_coding= "
             "(crosskd.adapters.PixelCoding), or the distiller a teacher_view="
         )

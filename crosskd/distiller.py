@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -21,6 +22,8 @@ from crosskd.running import outside_graph, points_of, run_region_heads, run_teac
 from crosskd.step import DetectorTrace, Step, Trace, run_head
 
 __all__ = ["Distiller"]
+
+_logger = logging.getLogger("crosskd")
 
 TeacherView = Callable[[Any, Any], Any]
 """Makes the teacher's images of a batch's (images, targets)."""
@@ -117,7 +120,8 @@ class Distiller(nn.Module):
         self.teacher_view, self.resize_levels = teacher_view, resize_levels
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
         theirs = _bound("teacher", teacher_adapter or adapter or find_adapter, frozen_copy(teacher))
-        ours = _bound("student", adapter or find_adapter, student)
+        self._student_spec = adapter or find_adapter
+        ours = _bound("student", self._student_spec, student)
         if not ours.heads:
             raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
         self.student = student
@@ -149,7 +153,7 @@ class Distiller(nn.Module):
         if class_map is not None and teacher.heads:
             last, own = teacher.heads[-1], student.heads[-1]
             columns = class_columns(class_map, last.num_classes, own.num_classes, own.background)
-        return Pair(
+        pair = Pair(
             teacher,
             student,
             levels=levels,
@@ -158,6 +162,12 @@ class Distiller(nn.Module):
             own_view=view,
             resize_levels=self.resize_levels,
         )
+        left_out, _ = pair.left_out()
+        if left_out and levels:
+            _logger.info(
+                "the teacher's levels of strides %s are left out: the student has none like them", left_out
+            )
+        return pair
 
     # -- the module's face ----------------------------------------------------------------------
 
@@ -291,7 +301,7 @@ class Distiller(nn.Module):
         return teacher.take(Batch(pixels, batch.image_sizes))
 
     def _check_unchanged(self) -> None:
-        """Raises ``ValueError`` where something has changed that was read off when the distiller was made."""
+        """Raises ``ValueError`` where something has changed that the methods were set up by."""
         made_for = self.student_adapter.detector
         if self.student is not made_for:
             raise ValueError(
@@ -301,11 +311,8 @@ class Distiller(nn.Module):
         now = dict(self.student.named_modules())
         for path, module in self._structure.items():
             if now.get(path) is not module:
-                raise ValueError(
-                    f"the student's {path} was replaced since the distiller was made, so the new "
-                    f"{type(now.get(path)).__name__} would not be trained: make the distiller after the last "
-                    "change of the student (SyncBatchNorm and the like included)"
-                )
+                self._read_again(path)
+                break
         if self.teacher.training:
             raise ValueError(
                 "distiller.teacher is in train mode, in which its answers change: call "
@@ -313,6 +320,27 @@ class Distiller(nn.Module):
             )
         if not self._checked:
             check_devices(self.teacher, self.student)
+
+    def _read_again(self, path: str) -> None:
+        """Reads the student once more, some of whose layers were replaced.
+
+        ``SyncBatchNorm.convert_sync_batchnorm(distiller)`` does so, and mmengine's Runner to any model.
+
+        Raises:
+            ValueError: its heads are no longer what the methods were set up for.
+        """
+        student = _bound("student", self._student_spec, self.student)
+        before, now = ([_form(head) for head in side.heads] for side in (self.pair.student, student))
+        if before != now:
+            raise ValueError(
+                f"the student's {path} was replaced since the distiller was made, and its heads differ now "
+                "in classes, towers or widths from those that the methods were set up for: make the "
+                "distiller after such a change"
+            )
+        self.pair = replace(self.pair, student=student)
+        self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
+        self._structure = dict(self.student.named_modules())
+        self._proved.discard("student")
 
     @outside_graph
     def _advance(self) -> dict[str, float]:
@@ -338,7 +366,7 @@ class Distiller(nn.Module):
     def _steps(
         self, teacher: DetectorTrace, student: DetectorTrace, active: Mapping[str, Method]
     ) -> dict[str, Step]:
-        """What each active method sees; on its first step it demands what only a batch tells."""
+        """What each active method sees; on its first step it demands what only a batch shows."""
         steps = steps_of(self._pairs, teacher, student, active, self.unlabelled_threshold)
         for name in steps.keys() - self._checked:
             active[name].check(steps[name])
@@ -368,6 +396,15 @@ def _bound(side: str, spec: AdapterSpec, detector: nn.Module) -> Adapter:
     return adapter
 
 
+def _form(head: Head) -> tuple[Any, ...]:
+    """What methods are set up by: a head's classes, and its towers' widths at each position."""
+    branches = []
+    for branch in head.branches:
+        widths = [[tower.width(at) for at in range(len(tower.blocks) + 1)] for tower in branch.towers]
+        branches.append((branch.name, widths))
+    return head.name, head.head_type, head.num_classes, branches
+
+
 def _of_method(method: Method, pair: Pair) -> Pair:
     """A pair with the heads that a method distils."""
     if method.head is None:
@@ -376,7 +413,7 @@ def _of_method(method: Method, pair: Pair) -> Pair:
         next((head for head in adapter.heads if head.name == method.head), None)
         for adapter in (pair.teacher, pair.student)
     )
-    # The classes are those of the last head; an earlier one tells objects from none.
+    # The classes are those of the last head; an earlier one separates objects from background.
     columns = pair.class_map if teacher is not None and teacher is pair.teacher.heads[-1] else None
     return replace(pair, teacher_head=teacher, student_head=student, class_map=columns)
 
@@ -454,8 +491,9 @@ def _flat(
     flat = dict(own)
     for name, key, loss in named:
         head = methods[name].head
-        # The key names the head already.
-        prefix = name.replace(f"_{head}", "", 1) if head else name
+        # The key names the head already, which stands behind the method's own name.
+        own_name = methods[name].name
+        prefix = own_name + name.removeprefix(f"{own_name}_{head}") if head else name
         factor = factors[name]
         flat[f"{prefix}_{key}" if taken.count(key) > 1 else key] = loss * factor if factor != 1 else loss
     return flat

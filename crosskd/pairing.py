@@ -50,7 +50,7 @@ class Pair:
         student: the student's.
         teacher_head: the heads that the method distils; ``None`` for methods of feature maps.
         student_head: likewise.
-        levels: (student's level, teacher's level) of equal strides; ``None`` where nothing tells how many
+        levels: (student's level, teacher's level) of equal strides; ``None`` if nothing says how many
             levels there are, and the two go level by level.
         scale: the teacher's strides over the student's. Other than 1 where the teacher sees the images at
             another resolution.

@@ -162,9 +162,7 @@ class Assignment:
     normalizer: Tensor
 
 
-def positives_of_teacher(
-    teacher: Predictions, threshold: float, *, sum_quality: bool = False
-) -> Assignment:
+def positives_of_teacher(teacher: Predictions, threshold: float, *, sum_quality: bool = False) -> Assignment:
     """An assignment for images without targets: the teacher's confident anchors are the positives.
 
     With targets the normalizer is the number of anchors that the label assignment holds responsible for

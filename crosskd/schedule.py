@@ -20,7 +20,7 @@ class Schedule:
         decay: ``(start, end)``, between which the factor falls linearly from 1 to 0.
         stop: from when on the factor is 0.
         unit: ``"step"`` counts the training forwards of the `Distiller` (each part of an accumulated
-            batch is one); ``"epoch"`` takes what `Distiller.set_epoch` was told.
+            batch is one); ``"epoch"`` takes what `Distiller.set_epoch` was given.
 
     Raises:
         ValueError: negative numbers, a decay that ends before it starts, a stop before the warm-up's

@@ -306,13 +306,13 @@ class Tower:
                 where the first layer with weights is a linear or an attention layer.
 
         Raises:
-            ValueError: no layer tells the input's width, or modules that can't be split.
+            ValueError: no layer has the input's width, or modules that can't be split.
         """
         blocks = split_tower(modules, name)
         if width_in is None:
             widths = blocks[0].widths if blocks and not isinstance(blocks[0].layers[0], nn.Flatten) else None
             if widths is None:
-                raise ValueError(f"{name}: no layer tells its input width; hand in width_in")
+                raise ValueError(f"{name}: no layer has its input width; hand in width_in")
             width_in = widths[0]
         if channels_last is None:
             channels_last = _takes_channels_last(blocks)
@@ -429,7 +429,7 @@ class Branch:
         if level >= len(self.towers):
             raise ValueError(
                 f"the {self.name} branch has towers for {len(self.towers)} levels, but there is a level "
-                f"{level + 1}: give it one tower a level, or a single one for all"
+                f"{level + 1}: give it one tower per level, or a single one for all"
             )
         return self.towers[level]
 

@@ -81,7 +81,7 @@ class Batch:
     Attributes:
         pixels: shape (batch, channels, height, width), coded as the detector wants them.
         image_sizes: (height, width) of each image in the batch, without padding.
-        objects: of each image; ``None`` where there are no targets, or where nothing tells them.
+        objects: of each image; ``None`` where there are no targets, or if unknown.
         targets: in the detector's own form, in pixels of the batch; ``None`` for unlabelled images.
         extra: whatever else the adapter's own functions need.
     """
@@ -104,7 +104,7 @@ class Anchors:
 
     Attributes:
         boxes: shape (anchors, 4), xyxy in pixels of the batch, or (anchors, 2) for points, xy; level by
-            level, in the order of the predictions. ``None`` where nothing tells them.
+            level, in the order of the predictions. ``None`` if unknown.
         per_level: how many anchors each level has.
         strides: shape (anchors,), pixels between neighbouring locations of the anchor's level, where the
             head's box coding needs them.
@@ -164,7 +164,7 @@ class Head(ABC):
         head_type: by which methods look up published settings, ``"GFL"``, ``"RetinaNet"``…; a name of your
             own means the general settings.
         num_classes: columns of the logits, the background included.
-        class_names: their names, one per column; ``None`` where nothing tells.
+        class_names: their names, one per column; ``None`` if unknown.
         background: the column that means no object, where the classes share a softmax.
         branches: the head's towers with their predictors.
         rows: what a row of predictions stands for. Rows of ``"queries"`` have no order, and methods that
@@ -243,7 +243,7 @@ class Head(ABC):
         """
         raise ValueError(
             f"the teacher's {self.head_type} head has other anchors than the student's, and its adapter "
-            f"({type(self).__name__}) tells no label assignment of its own: implement its assign(), or take "
+            f"({type(self).__name__}) has no label assignment of its own: implement its assign(), or take "
             "a teacher with the student's anchors"
         )
 
@@ -266,7 +266,7 @@ class RegionHead(Head):
     anchors are the regions, in whatever form `regions` gives them.
 
     Attributes:
-        pooled: (height, width) of what is pooled at a region; ``None`` where nothing tells.
+        pooled: (height, width) of what is pooled at a region; ``None`` if unknown.
     """
 
     rows: Rows = "regions"
@@ -312,9 +312,9 @@ class Adapter(ABC):
         detector: the detector.
         heads: in the order in which they run; none for a backbone.
         strides: pixels between neighbouring locations of each level's map, finest first; ``None`` where only
-            an image tells.
-        widths: channels of each level's map; ``None`` where nothing tells.
-        pixel_coding: how its pixels are coded; ``None`` where nothing tells, and both detectors are given the
+            an image shows.
+        widths: channels of each level's map; ``None`` if unknown.
+        pixel_coding: how its pixels are coded; ``None`` if unknown, and both detectors are given the
             same pixels.
     """
 

@@ -89,7 +89,7 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         head_type: by which methods look up published settings: ``"GFL"``, ``"RetinaNet"``, ``"ATSS"``,
             ``"FCOS"``. Unless given, the general ones hold.
         rows: ``"grid"`` where the rows of predictions are places, ``"queries"`` where they are a set in no
-            order. Must be given for towers of linear layers, where nothing tells the two apart.
+            order. Must be given for towers of linear layers, which could be either.
         queries: ``(detector, maps)`` returns what the towers are fed where that is a set: the outputs
             (batch, queries, channels) of a transformer's decoder, or a list of them.
 
@@ -278,7 +278,7 @@ class GenericHead(Head):
         predictors: by what they predict, one for all levels or one per level.
         per_location: anchors per location, one number for all levels or one per level; ``None`` where the
             predictors don't tell.
-        levels: how many levels there are; ``None`` where nothing tells.
+        levels: how many levels there are; ``None`` if unknown.
     """
 
     def __init__(self, detector: Any, spec: generic, strides: Sequence[float] | None) -> None:
@@ -315,7 +315,7 @@ class GenericHead(Head):
         return Branch(name, tuple(towers), predictors)
 
     def _read_rows(self) -> Rows:
-        """What a row stands for; raises ``ValueError`` where nothing tells."""
+        """What a row stands for; raises ``ValueError`` if that is unknown."""
         if self.spec.queries is not None:
             return "queries"
         towers = [tower for branch in self.branches for tower in branch.towers]

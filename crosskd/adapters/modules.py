@@ -83,7 +83,9 @@ def ends_in_a_layer(predictor: nn.Module) -> bool:
 
 
 def width_of(predictor: nn.Module, side: Literal["in", "out"]) -> int:
-    """How many numbers a predictor takes or gives at a location; raises ``ValueError`` if nothing tells."""
+    """How many numbers a predictor takes or gives at a location; raises ``ValueError`` if it can't be read
+    off.
+    """
     modules = list(predictor.modules())
     width = _first_width(modules if side == "in" else reversed(modules), side)
     if width is None:

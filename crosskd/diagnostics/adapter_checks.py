@@ -21,7 +21,7 @@ from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, RegionHead
 from crosskd.diagnostics.free_predictions import FreePredictions, is_distribution, objects_for
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
-from crosskd.predictions import Predictions
+from crosskd.predictions import Assignment, Predictions
 from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import Tapped, TapPoint, Tower
@@ -327,10 +327,12 @@ def _head_findings(run: Pass, batch: Batch) -> Iterator[str]:
             yield f"counts() says {counts} regions for {images}, pool() gives {pooled} and predict() {rows}"
         yield from _tower_findings(head, run.feed)
         return
+    if head.rows == "queries":
+        return  # they stand at nothing
     last = head.branches[0].towers[0].channels_last
-    locations = [math.prod(space(level, channels_last=last)) for level in head.feed(run.feed)]
+    locations = [math.prod(space(level, channels_last=last)) for level in run.feed]
     per_level, boxes = list(run.anchors.per_level), run.anchors.boxes
-    uneven = [n for n, each in zip(per_level, locations, strict=False) if head.rows == "grid" and n % each]
+    uneven = [n for n, each in zip(per_level, locations, strict=False) if n % each]
     several = len({rows, sum(per_level), rows if boxes is None else len(boxes)}) > 1
     if len(per_level) != len(locations) or uneven or several:
         yield (
@@ -592,14 +594,22 @@ def label_assignment(bench: Bench) -> Iterator[str]:
             wrong.append(f"assignment.label_weights is {tuple(own.label_weights.shape)}, not {shape}")
         if own.normalizer.ndim or not 0 < float(own.normalizer) < math.inf:
             wrong.append(f"assignment.normalizer is {own.normalizer.tolist()}")
-        if not wrong and type(each.head).assign is not Head.assign and batch.objects is not None:
-            with torch.no_grad(), seeded(adapter.detector):
-                other = each.head.assign(each.predictions, each.anchors, replace(batch, targets=None))
-            facts = [(int(a.positive.sum()), round(float(a.normalizer), 4)) for a in (own, other)]
-            if facts[0] != facts[1] or not torch.equal(own.positive, other.positive):
-                both = f"(positives, normalizer) are {facts[0]} and {facts[1]}"
-                wrong.append(f"the losses' assignment and that of assign() differ: {both}")
+        if not wrong and each.head.rows == "grid" and batch.objects is not None:
+            wrong += _assign_findings(each, adapter, batch, own)
         yield from of_head(each.head, wrong)
+
+
+def _assign_findings(run: Pass, adapter: Adapter, batch: Batch, own: Assignment) -> Iterator[str]:
+    """How assign() differs from the assignment of the losses, where the head has one apart from them."""
+    try:
+        with torch.no_grad(), seeded(adapter.detector):
+            other = run.head.assign(run.predictions, run.anchors, replace(batch, targets=None))
+    except ValueError as error:
+        raise Skipped(f"assign() refuses: {error}") from error
+    facts = [(int(a.positive.sum()), round(float(a.normalizer), 4)) for a in (own, other)]
+    if facts[0] != facts[1] or not torch.equal(own.positive, other.positive):
+        both = f"(positives, normalizer) are {facts[0]} and {facts[1]}"
+        yield f"the losses' assignment and that of assign() differ: {both}"
 
 
 def student_gradients(bench: Bench) -> Iterator[str]:
@@ -898,7 +908,7 @@ def _without_objects(images: Any, targets: Any) -> tuple[Any, Any]:
 
 
 def _cropped(images: Any, targets: Any) -> tuple[Any, Any]:
-    """Images without their last rows and columns; without targets where nothing tells how to cut those."""
+    """Images without their last rows and columns; without targets if it is unknown how to cut those."""
     listed = isinstance(images, list | tuple) and all(isinstance(image, Tensor) for image in images)
     if not listed and not isinstance(images, Tensor):
         raise Skipped(f"images are a {type(images).__name__}: pass odd_size=")

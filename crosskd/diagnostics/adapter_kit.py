@@ -49,7 +49,7 @@ class AdapterReport:
     """What `check_adapter` has looked at.
 
     Attributes:
-        adapter: the name of the adapter's class.
+        adapter: the name of what makes the adapter.
         passed: the names of the checks that found nothing wrong.
         skipped: by name, why a check was not run.
     """
@@ -228,14 +228,15 @@ def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
             continue
         except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
             found, first = [_raised(error)], first or error
-        for finding in found:
+        for finding in dict.fromkeys(found):
             findings.setdefault(finding, []).append(name)
         if not found:
             passed.append(name)
         elif name == "construction":
             later = [other for other in CHECKS if other != name and other not in skipped]
             skipped.update(dict.fromkeys(later, "no distiller could be made"))
-    report = AdapterReport(getattr(bench.adapter, "__name__", repr(bench.adapter)), tuple(passed), skipped)
+    spec = getattr(bench.adapter, "__name__", type(bench.adapter).__name__)
+    report = AdapterReport(spec, tuple(passed), skipped)
     if findings:
         faults = tuple(_fault(tuple(checks), found) for found, checks in findings.items())
         raise AdapterError(faults, report) from first

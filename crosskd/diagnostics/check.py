@@ -313,18 +313,18 @@ def _confidence(run: HeadTrace) -> Confidence:
 
 @torch.no_grad()
 def _fit(distiller: Distiller, trace: Trace, run: HeadTrace, remarks: list[str]) -> Fit | None:
-    """How well the teacher's predictions fit the objects; ``None``, with a remark, where nothing tells."""
+    """How well the teacher's predictions fit the objects; ``None``, with a remark, if that is unknown."""
     objects = trace.student.batch.objects
     if objects is None:
         remarks.append("the student's adapter gives no objects of the targets to compare the teacher with")
         return None
     if not any(len(of_image.labels) for of_image in objects):
-        remarks.append("the targets hold no object, so nothing tells how well the teacher finds them")
+        remarks.append("the targets hold no object, so how well the teacher finds them is unknown")
         return None
     if not run.head.decodes:
         remarks.append("the teacher's adapter decodes no boxes to compare with the objects")
         return None
-    # The first of two heads tells objects from none.
+    # The first of two heads separates objects from background.
     classless = run.head is not distiller.teacher_adapter.heads[-1] or not _comparable(distiller.pair)
     counts = counts_of(run.head, run.anchors)
     decoded = rows_of_images(run.head.decode(run.predictions, run.anchors), counts)

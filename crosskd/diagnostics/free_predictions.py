@@ -30,7 +30,7 @@ def is_distribution(predictions: Predictions) -> bool:
 
 
 def objects_for(head: Head, adapter: Adapter, batch: Batch) -> tuple[Objects, ...]:
-    """A batch's objects; all of class 0 for an earlier head, which tells objects from none."""
+    """A batch's objects; all of class 0 for an earlier head, which separates objects from background."""
     assert batch.objects is not None
     if head is adapter.heads[-1] or head.num_classes > 1:
         return batch.objects

@@ -1,6 +1,6 @@
 """Lets mmengine read its own checkpoints back.
 
-Since PyTorch 2.6 ``torch.load`` takes nothing but weights unless told otherwise, and mmengine 0.10 writes its
+Since PyTorch 2.6 ``torch.load`` takes nothing but weights unless it is asked to, and mmengine 0.10 writes its
 log history, numpy arrays among it, into every checkpoint: no run could be resumed. The loader here allows
 exactly those classes, for the time of one file. It takes the place of mmengine's loader of local files.
 """

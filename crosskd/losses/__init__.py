@@ -2,9 +2,9 @@
 
 All of them share three conventions.
 
-* **Rows.** A loss is first one number a row: the last dimension (classes, bins, box coordinates) is
+* **Rows.** A loss is first one number per row: the last dimension (classes, bins, box coordinates) is
   used up, whatever stands before it are rows, in any order and any number of dimensions.
-* **Weight and normaliser.** ``weight`` holds one number a row. The result is
+* **Weight and normalizer.** ``weight`` holds one number per row. The result is
   ``sum(weight * row loss) / normalizer``; without a ``normalizer`` it is the mean over rows. No rows
   at all give a zero that can be back-propagated.
 * **Constants.** The teacher's side, ``weight`` and ``normalizer`` never receive a gradient.

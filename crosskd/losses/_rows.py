@@ -1,4 +1,4 @@
-"""What the losses share: their conventions for rows, weights and normalisers, and their checks."""
+"""What the losses share: their conventions for rows, weights and normalizers, and their checks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["check_beta", "check_logits", "power", "weighted"]
 
 
 def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
-    """Turns one loss a row into a scalar: the only place that weights and normalises.
+    """Turns one loss per row into a scalar: the only place that weights and normalises.
 
     Args:
-        row_losses: one loss a row, any shape.
-        weight: one number a row, of the same shape, or ``None`` for ones.
+        row_losses: one loss per row, any shape.
+        weight: one number per row, of the same shape, or ``None`` for ones.
         normalizer: what the sum is divided by, or ``None`` for the number of rows.
     """
     if weight is not None:
         if weight.shape != row_losses.shape:
             raise ValueError(
-                f"weight must hold one number a row: expected {shape_text(row_losses)}, "
+                f"weight must hold one number per row: expected {shape_text(row_losses)}, "
                 f"got {shape_text(weight)}"
             )
         row_losses = row_losses * weight.detach().to(row_losses.dtype)

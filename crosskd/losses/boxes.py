@@ -53,15 +53,15 @@ def giou_loss(
     Args:
         boxes: the student's boxes, shape (..., 4), xyxy in pixels.
         target_boxes: the teacher's boxes, shape (..., 4), xyxy in pixels, a constant.
-        weight: one number a row, shape (...).
+        weight: one number per row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs), between 0 and 2 a row.
 
     Raises:
-        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row, a
-            normaliser that is not above 0.
+        ValueError: shapes that differ or don't end in 4, a weight that is not one number per row, a
+            normalizer that is not above 0.
         TypeError: boxes that are not floating point.
 
     References:
@@ -95,15 +95,15 @@ def iou_loss(
     Args:
         boxes: the student's boxes, shape (..., 4), xyxy in pixels.
         target_boxes: the teacher's boxes, shape (..., 4), xyxy in pixels, a constant.
-        weight: one number a row, shape (...).
+        weight: one number per row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ or don't end in 4, a weight that is not one number a row, a
-            normaliser that is not above 0.
+        ValueError: shapes that differ or don't end in 4, a weight that is not one number per row, a
+            normalizer that is not above 0.
         TypeError: boxes that are not floating point.
 
     References:

@@ -31,15 +31,15 @@ def distribution_kl_loss(
         student_logits: shape (..., bins), before the softmax.
         teacher_logits: shape (..., bins), a constant.
         temperature: softens both distributions; above 0.
-        weight: one number a row, shape (...).
+        weight: one number per row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ, a weight that is not one number a row, a temperature or a
-            normaliser that is not above 0.
+        ValueError: shapes that differ, a weight that is not one number per row, a temperature or a
+            normalizer that is not above 0.
         TypeError: logits that are not floating point.
 
     References:

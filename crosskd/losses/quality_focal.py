@@ -130,15 +130,15 @@ def quality_focal_loss(
         teacher_logits: shape (..., classes), a constant.
         beta: how strongly rows where the two already agree are damped; 0 or more. With 0 this is
             binary cross entropy against the teacher's probabilities.
-        weight: one number a row, shape (...).
+        weight: one number per row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ, a weight that is not one number a row, ``beta`` below 0, a
-            normaliser that is not above 0.
+        ValueError: shapes that differ, a weight that is not one number per row, ``beta`` below 0, a
+            normalizer that is not above 0.
         TypeError: logits that are not floating point.
 
     References:

@@ -71,7 +71,7 @@ class Method(nn.Module, ABC):
         return
 
     def check(self, step: Step) -> None:
-        """Called on the method's first step, before `forward`: demands what only a batch tells.
+        """Called on the method's first step, before `forward`: demands what only a batch shows.
 
         Raises:
             ValueError: a pair that can't be distilled so.

@@ -97,7 +97,7 @@ class PKD(Method):
         if pair.teacher.widths is None or pair.student.widths is None:
             side = "teacher" if pair.teacher.widths is None else "student"
             raise ValueError(
-                f"nothing tells how many channels the {side}'s maps have: give its adapter widths=, one "
+                f"it is unknown how many channels the {side}'s maps have: give its adapter widths=, one "
                 "number per level"
             )
         for level, teacher_level in self.matches:

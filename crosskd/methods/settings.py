@@ -1,5 +1,6 @@
 """What is published for CrossKD and prediction mimicking, by the type of the teacher's head, and our own
-settings."""
+settings.
+"""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class MMDetSingleStage(Adapter):
     def detect(self, images: Any, targets: Any) -> Any:
         """The detector's own ``predict``: data samples with ``pred_instances``.
 
-        Without data samples boxes are in the batch's pixels, for nothing tells another size.
+        Without data samples boxes are in the batch's pixels, for no other size is known.
         """
         if targets is None:
             whole = tuple(images.shape[-2:])
@@ -126,7 +126,12 @@ class MMDetSingleStage(Adapter):
     def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor]:
         """The losses of mmengine's training step, lists of one per level summed."""
         self.prepare(images, targets)  # says what is wrong with a batch before mmdet stumbles over it
-        return summed(self.detector(images, targets, mode="loss"))
+        try:
+            losses = self.detector(images, targets, mode="loss")
+        except AssertionError:
+            self.maps(images)  # says so where levels are missing, which mmdet's heads assert without a word
+            raise
+        return summed(losses)
 
     def own_outputs(self, batch: Batch) -> list[OwnOutput]:
         """What the head gives in the detector's own forward."""

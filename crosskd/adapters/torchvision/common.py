@@ -75,7 +75,7 @@ class TorchvisionAdapter(Adapter):
             with torch.no_grad():
                 maps = _named(backbone(pixels))
         except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
-            _logger.info("nothing tells the strides: the backbone refused an image of zeros: %s", error)
+            _logger.info("the strides are unknown: the backbone refused an image of zeros: %s", error)
             return
         self.map_names = tuple(maps)
         self.strides = tuple(width / feature_map.shape[-1] for feature_map in maps.values())

@@ -53,12 +53,12 @@ class _DenseHead(Head):
         matches: list[Tensor] = []
         head_loss = self.detector.head.compute_loss
 
-        def note(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
+        def keep(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
             matches.extend(matched)
             losses: dict[str, Tensor] = head_loss(targets, outputs, of_images, matched)
             return losses
 
-        losses = self._compute_loss(note, self.outputs(predictions), anchors, batch.targets)
+        losses = self._compute_loss(keep, self.outputs(predictions), anchors, batch.targets)
         if len(matches) != len(batch.targets):
             raise ValueError(
                 f"student: {type(self.detector).__name__}.compute_loss did not call head.compute_loss once "
@@ -71,12 +71,12 @@ class _DenseHead(Head):
         """The matches of the detector's own ``compute_loss``, which looks at places alone."""
         matches: list[Tensor] = []
 
-        def note(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
+        def keep(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
             matches.extend(matched)
             return {}
 
         targets = targets_of(batch, first_label=0)
-        self._compute_loss(note, self.outputs(predictions), anchors, targets)
+        self._compute_loss(keep, self.outputs(predictions), anchors, targets)
         return self.assignment(torch.stack(matches), anchors, targets)
 
     def _compute_loss(

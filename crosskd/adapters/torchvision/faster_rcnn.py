@@ -296,7 +296,7 @@ def _of_sample(labels: Tensor, positive: Sequence[Tensor], negative: Sequence[Te
     """The assignment behind losses that are means over a sample of anchors.
 
     Args:
-        labels: shape (batch, anchors), 1 for an object, 0 for none, below 0 where it can't be told.
+        labels: shape (batch, anchors), 1 for an object, 0 for none, below 0 where it is unknown.
         positive: one tensor (anchors,) per image, above 0 at the objects' anchors in the sample.
         negative: likewise, the others.
     """
