@@ -316,11 +316,10 @@ def with_method(
         "reg_weight": options.reg_weight,
         "schedule": None if stop_epoch is None else Schedule(stop=stop_epoch, unit="epoch"),
     }
-    # Of GFL and ATSS the library knows nothing: their adapter is in examples/dense_heads.
-    adapter = adapter_of(teacher, student)
+    # Of GFL and ATSS the library knows nothing: their adapters are in examples/dense_heads.
     if name == "mimic":
-        return Distiller(teacher, student, PredictionMimicking(**common), adapter)
-    return Distiller(teacher, student, CrossKD(options.position, options.tap, **common), adapter)
+        return Distiller(teacher, student, PredictionMimicking(**common), adapter_of)
+    return Distiller(teacher, student, CrossKD(options.position, options.tap, **common), adapter_of)
 
 
 def train(

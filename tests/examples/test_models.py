@@ -33,7 +33,7 @@ def test_every_model_has_five_levels_and_fits_its_family(name):
     assert [128 // level.shape[-1] for level in levels.values()] == [finest * 2**n for n in range(5)]
     assert {level.shape[1] for level in levels.values()} == {32}
     anchor = small(f"{name.split('_')[0]}_resnet18")
-    Distiller(detector, anchor, CrossKD(), adapter_of(detector, anchor))
+    Distiller(detector, anchor, CrossKD(), adapter_of)
 
 
 @pytest.mark.parametrize(
