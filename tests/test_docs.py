@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 from torch import nn
+from torchvision import models
 from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from tests.helpers.mmdet_recipes import mmdet_batch
 from tests.helpers.tiny import tiny_batch
@@ -52,25 +55,28 @@ def side_of_diff(diff: str, side: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def without_downloads(build: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
-    """A torchvision builder that makes the same detector for small images, with random weights.
-
-    A RetinaNet's classes are likely everywhere, and its boxes about the anchors: it is sure of something.
-    """
-
-    def build_small(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
-        detector = build(weights=None, weights_backbone=None, min_size=64, max_size=64, **options)
-        if isinstance(detector, detection.RetinaNet):
-            nn.init.zeros_(detector.head.classification_head.cls_logits.bias)
-        return detector
-
-    return build_small
-
-
 def small_detectors(monkeypatch) -> None:
-    """The detectors that pages build, for small images and without downloads."""
-    for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"):
-        monkeypatch.setattr(detection, name, without_downloads(getattr(detection, name)))
+    """The detectors that pages build: on a ResNet-18, for small images, without downloads."""
+
+    def small(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+        def build(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
+            pyramid = resnet_fpn_backbone(
+                backbone_name="resnet18",
+                weights=None,
+                returned_layers=[2, 3, 4],
+                extra_blocks=LastLevelP6P7(256, 256),
+            )
+            detector = kind(pyramid, num_classes=4, min_size=64, max_size=64)
+            # Its classes are likely everywhere, so that it is sure of something.
+            nn.init.zeros_(detector.head.classification_head.cls_logits.bias)
+            return detector
+
+        return build
+
+    for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
+        monkeypatch.setattr(detection, name, small(detection.RetinaNet))
+    monkeypatch.setattr(detection, "fcos_resnet50_fpn", small(detection.FCOS))
+    monkeypatch.setattr(models, "resnet50", lambda weights=None: models.resnet18(weights=None))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,10 +114,19 @@ def test_the_readmes_loop_runs_before_the_diff_is_applied(monkeypatch, tmp_path)
     assert sorted(shown["losses"]) == ["bbox_regression", "classification"]
 
 
+def without_downloads(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A builder of torchvision's that makes the same Faster R-CNN for small images, with random weights."""
+
+    def build_small(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
+        sizes = {"min_size": 64, "max_size": 64, "box_batch_size_per_image": 8}
+        return build(weights=None, weights_backbone=None, **sizes)
+
+    return build_small
+
+
 def test_python_of_two_stages_runs(monkeypatch, tmp_path):
     for name in ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"):
-        build = without_downloads(getattr(detection, name), box_batch_size_per_image=8)
-        monkeypatch.setattr(detection, name, build)
+        monkeypatch.setattr(detection, name, without_downloads(getattr(detection, name)))
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs/two_stages.md"
     shown: dict[str, Any] = {"loader": [tiny_batch(first_label=1)], "__name__": page.name}
