@@ -105,7 +105,8 @@ class Side:
         self.adapter, self.batch = trace.adapter, trace.batch
         self._trace, self._run, self._requires, self._method = trace, run, requires, method
 
-    def _required(self, name: str) -> None:
+    def require(self, name: str) -> None:
+        """Raises ``AttributeError`` for what the method's ``requires`` doesn't name."""
         if name not in self._requires:
             raise AttributeError(
                 f"{self._method} reads {name}, but its requires is {sorted(self._requires)}: add {name!r} to "
@@ -120,13 +121,15 @@ class Side:
     @property
     def maps(self) -> Sequence[Tensor]:
         """Feature maps (batch, channels, height, width), one per level, finest first (``"maps"``)."""
-        self._required("maps")
+        self.require("maps")
         return self._trace.maps
 
     @property
     def _head_run(self) -> HeadTrace:
         if self._run is None:
-            raise AttributeError(f"{self._method} reads a head, but it requires none")
+            raise AttributeError(
+                f"{self._method} reads a head, but its requires is {sorted(self._requires)}, of which no head is run"
+            )
         return self._run
 
     @property
@@ -146,19 +149,19 @@ class Side:
         The student's are `crosskd.towers.Tapped` features at the method's point, the teacher's what
         `Method.keep_of_teacher` made of its features.
         """
-        self._required("towers")
-        return self._head_run.taps[self._method]
+        self.require("towers")
+        return self._head_run.taps.get(self._method, {})
 
     @property
     def predictions(self) -> Predictions:
         """Of the compared levels (``"predictions"``); the teacher's are constants."""
-        self._required("predictions")
+        self.require("predictions")
         return self._head_run.predictions
 
     @property
     def anchors(self) -> Any:
         """What the predictions stand at (``"predictions"``)."""
-        self._required("predictions")
+        self.require("predictions")
         return self._head_run.anchors
 
 
@@ -173,7 +176,7 @@ class Step:
         scale: the teacher's pixels per pixel of the student's, by their strides.
         resized: the teacher's towers' outputs were resized to the student's levels.
         assignment: the student's own label assignment; without targets that which the teacher's predictions
-            give; ``None`` for methods that don't require predictions.
+            give.
     """
 
     def __init__(
@@ -193,7 +196,8 @@ class Step:
 
     @property
     def objects(self) -> tuple[Objects, ...] | None:
-        """Of each image: boxes in pixels of the student's batch, labels; ``None`` without targets."""
+        """Each image's, boxes in pixels of the student's batch; ``None`` without targets (``"objects"``)."""
+        self.student.require("objects")
         return self.student.batch.objects
 
     @property
@@ -203,15 +207,15 @@ class Step:
 
     @property
     def assignment(self) -> Assignment:
-        """Which of the student's anchors count, and what losses over them are divided by."""
-        if self._assignment is None:
-            raise AttributeError('the label assignment is there for methods that require "predictions"')
+        """Which of the student's anchors count, and the losses' normalizer (``"predictions"``)."""
+        self.student.require("predictions")
+        assert self._assignment is not None
         return self._assignment
 
     def teacher_assignment(self) -> Assignment:
-        """Which of the teacher's anchors count, by its own label assignment on the batch's objects."""
-        if self._assign_by_teacher is None:
-            raise AttributeError('the label assignment is there for methods that require "predictions"')
+        """Likewise of the teacher's, by its own label assignment on the objects (``"predictions"``)."""
+        self.teacher.require("predictions")
+        assert self._assign_by_teacher is not None
         return self._assign_by_teacher()
 
 
