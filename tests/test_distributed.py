@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.predictions import mean_over_ranks
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
-from tests.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
+from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
 
 pytestmark = pytest.mark.slow
 RANKS = 2
