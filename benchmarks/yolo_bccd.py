@@ -123,7 +123,7 @@ def train_one(one: dict[str, Any]) -> None:
     if one["method"] == "builtin":
         further["distill_model"] = one["teacher"]
     if one["method"] == "crosskd":
-        from crosskd.adapters.ultralytics import trainer
+        from crosskd.integrations.ultralytics import trainer
 
         further["trainer"] = trainer(teacher=one["teacher"])
     last = folder / "weights" / "last.pt"

@@ -30,7 +30,7 @@ SETTINGS = {"imgsz": 64, "batch": 4, "device": "cpu", "workers": 0, "plots": Fal
 
 
 def trainer_of(teacher: Any, *methods: Any, **options: Any) -> Any:
-    from crosskd.adapters.ultralytics import trainer
+    from crosskd.integrations.ultralytics import trainer
 
     return trainer(teacher, list(methods) or None, **options)
 
