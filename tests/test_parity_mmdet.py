@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from crosskd import Distiller
-from tests.helpers.reference_files import load_parity
 from tests.helpers.mmdet_heads import FixedMaps, detector_of, head_settings, samples_of
 from tests.helpers.published_heads import Watched, gradient_errors, rows
+from tests.helpers.reference_files import load_parity
 
 pytestmark = pytest.mark.mmdet
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from crosskd import CrossKD, Method
-from tests.helpers.mmdet_heads import GFL, TESTING, batch_of
+from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
 pytestmark = pytest.mark.mmdet
 
@@ -43,7 +45,7 @@ def build(config: dict[str, Any]) -> Any:
     from mmdet.utils import register_all_modules
     from mmengine.config import ConfigDict
 
-    import crosskd.adapters.mmdet  # noqa: F401  # what custom_imports does in a config
+    import crosskd.integrations.mmdet  # noqa: F401  # what custom_imports does in a config
 
     register_all_modules()
     return MODELS.build(ConfigDict(copy.deepcopy(config)))
@@ -140,6 +142,25 @@ def test_a_deep_copy_as_for_ema_shares_nothing_with_it(detector):
     assert detector.bbox_head.gfl_cls.weight.abs().max() > 0
 
 
+def test_layers_that_the_runner_replaces_are_trained():
+    """Without several processes mmengine's Runner turns SyncBatchNorm into BatchNorm in any model."""
+    from mmengine.model import revert_sync_batchnorm
+
+    student = model_of(norm_cfg={"type": "SyncBN"})
+    student["data_preprocessor"] |= {"mean": [0.0] * 3, "std": [255.0] * 3}
+    teacher = copy.deepcopy(student)
+    detector = build(config_of(student=student, teacher=teacher))
+    detector.init_weights()
+    before = detector.bbox_head.cls_convs[0].bn
+    detector = revert_sync_batchnorm(detector)
+    norm = detector.bbox_head.cls_convs[0].bn
+    assert norm is not before
+    weight = norm.weight.clone()
+    step(detector.train(), data_of())
+    assert norm.num_batches_tracked == 5  # once per level
+    assert not torch.equal(norm.weight, weight)
+
+
 # -- training -------------------------------------------------------------------------------------
 
 
@@ -161,7 +182,12 @@ def test_projections_are_trained_and_saved_apart_from_the_students_keys(tmp_path
 
     detector = build(config_of(student=model_of(width=64)))
     extra = {key for key in detector.state_dict() if key.startswith("distillation.")}
-    assert len(extra) == 4
+    projections = "distillation.methods.crosskd.projections"  # as in checkpoints of earlier versions
+    assert extra == {
+        f"{projections}.{branch}.convolution.{parameter}"
+        for branch in ("classification", "regression")
+        for parameter in ("weight", "bias")
+    }
     weight = next(p for name, p in detector.named_parameters() if name.startswith("distillation."))
     before = weight.clone()
     step(detector.train(), data_of())
@@ -197,6 +223,19 @@ def test_a_schedule_in_epochs_follows_the_runner():
 # -- configs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("first", ["crosskd.integrations.mmdet", "crosskd.adapters.mmdet"])
+def test_either_module_registers_it(first):
+    """Configs and code of earlier versions name the adapter's module."""
+    code = (
+        f"import importlib; importlib.import_module('{first}')\n"
+        "from mmdet.registry import MODELS\n"
+        "from crosskd.adapters.mmdet import CrossKDDetector, MMDetSingleStage\n"
+        "from crosskd.integrations import mmdet\n"
+        "assert MODELS.get('CrossKDDetector') is CrossKDDetector is mmdet.CrossKDDetector"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_settings_reach_the_method():
     methods = [{"type": "CrossKD", "position": 2, "cls_weight": 0.5}, CrossKD(position=1, name="early")]
     detector = build(config_of(methods=methods, unlabelled_threshold=0.3))
@@ -214,7 +253,7 @@ def test_a_method_of_ones_own_is_found_in_mmdets_registry():
             super().__init__(name="nothing")
 
         def forward(self, step):
-            return {"kd_nothing": step.student.logits.sum() * 0}
+            return {"kd_nothing": step.student.predictions.logits.sum() * 0}
 
     MODELS.register_module(module=Nothing)
     try:
@@ -289,8 +328,19 @@ def test_a_checkpoint_that_does_not_fit_names_the_keys(teacher_file, teacher, me
 
 
 def test_a_pair_that_cannot_be_distilled_is_refused_when_it_is_built():
+    mimicking = {"type": "PredictionMimicking"}
     with pytest.raises(ValueError, match="teacher predicts 4 classes and the student 5"):
-        build(config_of(teacher=model_of(num_classes=4)))
+        build(config_of(teacher=model_of(num_classes=4), methods=mimicking))
+
+
+def test_a_teacher_of_another_family_and_of_other_classes():
+    teacher = model_of(num_classes=7)
+    teacher["type"] = "SingleStageDetector"
+    teacher["bbox_head"] = head_settings("atss", num_classes=7)
+    teacher["train_cfg"] = teacher["bbox_head"].pop("train_cfg")
+    teacher["test_cfg"] = teacher["bbox_head"].pop("test_cfg")
+    log = step(build(config_of(teacher=teacher)).train(), data_of())
+    assert min(log["loss_kd_cls"], log["loss_kd_reg"], log["loss_kd_quality"]) > 0
 
 
 def test_a_two_stage_teacher_is_refused_when_it_is_built():

@@ -16,7 +16,7 @@ def load():
     """mmengine's loading of a checkpoint, as its Runner calls it."""
     from mmengine.runner import CheckpointLoader
 
-    import crosskd.adapters.mmdet  # noqa: F401
+    import crosskd.integrations.mmdet  # noqa: F401
 
     return lambda path: CheckpointLoader.load_checkpoint(str(path), map_location="cpu", logger="silent")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.reference_files import bccd_folder
 from tests.helpers.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
+from tests.helpers.reference_files import bccd_folder
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def saved_by_mmengine(path: Path) -> dict:
     """What mmengine saved, by the loader that the adapter gives it."""
     from mmengine.runner import CheckpointLoader
 
-    import crosskd.adapters.mmdet  # noqa: F401
+    import crosskd.integrations.mmdet  # noqa: F401
 
     return CheckpointLoader.load_checkpoint(str(path), map_location="cpu")
 

@@ -1,15 +1,18 @@
-"""What a person is told who has no mmdet: this one runs everywhere."""
+"""What the import says without mmdet: this one runs everywhere."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
 
-def test_the_import_says_what_to_install():
+
+@pytest.mark.parametrize("module", ["crosskd.adapters.mmdet", "crosskd.integrations.mmdet"])
+def test_the_import_says_what_to_install(module):
     code = (
         "import sys; sys.modules['mmdet'] = None\n"
-        "try:\n    import crosskd.adapters.mmdet\n"
+        f"try:\n    import {module}\n"
         "except ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
