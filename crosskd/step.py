@@ -128,7 +128,8 @@ class Side:
     def _head_run(self) -> HeadTrace:
         if self._run is None:
             raise AttributeError(
-                f"{self._method} reads a head, but its requires is {sorted(self._requires)}, of which no head is run"
+                f"{self._method} reads a head, but its requires is {sorted(self._requires)}: add "
+                "'predictions' or 'towers' to it"
             )
         return self._run
 

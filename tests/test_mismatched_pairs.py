@@ -1,23 +1,23 @@
-"""Teachers and students that differ: depth, classes, levels, backbones, and what they see."""
+"""Teachers and students that differ: depth, classes, levels, backbones, heads, and what they see."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import types
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_large, resnet18, swin_t
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FeaturePyramidNetwork
 
-from crosskd import CrossKD, Distiller, PredictionMimicking
-from crosskd.predictions import Predictions
-from tests.adapters.test_generic import Fully, PerLevel, Shared, adapter_for, fully_adapter, pixels
-from tests.helpers.tiny import STRIDES, TinyBackbone, liven, tiny_batch, tiny_fcos, tiny_retinanet
-from tests.test_docs import ROOT, python_blocks
+from crosskd import PKD, CrossKD, Distiller, PredictionMimicking
+from tests.helpers.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet, with_levels
 
 
 @pytest.fixture(params=[tiny_retinanet, tiny_fcos], ids=["retinanet", "fcos"])
@@ -59,7 +59,7 @@ def test_each_tower_is_split_at_its_own_position(build, student, teacher):
         tower = getattr(distiller.student.head, sub_head).conv
         grads = [layer.weight.grad for layer in tower.modules() if isinstance(layer, nn.Conv2d)]
         assert [grad is not None for grad in grads] == [n < student[1] for n in range(student[0])]
-        points = method.points(branch)
+        points = method.tap_points(branch)
         assert (points[0].position, points[1].position) == (student[1], teacher[1])
 
 
@@ -106,7 +106,7 @@ def test_a_class_map_that_changes_nothing_changes_nothing(build):
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
 
 
-@pytest.mark.parametrize("class_map", [[0, 1], [0, 1, 2, 2], [0, 1, 2, 6], [0, 1, 2, -1], [0, 1, 2, 1.0]])
+@pytest.mark.parametrize("class_map", [[0, 1], [0, 1, 2, 2], [0, 1, 2, 6], [0, 1, 2, -1]])
 def test_class_maps_that_do_not_fit(build, class_map):
     message = (
         "class_map must name a class of the teacher's, 0 to 5, for each of the student's 4, none of them"
@@ -116,22 +116,6 @@ def test_class_maps_that_do_not_fit(build, class_map):
 
 
 # -- levels ---------------------------------------------------------------------------------------
-
-
-def with_levels(build, levels: list[int], seed: int, **options) -> nn.Module:
-    """A detector that has only some of the three levels."""
-    sizes = tuple(((4 if build is tiny_retinanet else 1) * STRIDES[level],) for level in levels)
-    ratios = (0.5, 1.0, 2.0) if build is tiny_retinanet else (1.0,)
-    anchors = AnchorGenerator(sizes, (ratios,) * len(levels))
-    detector = build(seed=seed, anchor_generator=anchors, **options)
-    full = TinyBackbone.forward
-
-    def some(backbone, pixels):
-        maps = full(backbone, pixels)
-        return {str(level): maps[str(level)] for level in levels}
-
-    detector.backbone.forward = types.MethodType(some, detector.backbone)
-    return detector
 
 
 @pytest.mark.parametrize("levels", [[1, 2], [0, 1], [1], [0, 2]])
@@ -153,51 +137,78 @@ def test_a_student_may_lack_some_of_the_teachers_levels(build, levels, method, c
     assert_reaches_the_student(distiller, losses)
 
 
-def test_anchors_of_the_shared_levels_must_agree():
+def test_anchors_of_the_shared_levels_are_compared():
+    """CrossKD takes the teacher's label assignment then; mimicking has nothing to compare."""
     student = with_levels(tiny_retinanet, [1, 2], seed=1)
     student.anchor_generator.sizes = ((32,), (64,))
-    with pytest.raises(
-        ValueError, match=r"anchor sizes differ: \(\(64.0,\), \(128.0,\)\) \(teacher\), \(\(32"
-    ):
-        Distiller(tiny_retinanet(), student, CrossKD())
+    student.anchor_generator.cell_anchors = [
+        student.anchor_generator.generate_anchors(sizes, ratios)
+        for sizes, ratios in zip(
+            student.anchor_generator.sizes, student.anchor_generator.aspect_ratios, strict=True
+        )
+    ]
+    distiller = Distiller(tiny_retinanet(), copy.deepcopy(student), Watched())
+    losses, method = step_of(distiller)
+    assert not method.anchors_agree
+    assert_reaches_the_student(distiller, losses)
+    per_level = [3 * 4 * 4, 3 * 2 * 2]
+    assert method.step.teacher_assignment().positive.shape == (2, sum(per_level))
+    with pytest.raises(ValueError, match=r"\[48, 12\].*\(teacher\).*\[48, 12\].*\(student\)"):
+        Distiller(tiny_retinanet(), student, PredictionMimicking())(*tiny_batch())
 
 
 # -- backbones ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pairs_page():
-    """What the documentation's page of pairs defines: networks, and a RetinaNet on a pyramid of each."""
-    (line, block), *_ = python_blocks(ROOT / "docs/pairs.md")
-    shown = {"__name__": "pairs.md"}
-    exec(compile("\n" * line + block, str(ROOT / "docs/pairs.md"), "exec"), shown)
-    return shown
+STAGES = {  # where the maps of strides 8, 16 and 32 are made, and how many channels they have
+    swin_t: (("features.3", 192), ("features.5", 384), ("features.7", 768)),
+    resnet18: (("layer2", 128), ("layer3", 256), ("layer4", 512)),
+    mobilenet_v3_large: (("features.6", 40), ("features.12", 112), ("features.16", 960)),
+}
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on one of torchvision's classification networks."""
+
+    def __init__(self, network, width: int) -> None:
+        super().__init__()
+        names = {node: str(level) for level, (node, _) in enumerate(STAGES[network])}
+        self.stages = create_feature_extractor(network(weights=None), names)
+        self.channels_last = network is swin_t
+        self.pyramid = FeaturePyramidNetwork([channels for _, channels in STAGES[network]], width)
+        self.out_channels = width
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        maps = self.stages(pixels)
+        return self.pyramid({n: m.permute(0, 3, 1, 2) if self.channels_last else m for n, m in maps.items()})
+
+
+def on_pyramid(network, width: int) -> RetinaNet:
+    plain = tiny_retinanet()
+    head = RetinaNetHead(width, plain.anchor_generator.num_anchors_per_location()[0], 4)
+    liven(head)
+    return RetinaNet(Pyramid(network, width), 4, 64, 64, anchor_generator=plain.anchor_generator, head=head)
 
 
 @pytest.mark.parametrize(
     ("teacher", "student"),
     [
-        (("swin_t", 256), ("mobilenet_v3_large", 64)),
-        (("mobilenet_v3_large", 256), ("mobilenet_v3_large", 64)),
-        (("resnet18", 64), ("swin_t", 64)),
-        (("swin_t", 64), ("resnet18", 128)),
+        ((swin_t, 256), (mobilenet_v3_large, 64)),
+        ((mobilenet_v3_large, 256), (mobilenet_v3_large, 64)),
+        ((resnet18, 64), (swin_t, 64)),
+        ((swin_t, 64), (resnet18, 128)),
     ],
-    ids=lambda side: f"{side[0]} of {side[1]}",
+    ids=lambda side: f"{side[0].__name__} of {side[1]}",
 )
-def test_backbones_of_every_kind(pairs_page, teacher, student):
-    def build(network, width):
-        detector = pairs_page["detector"](pairs_page[network], width, num_classes=4)
-        liven(detector.head)
-        return detector
-
-    distiller = Distiller(build(*teacher), build(*student), Watched())
+def test_backbones_of_every_kind(teacher, student):
+    distiller = Distiller(on_pyramid(*teacher), on_pyramid(*student), Watched())
     losses, method = step_of(distiller)
     widths = {(p.student_width, p.teacher_width) for p in method.projections.values()}
     assert widths == ({(student[1], teacher[1])} if student[1] != teacher[1] else set())
     assert_reaches_the_student(distiller, losses)
     stages = distiller.student.backbone.stages.parameters()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in stages)
-    assert method.step.student.logits.shape == (2, 3 * (8 * 8 + 4 * 4 + 2 * 2), 4)
+    assert method.step.student.predictions.logits.shape == (2, 3 * (8 * 8 + 4 * 4 + 2 * 2), 4)
 
 
 # -- what the teacher sees ------------------------------------------------------------------------
@@ -217,7 +228,7 @@ def test_the_teacher_sees_its_own_view_of_the_batch(build):
     plain(images, targets)
     watched = Distiller(teacher, copy.deepcopy(student), Watched(), teacher_view=clean)
     watched(dark, targets)
-    seen = [d.methods["crosskd"].step.teacher.logits for d in (plain, watched)]
+    seen = [d.methods["crosskd"].step.teacher.predictions.logits for d in (plain, watched)]
     assert torch.equal(*seen)  # the teacher's predictions on clean images
     own = student.train()(dark, targets)  # the student's own losses on dark ones
     assert all(torch.equal(losses[name], loss) for name, loss in own.items())
@@ -237,7 +248,7 @@ def test_a_view_may_come_with_the_targets():
     distiller(images, targets)
     expected = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), Watched())
     expected([image.flip(0) for image in images], targets)
-    seen = [d.methods["crosskd"].step.teacher.logits for d in (distiller, expected)]
+    seen = [d.methods["crosskd"].step.teacher.predictions.logits for d in (distiller, expected)]
     assert torch.equal(*seen)
 
 
@@ -261,16 +272,21 @@ def test_a_teacher_at_a_higher_resolution_with_matching_strides(build):
     distiller = Distiller(larger_teacher(build), build(seed=1), Watched(), teacher_view=same)
     losses, method = step_of(distiller)
     assert_reaches_the_student(distiller, losses)
-    assert method.step.teacher.logits.shape == method.step.student.logits.shape
+    assert method.step.teacher.predictions.logits.shape == method.step.student.predictions.logits.shape
     with pytest.raises(ValueError, match="strides differ"):
         Distiller(larger_teacher(build), build(seed=1), CrossKD())
 
 
-def test_anchors_must_have_the_strides_factor():
+def test_anchors_without_the_strides_factor_are_not_the_students():
     teacher = larger_teacher(tiny_retinanet)
     teacher.anchor_generator = tiny_retinanet().anchor_generator
-    with pytest.raises(ValueError, match="anchor sizes differ: .* times 2, as the strides are"):
-        Distiller(teacher, tiny_retinanet(seed=1), CrossKD(), teacher_view=same)
+    distiller = Distiller(teacher, tiny_retinanet(seed=1), Watched(), teacher_view=same)
+    losses, method = step_of(distiller)
+    assert not method.anchors_agree
+    assert_reaches_the_student(distiller, losses)
+    mimicking = Distiller(teacher, tiny_retinanet(seed=1), PredictionMimicking(), teacher_view=same)
+    with pytest.raises(ValueError, match=r"anchors differ .*\(teacher\), .*\(student\)"):
+        mimicking(*tiny_batch())
 
 
 @pytest.mark.parametrize("resize", [False, True])
@@ -283,7 +299,7 @@ def test_levels_of_another_size_are_resized_where_asked_for(build, resize):
         return
     losses, method = step_of(distiller)
     assert_reaches_the_student(distiller, losses)
-    assert method.step.teacher.logits.shape == method.step.student.logits.shape
+    assert method.step.teacher.predictions.logits.shape == method.step.student.predictions.logits.shape
 
 
 def test_resizing_changes_nothing_where_sizes_agree(build):
@@ -305,33 +321,30 @@ def refused(message: str, teacher: nn.Module, student: nn.Module, *arguments, **
         Distiller(teacher, student, *arguments, **options)
 
 
-def with_new_predictor(detector: nn.Module, name: str, numbers: int) -> nn.Module:
-    """As after a change of one predictor that the rest of the head was not told of."""
-    branch = "classification" if name == "cls_logits" else "regression"
-    head = detector.head.get_submodule(f"{branch}_head")
-    setattr(head, name, nn.Conv2d(32, numbers, 3, padding=1))
-    return detector
+@pytest.mark.parametrize(("teacher", "student"), [(tiny_retinanet, tiny_fcos), (tiny_fcos, tiny_retinanet)])
+def test_detectors_of_different_families(teacher, student):
+    """CrossKD and PKD are let through, mimicking is refused with both sides' anchors."""
+    distiller = Distiller(teacher(), student(seed=1), [CrossKD(), PKD()])
+    losses = distiller(*tiny_batch())
+    assert_reaches_the_student(distiller, losses)
+    assert losses["kd_pkd"] > 0
+    count = {tiny_retinanet: r"\[192, 48, 12\] per level of a RetinaNet", tiny_fcos: r"\[64, 16, 4\] .*FCOS"}
+    message = rf"{count[teacher]}.*\(teacher\), {count[student]}.*\(student\)"
+    mimicking = Distiller(teacher(), student(seed=1), PredictionMimicking())
+    with pytest.raises(ValueError, match=message):
+        mimicking(*tiny_batch())
 
 
-@METHODS
-@pytest.mark.parametrize(("name", "numbers"), [("cls_logits", 24), ("bbox_reg", 36)])
-@pytest.mark.parametrize("side", ["teacher", "student"])
-def test_a_head_whose_predictors_do_not_fit_its_classes_or_anchors(build, method, name, numbers, side):
-    pair = {"teacher": build(), "student": build(seed=1)}
-    with_new_predictor(pair[side], name, numbers)
+def test_classes_without_a_class_map():
+    """The teacher's head judges both sides by its own classes; mimicking needs a class map."""
+    distiller = Distiller(tiny_retinanet(7), tiny_retinanet(4, seed=1), CrossKD())
+    assert_reaches_the_student(distiller, distiller(*tiny_batch()))
     refused(
-        rf"{side}: head\.\w+\.{name} gives {numbers} numbers a location, but \d anchors",
-        *pair.values(),
-        method,
+        "teacher predicts 7 classes and the student 4",
+        tiny_retinanet(7),
+        tiny_retinanet(4, seed=1),
+        PredictionMimicking(),
     )
-
-
-@METHODS
-def test_detectors_of_different_families(method):
-    message = (
-        r"families: torchvision's RetinaNet \(teacher\), torchvision's FCOS \(student\).*student's family"
-    )
-    refused(message, tiny_retinanet(), tiny_fcos(seed=1), method)
 
 
 class DoublingCoder(BoxCoder):
@@ -344,19 +357,19 @@ class DoublingLinearCoder(BoxLinearCoder):
         return super().decode(2 * rel_codes, boxes)
 
 
-@METHODS
-def test_a_box_coder_of_another_class(build, method):
+def test_a_box_coder_of_another_class(build):
+    """The teacher's coding is that of both sides in CrossKD; mimicking compares boxes of either coding."""
     teacher = build()
     if build is tiny_retinanet:
-        coder = teacher.box_coder = teacher.head.regression_head.box_coder = DoublingCoder(
-            (1.0, 1.0, 1.0, 1.0)
-        )
+        coder = DoublingCoder((1.0, 1.0, 1.0, 1.0))
+        teacher.box_coder = teacher.head.regression_head.box_coder = coder
     else:
-        coder = teacher.box_coder = teacher.head.box_coder = DoublingLinearCoder(normalize_by_size=True)
-    message = (
-        rf"box coding differs: .*{type(coder).__name__}.* \(teacher\), .*'Box(Linear)?Coder'.* \(student\)"
-    )
-    refused(message, teacher, build(seed=1), method)
+        teacher.box_coder = teacher.head.box_coder = DoublingLinearCoder(normalize_by_size=True)
+    distiller = Distiller(teacher, build(seed=1), CrossKD())
+    assert_reaches_the_student(distiller, distiller(*tiny_batch()))
+    mimicking = Distiller(teacher, build(seed=1), PredictionMimicking())
+    with pytest.raises(ValueError, match=r"box coding differs: .*\(teacher\) and .* \(student\)"):
+        mimicking(*tiny_batch())
 
 
 def with_channels(build, channels: int, **options) -> nn.Module:
@@ -385,139 +398,13 @@ def test_a_view_of_other_channels(theirs, ours):
     assert_reaches_the_student(distiller, distiller([image[:ours] for image in images], targets))
 
 
-def test_levels_are_told_whatever_the_channels():
+def test_strides_are_read_whatever_the_channels():
     teacher, student = (with_channels(tiny_fcos, 6, seed=seed) for seed in range(2))
     student.backbone.stem[0][0].stride = (4, 4)
     refused(r"strides differ: \[8.0, 16.0, 32.0\] \(teacher\), \[16.0", teacher, student, CrossKD())
 
 
-# -- what is refused of detectors that are named, not written -------------------------------------
-
-
-@METHODS
-@pytest.mark.parametrize(
-    ("teacher", "student", "options", "message"),
-    [
-        (
-            Shared(anchors=3),
-            Shared(seed=1),
-            {},
-            r"differ, .*: \[3\] \(teacher\), \[1\] \(student\).*build both heads",
-        ),
-        # As many boxes in all, 144, but at other places.
-        (
-            PerLevel(anchors=(1, 5)),
-            PerLevel(anchors=(2, 1), seed=1),
-            {"paths": "heads.*."},
-            r"anchors a location differ, level by level: \[1, 5\] \(teacher\), \[2, 1\] \(student\)",
-        ),
-        (
-            PerLevel(levels=3, anchors=(1, 2, 1)),
-            PerLevel(anchors=(1, 1), seed=1),
-            {"paths": "heads.*.", "strides": lambda d: [2, 4, 8] if len(d.heads) == 3 else [4, 8]},
-            r"anchors a location differ, level by level: \[2, 1\] \(teacher\), \[1, 1\] \(student\)",
-        ),
-        (
-            PerLevel(levels=3, anchors=(1, 1, 1)),
-            PerLevel(seed=1),
-            {"paths": "heads.*."},
-            r"levels differ: 3 \(teacher\), 2 \(student\).*Pass strides=",
-        ),
-        (
-            Shared(classes=5),
-            Shared(seed=1),
-            {"num_classes": 3},
-            "teacher: num_classes= is 3 for Shared, whose predictors give 5 classes at each anchor: leave it",
-        ),
-    ],
-)
-def test_predictors_of_named_detectors(method, teacher, student, options, message):
-    refused(message, teacher, student, method, adapter_for(**options))
-
-
-@METHODS
-def test_towers_of_other_kinds_of_layers(method):
-    student = Fully(space=(3, 4), seed=1)
-    student.tower = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()))
-    student.cls, student.box = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 8, 1)
-    message = r"both tower differs in kind: linear layers, channels last \(teacher\), convolutions \(student"
-    refused(message, Fully(space=(3, 4)), student, method, fully_adapter())
-
-
-@METHODS
-def test_classes_that_only_predict_tells(method):
-    """Seen on the first step, before anything is compared."""
-
-    def predict(detector, level, towers):
-        outputs = detector.head.cls(towers["cls"]), detector.head.box(towers["box"])
-        return Predictions(*(output.flatten(2).mT for output in outputs), None)
-
-    distiller = Distiller(
-        Shared(classes=5), Shared(seed=1), method, adapter_for(predict=predict, num_classes=3)
-    )
-    with pytest.raises(
-        ValueError, match="num_classes= is 3, but Shared gives logits of 5 classes: pass a fun"
-    ):
-        distiller(pixels(), [])
-
-
-@dataclass
-class Places:
-    """Where boxes are, a level."""
-
-    by_level: list[Tensor]
-
-
-@METHODS
-@pytest.mark.parametrize("form", [Places, list, lambda places: {"by_level": places}])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_places_are_compared_in_whatever_form_they_come(method, form, offset):
-    """The teacher has a level more: the others are compared."""
-
-    def places(detector, inputs, features):
-        shift = offset if len(features) == 3 else 0.0
-        return form([torch.full((level[0, 0].numel(), 2), level.shape[-1] + shift) for level in features])
-
-    teacher, student = Shared(levels=3), Shared(seed=1)
-    strides = {3: [2, 4, 8], 2: [2, 4]}
-    adapter = adapter_for(locations=places, strides=lambda d: strides[len(d.backbone.stages)])
-    distiller = Distiller(teacher, student, method, adapter)
-    if not offset:
-        assert distiller(pixels(), [])["kd_cls"] > 0
-        return
-    with pytest.raises(ValueError, match=r"locations of the first batch, \(64, 2\), have other values for"):
-        distiller(pixels(), [])
-
-
-# -- what is refused of mmdet's detectors, and of ultralytics' ------------------------------------
-
-
-def of_mmdet(seed: int, *channels: float) -> nn.Module:
-    """A detector of mmdet's whose images have so many channels, by their mean; none that it normalises."""
-    from tests.mmdet_heads import detector_of, head_settings
-
-    normalising = {"mean": [127.0 for _ in channels], "std": list(channels)} if channels else {}
-    preprocessor = {"type": "DetDataPreprocessor", **normalising}
-    return detector_of(head_settings("gfl"), seed=seed, data_preprocessor=preprocessor)
-
-
-# -- what the first step sees -----------------------------------------------------------------------
-
-
-def test_boxes_that_the_two_decode_otherwise():
-    def decode(detector, regression, locations):
-        return (
-            adapter_for().decode(detector, Predictions(regression, regression, None), locations)
-            * detector.scale
-        )
-
-    teacher, student = Shared(), Shared(seed=1)
-    teacher.scale, student.scale = 2.0, 1.0
-    distiller = Distiller(teacher, student, CrossKD(), adapter_for(decode=decode))
-    with pytest.raises(
-        ValueError, match=r"box coding differs: one prediction is the box .* \(teacher\) and .*"
-    ):
-        distiller(pixels())
+# -- what the first step finds ---------------------------------------------------------------------
 
 
 def test_numbers_of_another_type():
@@ -532,92 +419,3 @@ def test_a_frozen_student_of_another_width():
     distiller.student.requires_grad_(False)
     with pytest.raises(ValueError, match="tower, position 3 depend on no trainable parameter, so distilling"):
         distiller(*tiny_batch())
-
-
-@pytest.mark.mmdet
-def test_one_detector_of_mmdets_and_one_of_torchvisions():
-    message = r"torchvision's RetinaNet \(teacher\), mmdet's SingleStageDetector \(student\)"
-    refused(message, tiny_retinanet(), of_mmdet(2), CrossKD())
-
-
-@pytest.mark.mmdet
-def test_channels_of_mmdets_images():
-    teacher, student = of_mmdet(1, 60.0), of_mmdet(2, 60.0, 60.0, 60.0)
-    refused(r"channels differ: 1 \(teacher\), 3 \(student\).*teacher_view=", teacher, student, CrossKD())
-    Distiller(teacher, student, CrossKD(), teacher_view=lambda images, _: images[:, :1])
-
-
-@pytest.mark.mmdet
-def test_a_teacher_of_mmdets_that_does_not_normalise_alone():
-    with pytest.warns(
-        UserWarning, match="teacher's data preprocessor does not normalise, the student's does"
-    ):
-        Distiller(of_mmdet(1), of_mmdet(2, 60.0, 60.0, 60.0), CrossKD())
-
-
-@pytest.mark.mmdet
-def test_a_config_says_what_bridges_a_pair():
-    from tests.adapters.test_mmdet_detector import build, config_of, model_of
-
-    settings = {"teacher": model_of(num_classes=7)}
-    with pytest.raises(ValueError, match="the teacher predicts 7 classes and the student 5: give class_map="):
-        build(config_of(**settings))
-    bridged = build(config_of(**settings, class_map=[6, 0, 1, 2, 3], resize_levels=True)).distiller
-    assert (bridged._class_map, bridged.resize_levels) == ((6, 0, 1, 2, 3), True)
-
-
-@pytest.mark.ultralytics
-def test_a_yolo_and_one_of_torchvisions():
-    from tests.yolo import model_of
-
-    message = r"ultralytics's DetectionModel \(teacher\), torchvision's FCOS \(student\)"
-    refused(message, model_of("yolov8n"), tiny_fcos(seed=1), CrossKD())
-
-
-@pytest.mark.ultralytics
-def test_a_yolo_that_sees_other_channels_by_a_view():
-    from tests.yolo import batch_of, model_of
-
-    teacher, student = model_of("yolov8n", ch=1, seed=1).eval(), model_of("yolov8n")
-    refused(r"channels differ: 1 \(teacher\), 3 \(student\).*teacher_view=", teacher, student, CrossKD())
-    distiller = Distiller(teacher, student, CrossKD(), teacher_view=lambda images, _: images[:, :1])
-    assert distiller(*batch_of())["kd_cls"] > 0
-
-
-@pytest.mark.ultralytics
-def test_images_too_small_for_a_coarser_level_of_the_teachers():
-    from tests.yolo import batch_of, model_of
-
-    distiller = Distiller(model_of("yolov8n-p6", seed=1).eval(), model_of("yolov8n"), CrossKD())
-    with pytest.raises(ValueError, match=r"multiples of the coarsest stride, 64, got \(96, 96\)"):
-        distiller(*batch_of(side=96))
-
-
-@pytest.mark.ultralytics
-@pytest.mark.parametrize(
-    ("theirs", "options", "message"),
-    [
-        (
-            ["cat", "dog", "cow"],
-            {},
-            r"class 1 is 'dog' \(teacher\), 'cow' \(student.*range\(3\) if they mean",
-        ),
-        (["cat", "dog", "cow"], {"class_map": [0, 2, 1]}, None),
-        (["Cat", "cow", "dog"], {}, None),
-        (["0", "1", "2"], {}, None),
-    ],
-)
-def test_yolos_classes_of_other_names(theirs, options, message):
-    from crosskd.adapters._ultralytics_trainer import Settings, _distil, _undo
-
-    from tests.yolo import model_of
-
-    teacher, student = model_of("yolov8n", seed=1).eval(), model_of("yolov8n")
-    teacher.names, student.names = dict(enumerate(theirs)), dict(enumerate(["cat", "cow", "dog"]))
-    settings = Settings(teacher, CrossKD(), options)
-    if message is None:
-        _distil(student, teacher, settings, torch.device("cpu"))
-        _undo(student)
-        return
-    with pytest.raises(ValueError, match=message):
-        _distil(student, teacher, settings, torch.device("cpu"))

@@ -66,11 +66,11 @@ class Watched(CrossKD):
 
 
 def distil(
-    case: dict[str, Any], build: Any, adapter: AdapterSpec
+    case: dict[str, Any], build: Any, adapter: AdapterSpec, *, prove: bool = True
 ) -> tuple[Distiller, dict[str, Tensor], Watched]:
     """One step on a published case: the distiller, its losses, and the method with the step it saw."""
     method = Watched(position=case["position"])
-    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter)
+    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter, prove=prove)
     images = [torch.rand(3, *case["image_size"]) for _ in case["targets"]]
     losses = distiller(images, [dict(target) for target in case["targets"]])
     return distiller, losses, distiller.methods["crosskd"]
