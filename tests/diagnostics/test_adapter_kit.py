@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from crosskd import PKD, CrossKD, PredictionMimicking
-from crosskd.adapters import TorchvisionFCOS, TorchvisionRetinaNet, TorchvisionSSD, backbone
+from crosskd.adapters import TorchvisionFCOS, TorchvisionRetinaNet, TorchvisionSSD, backbone, generic
 from crosskd.diagnostics.adapter_checks import CHECKS
 from crosskd.predictions import Predictions
 from crosskd.testing import AdapterError, check_adapter
@@ -347,7 +347,7 @@ STRUCTURE = [
     (with_head(background=0), "background says 0, the predictions have None"),
     (
         after(lambda a: setattr(a, "strides", (16.0, 32.0, 64.0))),
-        r"strides says 16 for level 0, whose map is",
+        "strides says 16 for level 0, whose map",
     ),
     (after(lambda a: setattr(a, "strides", (8.0, 16.0))), r"strides has 2 levels and maps\(\) gives 3"),
     (after(lambda a: setattr(a, "widths", (32, 40, 32))), "widths says 40 for level 1, whose map has 32"),
@@ -482,15 +482,79 @@ def test_losses_that_differ_on_another_device(monkeypatch, drifts):
 # -- sets of queries -----------------------------------------------------------------------------
 
 
-def test_heads_of_queries_skip_what_compares_row_by_row():
-    queries = with_head(rows="queries")
-    skip = only("taps and tail", "gradients through the tail", "rows permuted", "student losses")
-    pair = {"teacher": tiny_retinanet(), "student": tiny_retinanet(seed=1)}
-    report = check_adapter(queries, *tiny_batch(), **pair, skip=skip)
-    assert report.passed == ("student losses",)
+class SetDetector(nn.Module):
+    """Predicts a set of six boxes, each from a learned query that attends to the map."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, width, 3, stride=16, padding=1)
+        self.embeddings = nn.Parameter(torch.randn(6, width))
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.tower = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+        self.logits, self.sides = nn.Linear(width, 4), nn.Linear(width, 4)
+
+    def queries(self, maps):
+        tokens = maps[0].flatten(2).mT
+        queries = self.embeddings.expand(len(tokens), -1, -1)
+        return queries + self.attention(queries, tokens, tokens)[0]
+
+    def forward(self, images):
+        features = self.tower(self.queries([self.backbone(torch.stack(list(images)))]))
+        return self.logits(features), self.sides(features)
+
+
+def decode_set(detector, regression, anchors):
+    middle, size = (64 * regression.sigmoid()).chunk(2, dim=-1)
+    return torch.cat([middle - size / 2, middle + size / 2], dim=-1)
+
+
+def losses_of_set(detector, predictions, anchors, targets):
+    """The first rows answer for the objects, one each."""
+    positive = torch.zeros(predictions.logits.shape[:2], dtype=torch.bool)
+    wanted, distances = torch.zeros_like(predictions.logits), [predictions.regression.sum() * 0]
+    boxes = decode_set(detector, predictions.regression, anchors)
+    for image, target in enumerate(targets):
+        for row, (box, label) in enumerate(zip(target["boxes"], target["labels"], strict=True)):
+            positive[image, row], wanted[image, row, label] = True, 1
+            distances.append((boxes[image, row] - box).abs().mean() / 64)
+    classes = F.binary_cross_entropy_with_logits(predictions.logits, wanted)
+    return {"classes": classes, "boxes": torch.stack(distances).sum()}, positive
+
+
+SET = generic(
+    features="backbone",
+    towers={"both": "tower"},
+    predictors={"both": {"logits": "logits", "regression": "sides"}},
+    queries=lambda detector, maps: detector.queries(maps),
+    losses=losses_of_set,
+    decode=decode_set,
+    strides=(16,),
+    widths=lambda detector: (detector.backbone.out_channels,),
+)
+
+
+def test_a_set_of_queries_skips_what_compares_row_by_row():
+    pair = {"teacher": SetDetector(16), "student": SetDetector(8)}
+    skipped = "taps and tail", "gradients through the tail", "rows permuted"
+    report = assert_green(SET, *tiny_batch(), **pair, skipped=skipped)
     assert "set of queries" in report.skipped["taps and tail"]
     assert "set of queries" in report.skipped["rows permuted"]
     assert report.skipped["gradients through the tail"] == "PKD taps no features"
+    assert report.adapter == "generic"
+
+
+def test_a_set_of_queries_that_is_declared_a_grid_is_red():
+    def as_grid(detector):
+        adapter = SET(detector)
+        adapter.heads[0].rows = "grid"
+        return adapter
+
+    pair = {"teacher": SetDetector(16), "student": SetDetector(8)}
+    with pytest.raises(AdapterError, match='rows is "grid", but of permuted predictions') as error:
+        check_adapter(as_grid, *tiny_batch(), **pair, method=PKD(), skip=only("rows permuted"))
+    (fault,) = error.value.faults
+    assert fault.checks == ("rows permuted",)
+    assert 'rows "queries"' in fault.expected
 
 
 # -- what a person gives -------------------------------------------------------------------------
@@ -594,21 +658,16 @@ def test_students_of_another_form_need_own_losses():
 
 
 def test_a_student_that_gives_no_losses_is_compared_layer_by_layer():
-    def nothing(losses, *_):
-        return None
+    silent = of_adapter("own_losses", lambda *_: None)
+    checks = "student losses", "student gradients"
+    assert green_of(silent, *checks).passed == checks
 
-    def after_two_maps(maps, *_):
-        return [2 * level for level in maps]
+    class Doubled(silent):
+        def maps(self, pixels):
+            return [2 * level for level in super().maps(pixels)]
 
-    silent = of_adapter("own_losses", nothing)
-    assert green_of(silent, "student losses", "student gradients").passed == (
-        "student losses",
-        "student gradients",
-    )
-    wrong = type("Wrong", (silent,), {"maps": lambda self, pixels: after_two_maps(silent.maps(self, pixels))})
-    assert "its layers give other numbers. They part at head" in str(
-        found(wrong, skip=only("student losses"))
-    )
+    error = found(Doubled, skip=only("student losses"))
+    assert "its layers give other numbers. They part at head" in str(error)
 
 
 def green_of(adapter: Any, *checks: str) -> Any:
@@ -624,6 +683,14 @@ def test_batches_without_objects_say_nothing_of_boxes():
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
     report = green(batch=(images, empty), skip=only("decoding and classes"))
     assert report.skipped["decoding and classes"] == "the targets hold no object"
+
+
+def test_heads_without_an_assignment_of_their_own():
+    def refuses(*_):
+        raise ValueError("only its losses know")
+
+    report = green_of(of_head("assign", refuses), "label assignment")
+    assert report.skipped["label assignment"] == "assign() refuses: only its losses know"
 
 
 def test_names_of_no_check():
