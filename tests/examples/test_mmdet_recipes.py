@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tests.mmdet_recipes import FOLDER, RECIPES, load_recipe, mmdet_batch
+from tests.helpers.mmdet_recipes import FOLDER, RECIPES, load_recipe, mmdet_batch
 
 pytestmark = pytest.mark.mmdet
 
@@ -84,7 +84,7 @@ def test_a_recipe_agrees_with_what_mmdet_publishes(name):
         for config in (Config.fromfile(FOLDER / f"{name}.py"), get_config(base))
     )
     model = recipe.pop("model")
-    assert recipe.pop("custom_imports")["imports"] == ["crosskd.adapters.mmdet"]
+    assert recipe.pop("custom_imports")["imports"] == ["crosskd.integrations.mmdet"]
     assert model["student"]["bbox_head"] == plain.pop("model")["bbox_head"]
     assert recipe == plain  # data, schedule and optimizer are those of the student's own config
     assert model["teacher"] == get_config(teacher).model.to_dict()
