@@ -44,7 +44,7 @@ def crosskd_losses(
     """
     batch, targets = student.transform(images, targets)  # once: both see the same pixels
     with torch.no_grad():
-        teacher_maps = list(teacher.backbone(batch.tensors).values())  # a level: (batch, 256, height, width)
+        teacher_maps = list(teacher.backbone(batch.tensors).values())  # (batch, 256, height, width) each
     student_maps = list(student.backbone(batch.tensors).values())
 
     teacher_logits, student_logits, cross_logits = branch_predictions(
@@ -55,7 +55,7 @@ def crosskd_losses(
     )
 
     # The student's own predictions and the ground truth.
-    anchors = student.anchor_generator(batch, student_maps)  # an image: (anchors, 4)
+    anchors = student.anchor_generator(batch, student_maps)  # per image: (anchors, 4)
     predictions = {"cls_logits": student_logits, "bbox_regression": student_deltas}
     losses: dict[str, Tensor] = student.compute_loss(targets, predictions, anchors)
 
@@ -82,7 +82,7 @@ def branch_predictions(
         name: of the branch: a tower ``conv`` and, behind it, a predictor.
         teacher_head: the teacher's head.
         student_head: the student's.
-        teacher_maps: the teacher's feature maps, one a level.
+        teacher_maps: the teacher's feature maps, one per level.
         student_maps: the student's.
         position: after how many blocks the towers are split.
 
@@ -119,8 +119,8 @@ def predict(branch: Any, features: Tensor) -> Tensor:
         maps, values = branch.cls_logits(features), branch.num_classes
     else:
         maps, values = branch.bbox_reg(features), 4
-    maps = maps.unflatten(1, (-1, values))  # (batch, anchors a location, values, height, width)
-    maps = maps.permute(0, 3, 4, 1, 2)  # (batch, height, width, anchors a location, values)
+    maps = maps.unflatten(1, (-1, values))  # (batch, anchors per location, values, height, width)
+    maps = maps.permute(0, 3, 4, 1, 2)  # (batch, height, width, anchors per location, values)
     return maps.flatten(1, 3)
 
 

@@ -89,7 +89,7 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
     blocks = python_blocks(ROOT / page)
     assert blocks
     for line, block in blocks:
-        source = "\n" * line + block  # so that a traceback tells the page's own line
+        source = "\n" * line + block  # so that a traceback has the page's own line
         exec(compile(source, str(ROOT / page), "exec"), shown)
     assert "losses" in shown
 

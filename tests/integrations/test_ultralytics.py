@@ -373,7 +373,7 @@ def test_an_end_to_end_student_trains_and_exports(tmp_path, data):
 
 @pytest.mark.slow
 def test_a_student_gets_better_on_real_images(tmp_path):
-    """From nothing, on 32 images, seen by 87 others; docs/yolo.md has the numbers."""
+    """From nothing, on 32 images, seen by 87 others; docs/runs.md has the numbers."""
     from ultralytics import YOLO
 
     data = load("yolo_bccd").convert(bccd_folder(), tmp_path / "data")

@@ -952,7 +952,7 @@ def trained(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]], 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_student_gets_better_on_real_images():
-    """From random weights, on 64 images, measured on 36 others; docs/two_stages.md has the numbers."""
+    """From random weights, on 64 images, measured on 36 others; docs/runs.md has the numbers."""
     _, images, targets = cells("train", 64, first_label=1)
     dataset, test_images, _ = cells("test", 36, first_label=1)
     build_detector = importlib.import_module("models").build_detector
