@@ -66,7 +66,7 @@ def test_training_returns_a_flat_dict_of_scalars(build):
 
 
 def restless(build) -> nn.Module:
-    """A detector whose losses depend on random numbers: a scale a batch, and dropout."""
+    """A detector whose losses depend on random numbers: one scale per batch, and dropout."""
     detector = build(batch_norm=True)
     detector.transform.min_size = (48, 64)
     detector.backbone.stem.append(nn.Dropout(0.5))
@@ -184,18 +184,20 @@ def test_without_targets_the_teachers_confident_anchors_normalise(build, thresho
 def test_without_targets_the_sum_over_anchors_is_that_with_targets():
     """FCOS counts every anchor with targets too, so that only the normaliser differs."""
     images, targets = tiny_batch()
-    seen = []
+    normalizers = []
 
     class Watched(CrossKD):
         def forward(self, step):
-            seen.append(step.assignment.normalizer.item())
+            normalizers.append(step.assignment.normalizer.item())
             return super().forward(step)
 
     distiller = distiller_of(tiny_fcos, Watched())
     labelled, unlabelled = distiller(images, targets), distiller(images)
-    assert seen[1] == pytest.approx(teachers_amount(tiny_fcos, 0.5))
+    assert normalizers[1] == pytest.approx(teachers_amount(tiny_fcos, 0.5))
     for name in DISTILLATION_LOSSES:
-        assert labelled[name].item() * seen[0] == pytest.approx(unlabelled[name].item() * seen[1], rel=1e-5)
+        assert labelled[name].item() * normalizers[0] == pytest.approx(
+            unlabelled[name].item() * normalizers[1], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.5, 1.5])
@@ -392,7 +394,7 @@ def test_progress_is_saved_so_that_a_resumed_run_goes_on():
     distiller(*tiny_batch())
     resumed.load_state_dict(distiller.state_dict())
     assert resumed(*tiny_batch())["kd_cls"] == 0
-    distiller_of(tiny_fcos).set_epoch(3)  # nothing to tell where nothing is scheduled
+    distiller_of(tiny_fcos).set_epoch(3)  # without a schedule it does nothing
 
 
 def test_one_of_two_methods_may_stop(build):
@@ -512,7 +514,7 @@ def test_zero_on_the_first_step_is_warned_of_once(build):
 
 
 class Returning(Method):
-    """A method of a user's own, which returns what it is told to."""
+    """A method of a user's own, which returns what it is given to return."""
 
     def __init__(self, make_losses) -> None:
         super().__init__(name="own")
@@ -621,7 +623,7 @@ def test_hooks_on_what_is_called_are_run(path):
 # -- one assignment -------------------------------------------------------------------------------
 
 
-def test_label_assignment_is_computed_once_an_image():
+def test_label_assignment_is_computed_once_per_image():
     student = tiny_retinanet(seed=1)
     matcher, calls = student.proposal_matcher, []
 

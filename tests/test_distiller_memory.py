@@ -36,10 +36,10 @@ class Watched:
             if not isinstance(layer, nn.Conv2d | nn.GroupNorm | nn.ReLU):
                 continue
 
-            def note(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+            def watch(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
                 self.add(name, output)
 
-            stack.callback(layer.register_forward_hook(note).remove)
+            stack.callback(layer.register_forward_hook(watch).remove)
 
 
 def make_distiller(
@@ -67,8 +67,8 @@ def test_no_feature_map_of_the_teacher_is_alive_when_the_student_starts(family, 
         )
         stack.callback(hook.remove)
         distiller(images, targets)
-    ((seen, names),) = alive
-    assert seen > 3 * len(list(distiller.teacher.head.classification_head.conv))
+    ((count, names),) = alive
+    assert count > 3 * len(list(distiller.teacher.head.classification_head.conv))
     assert names == []
 
 
@@ -76,13 +76,13 @@ def test_no_feature_map_of_the_teacher_is_alive_when_the_student_starts(family, 
 def test_only_channel_statistics_of_the_teachers_features_are_kept(family):
     kept: list[Tensor] = []
 
-    class Noting(CrossKD):
+    class Watching(CrossKD):
         def forward(self, step):
             for levels in step.teacher.taps.values():
                 kept.extend(x for statistics in levels for x in (statistics.mean, statistics.std))
             return super().forward(step)
 
-    make_distiller(family, Noting())(*tiny_batch())
+    make_distiller(family, Watching())(*tiny_batch())
     assert len(kept) == 2 * 2 * 3  # branches, mean and deviation, levels
     assert {tuple(x.shape) for x in kept} == {(1, 32, 1, 1)}
     assert all(x.untyped_storage().nbytes() <= 32 * 4 for x in kept)
@@ -109,11 +109,11 @@ def test_the_teachers_own_pixels_are_freed_before_the_student_starts(family):
     distiller = make_distiller(family, CrossKD(), image_mean=[0.5] * 3, image_std=[0.25] * 3)
     watched, alive = Watched(), []
     with ExitStack() as stack:
-        for backbone, note in (
+        for backbone, watch in (
             (distiller.teacher.backbone, lambda _, inputs: watched.add("the teacher's pixels", inputs[0])),
             (distiller.student.backbone, lambda *_: alive.append(watched.alive())),
         ):
-            stack.callback(backbone.register_forward_pre_hook(note).remove)
+            stack.callback(backbone.register_forward_pre_hook(watch).remove)
         distiller(*tiny_batch())
     assert len(watched.storages) == 1
     assert alive == [[]]

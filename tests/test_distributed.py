@@ -184,7 +184,7 @@ def test_a_method_that_stops_does_not_stall_the_ranks(tmp_path):
 
 
 def unlabelled_job(rank: int) -> Tensor:
-    """The student's predictors get no gradient from unlabelled images, of which DDP must be told."""
+    """The student's predictors get no gradient from unlabelled images, which DDP must know of."""
     distiller = distiller_of(tiny_retinanet, CrossKD())
     parallel = DistributedDataParallel(distiller, find_unused_parameters=True)
     for _ in range(2):

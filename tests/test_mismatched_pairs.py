@@ -228,8 +228,8 @@ def test_the_teacher_sees_its_own_view_of_the_batch(build):
     plain(images, targets)
     watched = Distiller(teacher, copy.deepcopy(student), Watched(), teacher_view=clean)
     watched(dark, targets)
-    seen = [d.methods["crosskd"].step.teacher.predictions.logits for d in (plain, watched)]
-    assert torch.equal(*seen)  # the teacher's predictions on clean images
+    logits = [d.methods["crosskd"].step.teacher.predictions.logits for d in (plain, watched)]
+    assert torch.equal(*logits)  # the teacher's predictions on clean images
     own = student.train()(dark, targets)  # the student's own losses on dark ones
     assert all(torch.equal(losses[name], loss) for name, loss in own.items())
     assert losses["kd_cls"] != Distiller(teacher, student, CrossKD())(dark, targets)["kd_cls"]
@@ -248,8 +248,8 @@ def test_a_view_may_come_with_the_targets():
     distiller(images, targets)
     expected = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), Watched())
     expected([image.flip(0) for image in images], targets)
-    seen = [d.methods["crosskd"].step.teacher.predictions.logits for d in (distiller, expected)]
-    assert torch.equal(*seen)
+    logits = [d.methods["crosskd"].step.teacher.predictions.logits for d in (distiller, expected)]
+    assert torch.equal(*logits)
 
 
 def same(images, targets):

@@ -62,7 +62,7 @@ def test_public_names_exist_and_are_documented(name):
     for public in module.__all__:
         thing = getattr(module, public)
         if not (inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing)):
-            continue  # recipes and type aliases: values, whose class has the docstring
+            continue  # settings and type aliases: values, whose class has the docstring
         assert inspect.getdoc(thing), f"{name}.{public} has no docstring"
         for method, function in inspect.getmembers(thing, inspect.isfunction):
             if not method.startswith("_") and function.__module__.startswith("crosskd"):

@@ -169,8 +169,8 @@ def test_assignment_sums_quality_where_the_head_is_normalised_by_it():
     logits, quality = torch.full((1, 4, 2), 3.0), torch.tensor([[0.5, 0.8, 0.9, 0.1]]).logit()
     summed = positives_of_teacher(predictions(logits, quality), 0.5, sum_quality=True)
     assert summed.normalizer.item() == pytest.approx(2.3)
-    counted = positives_of_teacher(predictions(logits, quality), 0.5)
-    assert counted.normalizer.item() == 4
+    number = positives_of_teacher(predictions(logits, quality), 0.5)
+    assert number.normalizer.item() == 4
     without = positives_of_teacher(predictions(logits), 0.5, sum_quality=True)
     assert without.normalizer.item() == 4
 

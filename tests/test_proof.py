@@ -284,11 +284,11 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("times", torch.zeros(()))
         self.calls, self.sizes, self.memory = 0, [], {"sum": torch.zeros(())}
 
     def forward(self, features: Tensor) -> Tensor:
-        self.seen += 1
+        self.times += 1
         self.calls += 1
         self.sizes.append(features.shape)
         self.memory["sum"] += features.detach().sum()

@@ -154,7 +154,7 @@ def test_a_step_can_be_made_by_hand():
 
 
 class Summing(PlainHead):
-    """Predicts its tower's output as logits, and of it boxes that tell the level."""
+    """Predicts its tower's output as logits, and its first channel plus the level as boxes."""
 
     def predict(self, level: int, towers: Any) -> Predictions:
         (features,) = towers.values()

@@ -180,7 +180,7 @@ def test_widths():
 
 
 class Scale(nn.Module):
-    """Has a weight of two dimensions, and no attribute that tells a width."""
+    """Has a weight of two dimensions, and no attribute for a width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Scale(nn.Module):
         return features * self.weight[..., None]
 
 
-def test_width_is_that_of_the_last_block_that_tells():
+def test_width_is_that_of_the_last_block_that_has_one():
     tower = Tower.of([convolution(4, WIDTH), Scale()], "tower")
     assert tower.width(2) == WIDTH
     with pytest.raises(
@@ -291,7 +291,7 @@ def test_input_tapped_at_position_0_is_not_overwritten():
 
 
 class Overwriting(nn.Module):
-    """Works in place where no attribute tells of it."""
+    """Works in place where no attribute says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def test_towers_that_take_channels_last_are_tapped_with_channels_first(modules, 
             torch.testing.assert_close(tower.tail(tapped, TapPoint(position, "post")), output)
 
 
-def test_a_tower_of_no_layers_is_told_where_its_channels_are():
+def test_a_tower_of_no_layers_is_given_where_its_channels_are():
     point, features = TapPoint(0, "post"), torch.randn(2, 7, WIDTH)
     tower = Tower.of([], "tower", width_in=WIDTH, channels_last=True)
     output, taps = tower.run(features, [point])
@@ -396,7 +396,7 @@ def test_a_flatten_belongs_to_the_linear_layer_behind_it(composite):
         assert torch.equal(tower.tail(tapped, TapPoint(position, "post")), output)
 
 
-def test_a_tower_that_starts_with_a_flatten_is_told_its_width():
+def test_a_tower_that_starts_with_a_flatten_is_given_its_width():
     layers = [nn.Flatten(), nn.Linear(WIDTH * 3 * 3, 5), nn.ReLU()]
     with pytest.raises(ValueError, match="box tower: no layer tells its input width; hand in width_in"):
         Tower.of(layers, "box tower")

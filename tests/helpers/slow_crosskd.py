@@ -205,13 +205,13 @@ def retinanet_assignment(places: list[Location], boxes: list[list[float]]) -> tu
     best_of_boxes = {
         index for row in table for index, value in enumerate(row) if abs(value - max(row)) < 1e-12
     }
-    counted, positives = [], 0
+    label_weights, positives = [], 0
     for index in range(len(places)):
         best = max(row[index] for row in table)
         positive = best >= 0.5 or index in best_of_boxes
-        counted.append(0.0 if 0.4 <= best < 0.5 and not positive else 1.0)
+        label_weights.append(0.0 if 0.4 <= best < 0.5 and not positive else 1.0)
         positives += positive
-    return counted, max(1, positives)
+    return label_weights, max(1, positives)
 
 
 def fcos_amount(places: list[Location], boxes: list[list[float]]) -> float:

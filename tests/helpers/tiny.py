@@ -27,7 +27,7 @@ class TinyBackbone(nn.Module):
     """Plain convolutions that give levels of strides 8, 16 and 32.
 
     Args:
-        width: channels of each level, the tower's width; one number a level, from stride 8 on, for SSD.
+        width: channels of each level, the tower's width; one per level, from stride 8 on, for SSD.
         hidden: channels inside, so that teacher and student may differ.
         batch_norm: puts a BatchNorm behind each strided convolution.
     """
@@ -80,7 +80,7 @@ def tiny_retinanet(
     batch_norm: bool = False,
     **options: Any,
 ) -> RetinaNet:
-    """A RetinaNet of 3 anchors a location on three levels.
+    """A RetinaNet of 3 anchors at each location on three levels.
 
     Args:
         num_classes: classes, labelled from 0.
@@ -88,7 +88,7 @@ def tiny_retinanet(
         norm: what stands behind each of the towers' convolutions.
         seed: of the weights.
         side: images are resized to this many pixels.
-        blocks: convolutions a tower.
+        blocks: convolutions in each tower.
         hidden: channels of the backbone.
         batch_norm: whether the backbone has BatchNorm layers.
         options: further arguments of torchvision's ``RetinaNet``.
@@ -186,7 +186,7 @@ def tiny_ssd(
     kind: type[SSD] = SSD,
     **options: Any,
 ) -> SSD:
-    """An SSD of 6 anchors a location on the second level and 4 on the others.
+    """An SSD of 6 anchors at each location on the second level and 4 on the others.
 
     Args:
         num_classes: classes, of which 0 is the background.

@@ -58,15 +58,15 @@ class FeatureDistance(LogitDistance):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         assert set(step.student.taps) == set(step.teacher.taps) == {"classification"}
-        self.seen = step.student.taps["classification"], step.teacher.taps["classification"]
-        pairs = zip(*self.seen, strict=True)
+        self.levels = step.student.taps["classification"], step.teacher.taps["classification"]
+        pairs = zip(*self.levels, strict=True)
         return {"kd_features": sum((ours.read() - theirs).abs().mean() for ours, theirs in pairs)}
 
 
 def test_a_method_that_taps_one_branch_at_two_places():
     distiller, losses = distil(FeatureDistance())
     assert losses["kd_features"] > 0
-    student, teacher = distiller.methods["distance"].seen
+    student, teacher = distiller.methods["distance"].levels
     assert len(student) == len(teacher) == 3
     assert all((tapped.read() >= 0).all() for tapped in student)
     assert all((features < 0).any() for features in teacher)

@@ -132,12 +132,12 @@ def test_cross_head_is_align_then_the_rest_of_the_teachers_tower(position, tap):
     teacher, student = tiny_retinanet(seed=1).eval(), tiny_retinanet(seed=2)
     found: dict[str, Tensor] = {}
 
-    class Noting(CrossKD):
+    class Watched(CrossKD):
         def forward(self, step):
             found["logits"] = self.cross_head(step).logits
             return super().forward(step)
 
-    distiller = Distiller(teacher, student, Noting(position, tap))
+    distiller = Distiller(teacher, student, Watched(position, tap))
     images, targets = tiny_batch()
     distiller(images, targets)
 
