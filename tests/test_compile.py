@@ -29,35 +29,45 @@ def build(request):
 
 
 def distiller_of(build, method=None) -> Distiller:
-    """With a projection, a BatchNorm and a block on either side of the split, and no more to compile."""
+    """With a projection, a BatchNorm and a block on either side of the split, and no more to compile.
+
+    In float64: group norm over the two locations of the coarsest level nearly cancels the gradient,
+    and what float32 leaves of it depends on the processor.
+    """
     teacher = build(width=64, seed=1, blocks=2)
     student = build(width=32, seed=2, blocks=2, batch_norm=True)
-    return Distiller(teacher, student, method or CrossKD(position=1))
+    return Distiller(teacher, student, method or CrossKD(position=1)).double()
+
+
+def double_batch(**options) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    images, targets = tiny_batch(**options)
+    targets = [{"boxes": t["boxes"].double(), "labels": t["labels"]} for t in targets]
+    return [image.double() for image in images], targets
 
 
 def step(distiller: nn.Module, batch=None) -> dict[str, Tensor]:
-    losses = distiller(*(batch or tiny_batch()))
+    losses = distiller(*(batch or double_batch()))
     sum(losses.values()).backward()
     return losses
 
 
 def assert_steps_agree(eager: Distiller, other: nn.Module, others_distiller: Distiller, batch=None) -> None:
-    """Two steps: losses to 1e-4, and the student's gradients."""
+    """Two steps: losses, and the student's gradients."""
     for _ in range(2):
         expected, losses = step(eager), step(other, batch)
         assert losses.keys() == expected.keys()
         for name, loss in losses.items():
-            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-4), name
+            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-10), name
     largest = max(parameter.grad.abs().max().item() for parameter in eager.parameters())
     for ours, theirs in zip(others_distiller.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * largest)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10 * largest)
 
 
 def test_channels_last_gives_the_same_losses(build):
     eager = distiller_of(build)
     other = copy.deepcopy(eager).to(memory_format=torch.channels_last)
     assert other.teacher.backbone.stem[0][0].weight.is_contiguous(memory_format=torch.channels_last)
-    images, targets = tiny_batch()
+    images, targets = double_batch()
     images = torch.stack(images).contiguous(memory_format=torch.channels_last)
     assert_steps_agree(eager, other, other, (images, targets))
 
@@ -72,10 +82,10 @@ def test_compiled_distiller_gives_the_same_losses(build):
 @pytest.mark.slow
 def test_compiled_distiller_gives_the_same_detections(build):
     distiller = distiller_of(build).eval()
-    images, _ = tiny_batch()
+    images, _ = double_batch()
     compiled = torch.compile(distiller, backend="eager")
     for ours, theirs in zip(compiled(images), distiller.student(images), strict=True):
-        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-8, atol=1e-10)
 
 
 def compile_in_place(detector: nn.Module) -> None:
@@ -111,7 +121,7 @@ def test_graph_breaks(build, method):
     counter = CompileCounter()
     compiled = torch.compile(distiller_of(build, method), backend=counter)
     for seed in range(3):
-        compiled(*tiny_batch(seed=seed))
+        compiled(*double_batch(seed=seed))
     assert counter.frame_count == 2
     reasons = counters["graph_break"]
     assert reasons  # four with PyTorch 2.14; how they are grouped changes from version to version
@@ -124,9 +134,9 @@ def test_images_of_another_size_give_the_eager_losses(build):
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, backend="eager")
     for side in (64, 96):
-        batch = tiny_batch(side=side)
+        batch = double_batch(side=side)
         for distiller in (eager, other):
             distiller.student.transform.min_size, distiller.student.transform.max_size = (side,), side
         expected, losses = eager(*batch), compiled(*batch)
         for name, loss in losses.items():
-            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-4), name
+            assert loss.item() == pytest.approx(expected[name].item(), rel=1e-10), name
