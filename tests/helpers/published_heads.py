@@ -76,7 +76,9 @@ def distil(
 ) -> tuple[Distiller, dict[str, Tensor], Watched]:
     """One step on a published case: the distiller, its losses, and the method with the step it saw."""
     method = Watched(position=case["position"])
-    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter, prove=prove).to(dtype)
+    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter, prove=prove).to(
+        dtype
+    )
     images = [torch.rand(3, *case["image_size"], dtype=dtype) for _ in case["targets"]]
     losses = distiller(images, [dict(target) for target in case["targets"]])
     return distiller, losses, distiller.methods["crosskd"]
