@@ -1,6 +1,6 @@
 """What the tutorial's detectors learn: its drawn shapes, several students, and real images of blood cells.
 
-Detector, training and adapter are the code of docs/your_detector.md, run as it stands there::
+Detector and training are examples/your_detector.py, the adapter is that of docs/your_detector.md::
 
     python benchmarks/tutorial.py --root data/bccd --threads 1
 
@@ -13,6 +13,7 @@ import argparse
 import copy
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,17 @@ from torch import nn
 
 from crosskd import CrossKD, Distiller
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "your_detector.md"
 WHO = ("before training", "alone", "distilled")
 
 
 def page_code() -> dict[str, Any]:
-    """What the page defines: its detector, how it is trained, its shapes, its adapter."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    """What the page's first block imports and defines: the detector, its training, its images, its adapter."""
+    block = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
     defined: dict[str, Any] = {"__name__": PAGE.name}
-    wanted = ("class SmallDetector", "def train", "def draw", "def f1", "GenericAdapter(")
-    for block in blocks:
-        if any(part in block for part in wanted):
-            exec(compile(block, PAGE.name, "exec"), defined)
+    exec(compile(block, PAGE.name, "exec"), defined)
     return defined
 
 
@@ -50,7 +50,7 @@ class Case:
         classes: how many there are.
         images: shape (images, 3, height, width), to train on.
         targets: theirs.
-        score: tells how good a detector is.
+        score: how good a detector is.
         digits: of a score in the table.
         steps: of the teacher's training, and of a student's.
         seeds: of the students' weights.

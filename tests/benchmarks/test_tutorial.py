@@ -1,4 +1,4 @@
-"""The tutorial's numbers: made by the page's own code, one column a student's weights."""
+"""The tutorial's numbers: made by the page's own code, one column for each student's weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.benchmarks.test_benchmarks import load
 tutorial = load("tutorial")
 
 
-def test_a_case_is_trained_and_told_in_a_table():
+def test_a_case_is_trained_and_its_scores_stand_in_a_table():
     page = tutorial.page_code()
     scored = []
 
