@@ -35,7 +35,8 @@ WHO = ("before training", "alone", "distilled")
 
 def page_code() -> dict[str, Any]:
     """What the page's first block imports and defines: the detector, its training, its images, its
-    adapter."""
+    adapter.
+    """
     block = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)[0]
     defined: dict[str, Any] = {"__name__": PAGE.name}
     exec(compile(block, PAGE.name, "exec"), defined)
