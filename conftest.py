@@ -10,7 +10,7 @@ import pytest
 
 # Where it is set, the peer must be there: a test run that was to use it can't pass by skipping.
 REQUIRED = "CROSSKD_REQUIRE_{}"
-ADAPTERS = Path(__file__).parent / "crosskd" / "adapters"
+PACKAGE = Path(__file__).parent / "crosskd"
 
 
 def missing_mmdet() -> str | None:
@@ -42,8 +42,8 @@ MISSING = {"mmdet": missing_mmdet, "ultralytics": missing_ultralytics}
 
 
 def needs(peer: str, path: Path) -> bool:
-    """Whether a file is one of the package's modules that can't be imported without a peer."""
-    return path.parent == ADAPTERS and peer in path.stem
+    """Whether a file or folder of the package can't be imported without a peer: they bear its name."""
+    return path.is_relative_to(PACKAGE) and any(peer in part for part in path.relative_to(PACKAGE).parts)
 
 
 def pytest_configure() -> None:

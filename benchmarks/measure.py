@@ -202,11 +202,18 @@ def environment(script: str, options: argparse.Namespace, load: Sequence[float])
         "threads": str(torch.get_num_threads()),
         "time": f"{clocks[options.clock]}, {options.rounds} rounds",
         "load before the start (1, 5, 15 minutes)": ", ".join(f"{value:.1f}" for value in load),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, crosskd {crosskd.__version__}",
+        "versions": versions(),
         "seed": str(options.seed),
     }
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+
+
+def versions() -> str:
+    """What the numbers were made with."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, crosskd {crosskd.__version__}"
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -116,7 +116,8 @@ class CocoFolder(Dataset[Sample]):
         try:
             with Image.open(path) as image:
                 return pil_to_tensor(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError):
+        # Once ultralytics was imported, Pillow looks for a module for more formats before it gives up.
+        except (OSError, UnidentifiedImageError, SyntaxError, ModuleNotFoundError):
             with self._broken.get_lock():
                 self._broken.value += 1
             return None

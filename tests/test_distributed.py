@@ -24,8 +24,9 @@ RANKS = 2
 
 
 def distiller_of(build, method, teacher_seed: int = 1) -> Distiller:
+    """In float64: group norm over few locations nearly cancels gradients, more than float32 can tell."""
     torch.manual_seed(3)
-    return Distiller(build(width=64, seed=teacher_seed), build(width=32, seed=2), method)
+    return Distiller(build(width=64, seed=teacher_seed), build(width=32, seed=2), method).double()
 
 
 def batch_of(rank: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -33,7 +34,8 @@ def batch_of(rank: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     images, targets = tiny_batch(batch=2, seed=rank)
     if rank == 1:
         targets[0] = {name: tensor[:1] for name, tensor in targets[0].items()}
-    return images, targets
+    targets = [{"boxes": t["boxes"].double(), "labels": t["labels"]} for t in targets]
+    return [image.double() for image in images], targets
 
 
 def joined_batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -121,11 +123,11 @@ def test_prediction_mimicking_matches_one_process_on_the_joined_batch(tmp_path, 
     distillation(losses).backward()
     for name in ("kd_cls", "kd_reg"):
         mean = sum(rank["losses"][name].item() for rank in ranks) / RANKS
-        assert mean == pytest.approx(losses[name].item(), rel=1e-5)
+        assert mean == pytest.approx(losses[name].item(), rel=1e-10)
     expected = gradients(alone)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(ranks[0]["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest)
+        torch.testing.assert_close(ranks[0]["gradients"][name], gradient, rtol=1e-8, atol=1e-10 * largest)
 
 
 @pytest.mark.parametrize("build", [tiny_retinanet, tiny_fcos])
@@ -152,7 +154,7 @@ def teacher_job(rank: int, build) -> list[Tensor]:
         optimizer.zero_grad()
         sum(parallel(*batch_of(rank)).values()).backward()
         optimizer.step()
-    expected = build(width=64, seed=rank + 1).state_dict()
+    expected = build(width=64, seed=rank + 1).double().state_dict()
     for name, tensor in distiller.teacher.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())

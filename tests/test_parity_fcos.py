@@ -171,8 +171,8 @@ def test_published_regression_and_centerness_losses_agree(case):
 
 
 def test_published_gradient_at_the_students_features_agrees(case):
-    distiller, losses, _ = distil(case, build, PublishedFCOSAdapter, prove=False)
+    distiller, losses, _ = distil(case, build, PublishedFCOSAdapter, torch.float64, prove=False)
     *finer, coarsest = gradient_errors(distiller, losses, case)
-    assert max(finer) < 1e-4
-    # GroupNorm over two locations leaves a gradient that is nearly cancelled: float32 keeps two digits.
-    assert coarsest < 1e-2
+    assert max(finer) < 1e-5
+    # GroupNorm over two locations: the published gradient, of float32, has little more than a digit left.
+    assert coarsest < 0.15

@@ -74,11 +74,11 @@ def test_losses_agree(case):
 
 
 def test_gradient_at_the_students_features_agrees(case):
-    distiller, losses, _ = distil(case, build, FixedRetinaNetAdapter)
+    distiller, losses, _ = distil(case, build, FixedRetinaNetAdapter, torch.float64)
     errors = gradient_errors(distiller, losses, case)
     # A level of six locations an image, nearly all of a channel cut off by the ReLU: a tiny deviation.
-    assert errors.pop(3) < 1e-3
-    assert max(errors) < 1e-4
+    assert errors.pop(3) < 1e-4
+    assert max(errors) < 1e-5
 
 
 def test_cross_head_and_teacher_predictions_agree(case):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crosskd import CrossKD, Distiller
-from tests.blood_cells import average_precision, cells
+from tests.helpers.blood_cells import average_precision, cells
 from tests.test_docs import EXAMPLES, ROOT, python_blocks
 
 PAGE = ROOT / "docs/your_detector.md"

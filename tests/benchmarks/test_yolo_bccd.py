@@ -88,7 +88,10 @@ def test_the_data_is_converted_once_and_found_again(tmp_path):
     assert len([row for row in rows if row]) == 945
 
 
-def test_a_finished_run_is_not_repeated_and_a_failed_one_names_its_log(tmp_path):
+def test_a_finished_run_is_not_repeated_and_a_failed_one_names_its_log(tmp_path, monkeypatch):
+    script = tmp_path / "fails.py"  # at once: the real one imports for seconds
+    script.write_text("import sys\nsys.exit(f'no model in {sys.argv[-1]}')\n")
+    monkeypatch.setattr(yolo_bccd, "__file__", str(script))
     settings = options("--output", str(tmp_path))
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "metrics.json").write_text(json.dumps(run(1.0)))
@@ -96,6 +99,7 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_names_its_log(tmp_path)
     assert yolo_bccd.run(*arguments, "done", "none", "no_such_model", 1, 0) == run(1.0)
     with pytest.raises(RuntimeError, match=r"a run failed, see .*log.txt"):
         yolo_bccd.run(*arguments, "failed", "none", "no_such_model", 1, 0)
+    assert '"model": "no_such_model.yaml"' in (tmp_path / "failed" / "log.txt").read_text()
 
 
 @pytest.fixture(scope="module")

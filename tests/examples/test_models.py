@@ -20,6 +20,8 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resn
 from crosskd import CrossKD, Distiller
 from tests.examples.mmdet_state import mmdet_state
 
+LIGHT = "retinanet_mobilenet_v3_large"  # the one with the smallest files
+
 
 def small(name: str, **options) -> torch.nn.Module:
     return build_detector(name, 3, width=32, short_side=[64], **options)
@@ -115,7 +117,7 @@ def test_published_weights_refuse_what_was_not_published():
 
 
 def test_weights_of_a_detector_a_checkpoint_and_a_distiller_load_alike(tmp_path):
-    student = small("retinanet_resnet18")
+    student = small(LIGHT)
     distiller = Distiller(small("retinanet_resnet34"), student, CrossKD())
     files = {
         "plain.pt": student.state_dict(),
@@ -125,7 +127,7 @@ def test_weights_of_a_detector_a_checkpoint_and_a_distiller_load_alike(tmp_path)
     }
     for name, content in files.items():
         torch.save(content, tmp_path / name)
-        other = small("retinanet_resnet18")
+        other = small(LIGHT)
         load_weights(other, tmp_path / name)
         state = student.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items()), name
@@ -134,17 +136,17 @@ def test_weights_of_a_detector_a_checkpoint_and_a_distiller_load_alike(tmp_path)
 def test_weights_that_do_not_fit_are_named(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_weights(small("retinanet_resnet18"), path)
-    torch.save(small("retinanet_resnet18").state_dict(), path)
+        load_weights(small(LIGHT), path)
+    torch.save(small(LIGHT).state_dict(), path)
     with pytest.raises(ValueError, match=r"keys missing \['head.classification_head.conv.0.1.bias'"):
-        load_weights(small("retinanet_resnet18", head_norm="group"), path)
-    wider = build_detector("retinanet_resnet18", 5, width=32, short_side=[64])
+        load_weights(small(LIGHT, head_norm="group"), path)
+    wider = build_detector(LIGHT, 5, width=32, short_side=[64])
     with pytest.raises(ValueError, match=r"cls_logits.*\(27,\) in the file, \(45,\) in the model"):
         load_weights(wider, path)
 
 
 def test_a_file_with_code_in_it_is_refused(tmp_path):
     path = tmp_path / "whole_model.pt"
-    torch.save(small("retinanet_resnet18"), path)
+    torch.save(small(LIGHT), path)
     with pytest.raises(Exception, match="weights_only|Weights only|Unsupported"):
-        load_weights(small("retinanet_resnet18"), path)
+        load_weights(small(LIGHT), path)

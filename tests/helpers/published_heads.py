@@ -54,7 +54,8 @@ class ExactAnchors(AnchorGenerator):
     def grid_anchors(self, grid_sizes, strides):
         exact = [[torch.tensor(stride), torch.tensor(stride)] for stride in self.strides]
         levels = super().grid_anchors(grid_sizes, exact)
-        return [a + self.offset * stride for a, stride in zip(levels, self.strides, strict=True)]
+        # Always float32, as published: which anchors overlap an object by just a half depends on it.
+        return [(a + self.offset * stride).float() for a, stride in zip(levels, self.strides, strict=True)]
 
 
 class Watched(CrossKD):
@@ -66,12 +67,19 @@ class Watched(CrossKD):
 
 
 def distil(
-    case: dict[str, Any], build: Any, adapter: AdapterSpec, *, prove: bool = True
+    case: dict[str, Any],
+    build: Any,
+    adapter: AdapterSpec,
+    dtype: torch.dtype = torch.float32,
+    *,
+    prove: bool = True,
 ) -> tuple[Distiller, dict[str, Tensor], Watched]:
     """One step on a published case: the distiller, its losses, and the method with the step it saw."""
     method = Watched(position=case["position"])
-    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter, prove=prove)
-    images = [torch.rand(3, *case["image_size"]) for _ in case["targets"]]
+    distiller = Distiller(build(case, "teacher"), build(case, "student"), method, adapter, prove=prove).to(
+        dtype
+    )
+    images = [torch.rand(3, *case["image_size"], dtype=dtype) for _ in case["targets"]]
     losses = distiller(images, [dict(target) for target in case["targets"]])
     return distiller, losses, distiller.methods["crosskd"]
 
@@ -83,6 +91,9 @@ def rows(levels: list[Tensor], last: int) -> Tensor:
 
 def gradient_errors(distiller: Distiller, losses: dict[str, Tensor], case: dict[str, Any]) -> list[float]:
     """How far the distillation's gradient at the student's features is from the published one.
+
+    Over a few locations, normalising leaves gradients that are nearly cancelled. In float32 they depend on
+    the processor; of a step in float64 the errors are those of the published gradient, the same anywhere.
 
     Returns:
         One number per level: the largest difference, over the largest published gradient.

@@ -27,7 +27,7 @@ from torchvision.ops import roi_align
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionFasterRCNN, find_adapter
 from crosskd.step import Step
-from tests.blood_cells import average_precision, cells
+from tests.helpers.blood_cells import average_precision, cells
 from tests.helpers.conformance import assert_green
 from tests.helpers.tiny import STRIDES, tiny_retinanet
 from tests.helpers.two_stages import ANCHORS, CLASSES, POOLED, REGIONS, tiny_faster_rcnn, two_stage_batch
