@@ -444,6 +444,14 @@ def test_a_backbone_of_other_levels():
         Distiller(teacher, student, CrossKD())(*batch_of())
 
 
+def test_a_student_with_other_towers_than_those_that_the_methods_were_set_up_for():
+    teacher, student = pair_of("gfl")
+    distiller = Distiller(teacher, student, CrossKD()).train()
+    student.bbox_head.cls_convs = student.bbox_head.cls_convs[:3]
+    with pytest.raises(ValueError, match="the student's bbox_head.cls_convs.* was replaced"):
+        distiller(*batch_of())
+
+
 def test_batches_that_are_not_mmdets():
     distiller = Distiller(*pair_of("gfl"), CrossKD()).train()
     images, samples = batch_of()
