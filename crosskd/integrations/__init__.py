@@ -1,1 +1,3 @@
 """Distillation inside other frameworks' own training, which stands above the `crosskd.Distiller`."""
+
+__all__: list[str] = []

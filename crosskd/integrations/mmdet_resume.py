@@ -17,6 +17,8 @@ from mmengine.runner import CheckpointLoader
 
 from crosskd.checkpoints import also_allowing
 
+__all__ = ["load_from_local"]
+
 _DEFAULT_STATISTICS = ("min", "max", "current", "mean")
 
 
