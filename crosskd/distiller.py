@@ -150,9 +150,16 @@ class Distiller(nn.Module):
         if teacher.strides is not None and student.strides is not None:
             levels, scale = match_levels(teacher.strides, student.strides, rescaled=view)
         columns = None
-        if class_map is not None and teacher.heads:
-            last, own = teacher.heads[-1], student.heads[-1]
-            columns = class_columns(class_map, last.num_classes, own.num_classes, own.background)
+        if class_map is not None:
+            last, own = teacher.heads[-1:], student.heads[-1]
+            if not last or last[0].background != own.background:
+                background = f"background column {last[0].background}" if last else "no head"
+                raise ValueError(
+                    f"class_map= maps the classes of two heads of one kind: {background} (teacher), "
+                    f"background column {own.background} (student), None for a sigmoid per class. Leave it "
+                    "out: crosskd.CrossKD() compares all of the teacher's own classes, crosskd.PKD() none"
+                )
+            columns = class_columns(class_map, last[0].num_classes, own.num_classes, own.background)
         pair = Pair(
             teacher,
             student,

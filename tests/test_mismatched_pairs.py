@@ -17,7 +17,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking
-from tests.helpers.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet, with_levels
+from crosskd.adapters import TorchvisionRetinaNet, backbone
+from tests.helpers.tiny import STRIDES, liven, tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd, with_levels
 
 
 @pytest.fixture(params=[tiny_retinanet, tiny_fcos], ids=["retinanet", "fcos"])
@@ -402,6 +403,18 @@ def test_strides_are_read_whatever_the_channels():
     teacher, student = (with_channels(tiny_fcos, 6, seed=seed) for seed in range(2))
     student.backbone.stem[0][0].stride = (4, 4)
     refused(r"strides differ: \[8.0, 16.0, 32.0\] \(teacher\), \[16.0", teacher, student, CrossKD())
+
+
+def test_a_class_map_between_heads_of_two_kinds():
+    options = {"class_map": [0, 1, 2, 3]}
+    with_background, without = tiny_ssd(num_classes=4), tiny_retinanet()
+    message = r"class_map= .*no head \(teacher\), background column None \(student\)"
+    backboned = {"adapter": TorchvisionRetinaNet, "teacher_adapter": backbone()}
+    refused(message, tiny_retinanet().backbone, without, PKD(), class_map=[0], **backboned)
+    message = r"class_map= .*background column 0 \(teacher\), background column None \(student\)"
+    refused(message, with_background, without, PKD(), **options)
+    message = r"class_map= .*background column None \(teacher\), background column 0 \(student\)"
+    refused(message, without, with_background, PKD(), **options)
 
 
 # -- what the first step finds ---------------------------------------------------------------------

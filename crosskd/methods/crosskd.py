@@ -148,9 +148,6 @@ class CrossKD(Method):
         require_grid(pair)
         require_branches(pair)
         require_all_levels(pair)
-        left_out, _ = pair.left_out()
-        if left_out:
-            _logger.info("%s: the teacher's levels of strides %s are left out", self.name, left_out)
         self.class_map = pair.class_map
         branches = [(branch, _named(student, branch.name)) for branch in teacher.branches]
         if self.position is None:
