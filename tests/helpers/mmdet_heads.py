@@ -113,7 +113,7 @@ class FixedMaps(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """One strided convolution a level, so that features follow the image."""
+    """One strided convolution per level, so that features follow the image."""
 
     def __init__(self, strides: Sequence[int] = STRIDES, width: int = WIDTH) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def detector_of(
 
     Args:
         head: the head's settings.
-        backbone: gives a feature map a level.
+        backbone: gives one feature map per level.
         seed: of the weights, which are livened up so that towers don't vanish.
         options: further settings of the detector.
     """
@@ -186,7 +186,7 @@ def liven(head: nn.Module) -> None:
 
 
 def samples_of(targets: Sequence[dict[str, Tensor]], size: tuple[int, int] = SIZE) -> list[Any]:
-    """mmdet's data samples for boxes (objects, 4) and labels (objects,) an image."""
+    """mmdet's data samples for boxes (objects, 4) and labels (objects,) of each image."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
