@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.adapters.base import Adapter
+from crosskd.step import DetectorTrace
 
-__all__ = ["bare", "check_devices", "check_effect", "check_same_pixels", "check_shared"]
+__all__ = ["bare", "check_devices", "check_effect", "check_same_pixels", "check_shared", "check_strides"]
 
 
 def bare(side: str, detector: nn.Module) -> nn.Module:
@@ -103,4 +104,22 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
                 f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
                 "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
                 stacklevel=5,
+            )
+
+
+def check_strides(side: str, trace: DetectorTrace) -> None:
+    """Raises ``ValueError`` where a level's map is of another size than its stride says."""
+    strides = trace.adapter.strides
+    if strides is None:
+        return
+    for level, (stride, feature_map) in enumerate(zip(strides, trace.maps, strict=False)):
+        if feature_map.ndim != 4:
+            continue
+        found, size = tuple(feature_map.shape[2:]), trace.batch.size
+        expected = [pixels / stride for pixels in size]
+        if any(abs(a - b) > 1 for a, b in zip(found, expected, strict=True)):
+            raise ValueError(
+                f"{side}: the stride of level {level} is {stride:g}, but its map is {found} for pixels of "
+                f"{size}, as (height, width): give strides= as many pixels as lie between neighbouring "
+                "locations, finest level first"
             )

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosskd._guards import bare, check_devices, check_effect, check_same_pixels, check_shared
+from crosskd._guards import (
+    bare,
+    check_devices,
+    check_effect,
+    check_same_pixels,
+    check_shared,
+    check_strides,
+)
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
 from crosskd.frozen import frozen_copy
@@ -119,7 +126,15 @@ class Distiller(nn.Module):
         check_shared(teacher, student)
         self.teacher_view, self.resize_levels = teacher_view, resize_levels
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
-        theirs = _bound("teacher", teacher_adapter or adapter or find_adapter, frozen_copy(teacher))
+        hint = ""
+        if adapter is not None and teacher_adapter is None and type(teacher) is not type(student):
+            hint = (
+                ". adapter= serves both sides unless teacher_adapter= is given: for a "
+                f"{type(teacher).__name__} pass teacher_adapter=, such as crosskd.adapters.find_adapter for "
+                "a type that the library knows"
+            )
+        spec = teacher_adapter or adapter or find_adapter
+        theirs = _bound("teacher", spec, frozen_copy(teacher), hint)
         self._student_spec = adapter or find_adapter
         ours = _bound("student", self._student_spec, student)
         if not ours.heads:
@@ -374,6 +389,9 @@ class Distiller(nn.Module):
         self, teacher: DetectorTrace, student: DetectorTrace, active: Mapping[str, Method]
     ) -> dict[str, Step]:
         """What each active method sees; on its first step it demands what only a batch shows."""
+        if not self._checked:
+            check_strides("teacher", teacher)
+            check_strides("student", student)
         steps = steps_of(self._pairs, teacher, student, active, self.unlabelled_threshold)
         for name in steps.keys() - self._checked:
             active[name].check(steps[name])
@@ -389,12 +407,17 @@ class Distiller(nn.Module):
                 self._checked.add(name)
 
 
-def _bound(side: str, spec: AdapterSpec, detector: nn.Module) -> Adapter:
+def _bound(side: str, spec: AdapterSpec, detector: nn.Module, hint: str = "") -> Adapter:
     """An adapter of a detector, whose errors say which side it is on."""
+    if isinstance(spec, Adapter):
+        raise TypeError(
+            f"{side}: adapter= makes an adapter of a detector, got a {type(spec).__name__} that is bound to "
+            "one: pass the class, or what crosskd.adapters.generic() returns, without calling it"
+        )
     try:
         adapter = spec(detector)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{side}: {error}") from error
+        raise type(error)(f"{side}: {error}{hint}") from error
     if not isinstance(adapter, Adapter):
         raise TypeError(
             f"adapter= must make a crosskd.adapters.Adapter of a detector, got a {type(adapter).__name__}: "
@@ -438,10 +461,15 @@ def _losses_of(
 ) -> dict[str, dict[str, Tensor]]:
     """What each method returns; times the number of images where the student's own losses are."""
     images = len(student.batch.pixels) if any(head.times_batch for head in student.adapter.heads) else 1
-    losses = {}
+    losses: dict[str, dict[str, Tensor]] = {}
     for name, method in methods.items():
         returned = method(steps[name])
-        losses[name] = {key: loss * images for key, loss in returned.items()} if images > 1 else returned
+        if not isinstance(returned, Mapping):
+            raise TypeError(
+                f"{name}: {type(method).__name__}.forward must return a dict of scalar losses by name, got a "
+                f"{type(returned).__name__}"
+            )
+        losses[name] = {key: loss * images if images > 1 else loss for key, loss in returned.items()}
     return losses
 
 
@@ -449,7 +477,7 @@ def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[st
     """Copies of the methods under names that differ, each for one of the student's heads if it distils
     heads.
     """
-    listed = [methods] if isinstance(methods, nn.Module) else list(methods)
+    listed = list(methods) if isinstance(methods, Sequence) else [methods]
     if not listed:
         raise ValueError("methods is empty: there is nothing to distil; pass crosskd.CrossKD()")
     named: dict[str, Method] = {}
@@ -457,7 +485,7 @@ def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[st
         if not isinstance(method, Method):
             raise TypeError(
                 "methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
-                f"{type(method).__name__}"
+                f"{method.__name__ if isinstance(method, type) else type(method).__name__}"
             )
         for head in _heads_of(method, [head.name for head in heads]):
             base = f"{method.name}_{head}" if head else method.name

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosskd.adapters.base import Adapter, Head
+from crosskd.adapters.base import Adapter, Anchors, Head
+from crosskd.predictions import Predictions
 from crosskd.step import Step
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "anchors_agree",
     "class_columns",
     "classes_agree",
+    "has_places",
     "match_levels",
     "require_all_levels",
     "require_branches",
     "require_classes",
     "require_grid",
     "require_heads",
+    "require_places",
     "require_predictions_alike",
     "require_same_anchors",
     "require_same_boxes",
@@ -314,6 +317,43 @@ def anchors_agree(step: Step) -> bool:
     )
 
 
+def has_places(head: Head, predictions: Predictions, anchors: Anchors) -> bool:
+    """Whether the boxes of a head depend on where its rows stand; those of a set of queries don't.
+
+    Args:
+        head: a head that decodes boxes.
+        predictions: of a batch.
+        anchors: what they stand at.
+    """
+    order = torch.randperm(predictions.logits.shape[1], device=predictions.logits.device)
+    if len(order) < 2:
+        return True
+    permuted = replace(
+        predictions,
+        logits=predictions.logits[:, order],
+        regression=predictions.regression[:, order],
+        quality=None if predictions.quality is None else predictions.quality[:, order],
+    )
+    with torch.no_grad():
+        boxes = head.decode(predictions, anchors)[:, order]
+        return not torch.allclose(boxes, head.decode(permuted, anchors), equal_nan=True)
+
+
+def require_places(step: Step) -> None:
+    """Raises ``ValueError`` where towers of linear layers give a grid whose rows have no places: a set."""
+    for name, side in (("teacher", step.teacher), ("student", step.student)):
+        head = side.head
+        linear = any(tower.channels_last for branch in head.branches for tower in branch.towers)
+        ambiguous = head.rows == "grid" and linear and head.decodes
+        if ambiguous and not has_places(head, side.predictions, side.anchors):
+            raise ValueError(
+                f"the {name}'s adapter says rows=\"grid\", but its boxes don't depend on where a row stands: "
+                "they "
+                'are a set of queries in no order, which can\'t be compared row by row. Say rows="queries" '
+                "and choose a method of feature maps, such as crosskd.PKD()"
+            )
+
+
 def require_same_anchors(step: Step) -> None:
     """Raises ``ValueError`` where teacher and student predict boxes at different anchors."""
     if anchors_agree(step):
@@ -333,13 +373,16 @@ def require_same_anchors(step: Step) -> None:
 def require_same_boxes(step: Step) -> None:
     """Raises ``ValueError`` where one prediction is another box to the teacher than to the student."""
     teacher, student = step.teacher, step.student
-    if not (teacher.head.decodes and student.head.decodes) or step.scale != 1 or step.resized:
+    if not (teacher.head.decodes and student.head.decodes) or step.resized:
         return
     with torch.no_grad():
         theirs, ours = (
             side.head.decode(teacher.predictions, side.anchors).flatten(0, -2) for side in (teacher, student)
         )
-    if torch.allclose(theirs, ours.to(theirs), rtol=1e-3, atol=1e-2, equal_nan=True):
+    # Where the teacher sees the images at another resolution, its boxes are larger by the strides' factor.
+    ours = step.scale * ours.to(theirs)
+    rounding = 1e-2 if step.scale == 1 else 2 * max(step.scale, 1.0)  # of anchors to whole pixels
+    if torch.allclose(theirs, ours, rtol=1e-3, atol=rounding, equal_nan=True):
         return
     at = int((theirs - ours).abs().amax(dim=-1).argmax())
     raise ValueError(

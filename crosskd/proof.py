@@ -32,6 +32,8 @@ __all__ = ["losses_of_pieces", "parting_layer", "prove_student", "prove_teacher"
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE = 2e-2
 
+_SUM = "the sum of the losses"
+
 Outputs = dict[str, list[tuple[torch.dtype, Tensor]]]
 """The type and a few sums of what each layer of a detector gave, call by call, by its path."""
 
@@ -44,32 +46,27 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
         images: as the student takes them.
         targets: likewise.
     """
-    with _proving(adapter.detector) as own_outputs:
-        own = adapter.own_losses(*_copied((images, targets)))
-        own = None if own is None else dict(own)
+    name = f"student: {type(adapter.detector).__name__}"
+    with _proving(adapter.detector) as own_outputs, _own_forward(name):
+        given = adapter.own_losses(*_copied((images, targets)))
     with _proving(adapter.detector) as outputs:
         pieces = losses_of_pieces(adapter, *_copied((images, targets)))
-    name = type(adapter.detector).__name__
-    _check_types(f"student: {name}", own_outputs, outputs)
+    _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
-    if own is None:
-        if place is not None:
-            raise ValueError(_message(f"student: {name}", place, "its layers give other numbers"))
-        return
-    if own.keys() != pieces.keys():
-        extra = sorted(own.keys() ^ pieces.keys())
-        raise ValueError(
-            _message(
-                f"student: {name}",
-                place,
-                f"alone it has the losses {sorted(own)}, its pieces {sorted(pieces)}: {', '.join(extra)} "
-                "would be lost",
-            )
-        )
+    if isinstance(given, Tensor):  # their sum
+        own, pieces = {_SUM: given}, {_SUM: torch.stack([loss.sum() for loss in pieces.values()]).sum()}
+    else:
+        own = {} if given is None else dict(given)
+    if given is not None and own.keys() != pieces.keys():
+        extra = ", ".join(sorted(own.keys() ^ pieces.keys()))
+        lost = f"alone it has the losses {sorted(own)}, its pieces {sorted(pieces)}: {extra} would be lost"
+        raise ValueError(_message(name, place, lost))
     for key, loss in own.items():
         if not _alike(loss.detach(), pieces[key].detach()):
             values = f"{key} is {float(loss):.6g} alone and {float(pieces[key]):.6g} by its pieces"
-            raise ValueError(_message(f"student: {name}", place, values))
+            raise ValueError(_message(name, place, values))
+    if place is not None:  # in eval mode other numbers may be other detections, though losses are the same
+        raise ValueError(_message(name, place, "its layers give other numbers"))
 
 
 def prove_teacher(adapter: Adapter, batch: Batch) -> None:
@@ -79,8 +76,8 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
         adapter: the frozen teacher's.
         batch: as the teacher takes it.
     """
-    name = type(adapter.detector).__name__
-    with _proving(adapter.detector) as own_outputs:
+    name = f"teacher: {type(adapter.detector).__name__}"
+    with _proving(adapter.detector) as own_outputs, _own_forward(name):
         own = adapter.own_outputs(batch)
     runs = []
     with _proving(adapter.detector) as outputs:
@@ -91,7 +88,7 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
             else:
                 feed, levels = maps, list(range(len(maps)))
             runs.append((head, given, run_head(head, feed, levels).predictions))
-    _check_types(f"teacher: {name}", own_outputs, outputs)
+    _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
     for head, given, predictions in runs:
         if given.predictions is None:
@@ -99,9 +96,9 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
         for what, theirs, ours in _paired(given.predictions, predictions):
             if not _alike(theirs, ours):
                 which = f"the {head.name or 'head'}'s {what} differ"
-                raise ValueError(_message(f"teacher: {name}", place, f"{which}: {_difference(theirs, ours)}"))
+                raise ValueError(_message(name, place, f"{which}: {_difference(theirs, ours)}"))
     if place is not None and any(given.predictions is None for _, given, _ in runs):
-        raise ValueError(_message(f"teacher: {name}", place, "its layers give other numbers"))
+        raise ValueError(_message(name, place, "its layers give other numbers"))
 
 
 def _check_types(who: str, own: Outputs, pieces: Outputs) -> None:
@@ -138,16 +135,14 @@ def parting_layer(own: Outputs, pieces: Outputs) -> str | None:
         pieces: recorded while its pieces ran.
 
     Returns:
-        ``None`` where all layers that both have called agree. Layers that the pieces don't call are behind
-        the predictions.
+        ``None`` where all that the pieces' layers gave was given in the detector's own forward, too. Layers
+        that the pieces don't call are behind the predictions.
     """
     for path, outputs in own.items():
-        if path not in pieces:
-            continue
-        others = pieces[path]
-        pairs = zip(outputs, others, strict=False)
-        if len(outputs) != len(others) or not all(_alike(a, b) for (_, a), (_, b) in pairs):
-            return path
+        # The detector's own forward may call a layer more often, and in another order.
+        for _, numbers in pieces.get(path, []):
+            if not any(_alike(others, numbers) for _, others in outputs):
+                return path
     return next((path for path in pieces if path not in own), None)
 
 
@@ -168,6 +163,19 @@ def same_random_numbers(detector: nn.Module) -> Iterator[None]:
         random.setstate(of_python)
         if numpy is not None:
             numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def _own_forward(name: str) -> Iterator[None]:
+    """Says of an error that it came out of a detector's own forward, which the user has not called."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{name}'s own forward, which the first step compares with its pieces, failed with "
+            f"{type(error).__name__}: {error}. If it takes something else than images and targets, say how "
+            "it is called (generic() takes own_losses= and detect=), or pass prove=False to the Distiller"
+        ) from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torchvision.models.detection import FCOS, RetinaNet
 
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking
+from crosskd.adapters import generic
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
 SIDES = ("teacher", "student")
@@ -400,3 +401,86 @@ def test_without_targets_the_student_is_proved_on_the_first_labelled_batch():
     assert calls == [1]
     with pytest.raises(ValueError, match="student: RetinaNet"):
         distiller(images, targets)
+
+
+# -- detectors of one's own ------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A detector whose batch norm hides the scale of its pixels from its losses.
+
+    Args:
+        scale: its own forward multiplies the pixels by this.
+        gain: its own forward multiplies the second loss by this.
+        total: its own forward gives the sum of the losses.
+        twice: its own forward runs the backbone twice.
+    """
+
+    def __init__(
+        self, scale: float = 1.0, gain: float = 1.0, *, total: bool = False, twice: bool = False
+    ) -> None:
+        super().__init__()
+        self.scale, self.gain, self.total, self.twice = scale, gain, total, twice
+        norm = nn.BatchNorm2d(8, eps=1e-12)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8, 1, bias=False), norm)
+        self.tower = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+        self.logits, self.sides = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def losses(self, logits: Tensor, sides: Tensor) -> dict[str, Tensor]:
+        return {"classes": logits.sigmoid().mean(), "sides": sides.square().mean()}
+
+    def forward(self, images: Tensor, targets: Any = None) -> Any:
+        if self.twice:
+            self.backbone(images)
+        features = self.tower(self.backbone(self.scale * images))
+        losses = self.losses(self.logits(features), self.sides(features))
+        losses["sides"] = self.gain * losses["sides"]
+        if not self.training:
+            return features
+        return torch.stack(list(losses.values())).sum() if self.total else losses
+
+
+def small_losses(detector: Small, predictions: Any, anchors: Any, targets: Any) -> Any:
+    losses = detector.losses(predictions.logits, predictions.regression)
+    return losses, predictions.logits.amax(dim=-1) > 0
+
+
+SMALL = generic(
+    features="backbone",
+    towers={"both": "tower"},
+    predictors={"both": {"logits": "logits", "regression": "sides"}},
+    losses=small_losses,
+    decode=lambda detector, regression, anchors: regression,
+)
+
+
+def small_step(student: Small, teacher: Small | None = None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    distiller = Distiller(teacher or Small(), student, CrossKD(position=1), SMALL)
+    return distiller(torch.rand(2, 3, 32, 32), [])
+
+
+def test_a_student_with_equal_losses_and_other_layers():
+    """In eval mode, where batch norm hides nothing, such a student is not the one that was trained."""
+    with pytest.raises(ValueError, match=r"^student: Small.*They part at backbone\.0\."):
+        small_step(Small(scale=1 / 255))
+
+
+def test_the_sum_of_the_losses_is_enough():
+    assert small_step(Small(total=True)).keys() == {"classes", "sides", "kd_cls", "kd_reg"}
+    message = r"^student: Small.*the sum of the losses is .* alone and .* by its pieces"
+    with pytest.raises(ValueError, match=message):
+        small_step(Small(gain=5.0, total=True))
+
+
+def test_a_layer_that_the_own_forward_runs_more_often():
+    assert small_step(Small(twice=True), Small(twice=True))["kd_cls"] > 0
+
+
+def test_an_own_forward_that_cannot_be_called():
+    class Demanding(Small):
+        def forward(self, images: Tensor, targets: Any = None) -> Any:
+            raise KeyError("meta")
+
+    with pytest.raises(ValueError, match=r"^student: Demanding's own forward.*KeyError: 'meta'.*prove=False"):
+        small_step(Demanding())

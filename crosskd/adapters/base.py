@@ -355,12 +355,12 @@ class Adapter(ABC):
 
     # -- what the pieces are proved against ------------------------------------------------------
 
-    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor] | None:
+    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor] | Tensor | None:
         """What the detector's own forward in train mode makes of labelled images.
 
         Returns:
-            Its losses, by the names that `Head.losses` gives them; ``None`` where it gives none, and only the
-            outputs of its layers are compared.
+            Its losses, by the names that `Head.losses` gives them, or their sum; ``None`` where it gives
+            none, and only the outputs of its layers are compared.
         """
         losses: Mapping[str, Tensor] = self.detector(images, targets)
         return losses

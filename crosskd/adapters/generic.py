@@ -74,17 +74,18 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         background: the column of the logits that means no object, where the classes share a softmax.
         prepare: ``(detector, images, targets)`` returns a `Batch`. Without it images are a tensor (batch,
             channels, height, width), or a list of tensors of one size, which the detector takes as one.
-        objects: ``(targets)`` returns boxes (objects, 4), xyxy in pixels, and labels (objects,) of each
-            image. Read off a list of dicts of ``boxes`` and ``labels`` unless given.
+        objects: ``(targets)`` returns, for each image, a pair of boxes (objects, 4), xyxy in pixels, and
+            labels (objects,), or a dict of both. Read off a list of dicts of ``boxes`` and ``labels`` unless
+            given.
         assign: ``(detector, predictions, anchors, targets)`` returns what `losses` returns beside the losses,
             for a teacher whose anchors are not the student's; ``targets`` is a list of dicts of ``boxes`` and
             ``labels``. Unless given, `losses` is called and what it returns beside the losses is taken.
         detect: ``(detector, images)`` returns what the detector answers in eval mode;
             ``detector(images)`` unless given.
         own_losses: ``(detector, images, targets)`` returns the losses that the detector's own forward gives
-            in train mode, which the first step compares with those of its pieces. Unless given, those of
-            ``detector(images, targets)``; where it takes or returns something else, the outputs of its layers
-            are compared.
+            in train mode, or their sum, which the first step compares with those of its pieces. Unless given,
+            those of ``detector(images, targets)``; where it takes or returns something else, the outputs of
+            its layers are compared.
         pixel_coding: how its pixels are coded, where the other detector's are coded in another way.
         head_type: by which methods look up published settings: ``"GFL"``, ``"RetinaNet"``, ``"ATSS"``,
             ``"FCOS"``. Unless given, the general ones hold.
@@ -135,10 +136,10 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
     bins: int = 1
     background: int | None = None
     prepare: Callable[[Any, Any, Any], Batch] | None = None
-    objects: Callable[[Any], Iterable[tuple[Tensor, Tensor]]] | None = None
+    objects: Callable[[Any], Iterable[Any]] | None = None
     assign: Callable[[Any, Predictions, Any, Any], Assigned] | None = None
     detect: Callable[[Any, Any], Any] | None = None
-    own_losses: Callable[[Any, Any, Any], Mapping[str, Tensor] | None] | None = None
+    own_losses: Callable[[Any, Any, Any], Mapping[str, Tensor] | Tensor | None] | None = None
     pixel_coding: PixelCoding | None = None
     head_type: str | None = None
     rows: Literal["grid", "queries"] | None = None
@@ -183,6 +184,8 @@ class GenericAdapter(Adapter):
         if isinstance(spec.features, str):
             self._features = find_modules(detector, spec.features, "features")[0]
         strides = spec.strides(detector) if callable(spec.strides) else spec.strides
+        if isinstance(strides, int | float):
+            raise ValueError(f"strides= must be one number per level, got {strides}")
         self.strides = None if strides is None else tuple(map(float, strides))
         self.head = GenericHead(detector, spec, self.strides)
         self.heads = (self.head,)
@@ -192,6 +195,11 @@ class GenericAdapter(Adapter):
             branch = self.head.branches[0]
             widths = [branch.tower(level).width_in for level in range(len(self.strides))]
         self.widths = None if widths is None else tuple(widths)
+        if self.widths and self.strides and len(self.widths) != len(self.strides):
+            raise ValueError(
+                f"widths= {list(self.widths)} and strides= {list(self.strides)} are of different numbers of "
+                "levels: give one of each per level"
+            )
 
     def prepare(self, images: Any, targets: Any) -> Batch:
         """What was given, or the images as they are."""
@@ -208,7 +216,7 @@ class GenericAdapter(Adapter):
 
     def _objects_of(self, targets: Any) -> tuple[Objects, ...] | None:
         if self.spec.objects is not None:
-            return tuple(Objects(boxes, labels) for boxes, labels in self.spec.objects(targets))
+            targets = [_object_dict(of_image) for of_image in self.spec.objects(targets)]
         listed = targets if isinstance(targets, list | tuple) else ()
         if not listed or not all(isinstance(t, Mapping) and {"boxes", "labels"} <= t.keys() for t in listed):
             return None
@@ -243,8 +251,8 @@ class GenericAdapter(Adapter):
         """What was given, or ``detector(images)``."""
         return self.detector(images) if self.spec.detect is None else self.spec.detect(self.detector, images)
 
-    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor] | None:
-        """What was given, or what the detector's forward returns where that is a dict of scalars."""
+    def own_losses(self, images: Any, targets: Any) -> Mapping[str, Tensor] | Tensor | None:
+        """What was given, or what the detector's forward returns where that is a scalar or a dict of them."""
         if self.spec.own_losses is not None:
             return self.spec.own_losses(self.detector, images, targets)
         if self.spec.prepare is None:
@@ -255,6 +263,8 @@ class GenericAdapter(Adapter):
             self.detector(images)
             return None
         returned = self.detector(images, targets)
+        if isinstance(returned, Tensor) and not returned.ndim:
+            return returned
         if not isinstance(returned, Mapping):
             return None
         scalars = all(isinstance(loss, Tensor) and not loss.ndim for loss in returned.values())
@@ -567,3 +577,10 @@ def _as_list(maps: Any) -> list[Tensor]:
     if isinstance(maps, Tensor):
         return [maps]
     return list(maps.values() if isinstance(maps, Mapping) else maps)
+
+
+def _object_dict(of_image: Any) -> Any:
+    """One image's objects as a dict, of a pair or a dict of boxes and labels."""
+    if isinstance(of_image, tuple | list) and len(of_image) == 2:
+        return dict(zip(("boxes", "labels"), of_image, strict=True))
+    return of_image

@@ -3,82 +3,55 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from crosskd.adapters.base import Adapter, AdapterSpec, Head
-from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Skipped, Variation, seeded
-from crosskd.methods import PKD, CrossKD, Method
+from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Skipped, Variation
+from crosskd.methods import CrossKD, Method
+from crosskd.proof import same_random_numbers
 
-__all__ = ["AdapterError", "AdapterReport", "Fault", "check_adapter"]
-
-_RAISED = " raised "
+__all__ = ["CHECKS", "AdapterError", "AdapterReport", "Fault", "check_adapter"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that an adapter does wrong.
-
-    Attributes:
-        checks: the names of the checks that found it.
-        found: what was found.
-        expected: what should have been.
-        cause: what usually causes it.
-    """
+    """What is wrong: which checks found it, what they found, and what the first of them expects."""
 
     checks: tuple[str, ...]
     found: str
-    expected: str
-    cause: str
-
-    def __str__(self) -> str:
-        return (
-            f"{', '.join(self.checks)}: {self.found}\n    expected: {self.expected}\n"
-            f"    usual cause: {self.cause}"
-        )
+    expected: str | None
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What `check_adapter` has looked at.
-
-    Attributes:
-        adapter: the name of what makes the adapter.
-        passed: the names of the checks that found nothing wrong.
-        skipped: by name, why a check was not run.
-    """
+    """Whose adapter was checked, which checks passed, and why others, by name, were not run."""
 
     adapter: str
     passed: tuple[str, ...]
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [f"{self.adapter}: {len(self.passed)} checks passed, {len(self.skipped)} skipped"]
         lines += [f"  passed   {name}" for name in self.passed]
-        lines += [f"  skipped  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  skipped  {name}: {reason}" for name, reason in self.skipped.items()])
 
 
 class AdapterError(AssertionError):
-    """An adapter failed some checks; the message names each fault.
-
-    Attributes:
-        faults: what is wrong.
-        report: what passed, and what was skipped.
-    """
+    """An adapter failed some checks: its ``faults``, and the ``report`` of the other checks."""
 
     def __init__(self, faults: tuple[Fault, ...], report: AdapterReport) -> None:
         self.faults, self.report = faults, report
-        failed = {name for fault in faults for name in fault.checks}
-        checks = len(failed) + len(report.passed)
-        heading = f"{report.adapter} fails {len(failed)} of {checks} checks"
-        super().__init__("\n".join([heading, *(f"- {fault}" for fault in faults)]))
+        failed = len({name for fault in faults for name in fault.checks})
+        lines = [f"{report.adapter} fails {failed} of {failed + len(report.passed)} checks"]
+        for fault in faults:
+            lines.append(f"- {', '.join(fault.checks)}: {fault.found}\n    expected: {fault.expected}")
+        super().__init__("\n".join(lines))
 
 
 def check_adapter(
@@ -99,34 +72,8 @@ def check_adapter(
 ) -> AdapterReport:
     """Runs an adapter through everything that distillation will ask of it.
 
-    Small detectors, small images and a handful of objects will do: what is checked is how the adapter takes
-    the detectors apart, for which random weights serve as well as trained ones. All checks are run before
-    anything is raised. The detectors are copied, and stay as they are. Of a detector with several heads each
-    is checked; what is found names the head.
-
-    ============================== ==============================================================
-    check                          what it makes sure of
-    ============================== ==============================================================
-    ``construction``               adapters are made of both detectors, which can be distilled
-    ``structure``                  classes, strides, levels, towers and anchors fit each other
-    ``same path``                  the teacher's pieces predict what its own forward does
-    ``taps and tail``              after each block, the rest gives the teacher's own predictions
-    ``gradients through the tail`` each ``kd_*`` has a gradient at the student's features
-    ``student losses``             the student's own losses are those of plain training
-    ``label assignment``           ``assign()`` gives the assignment that the losses are made with
-    ``student gradients``          gradients reach all that plain training reaches
-    ``teacher untouched``          no parameter, buffer or mode of the teacher changes
-    ``rows permuted``              rows of a grid have a place; those that have none are queries
-    ``decoding and classes``       where the own losses are smallest, boxes and labels are right
-    ``detections``                 in eval mode the student detects
-    ``unlabelled images``          a batch without targets
-    ``one image``                  a batch of one
-    ``no objects``                 targets without an object
-    ``odd image size``             sides that are multiples of nothing
-    ``autocast``                   bfloat16
-    ``float64``                    detectors in float64, on the CPU
-    ``other device``               CUDA, where there is a device
-    ============================== ==============================================================
+    Small detectors with random weights, small images and a handful of objects will do. All checks, which
+    `CHECKS` lists by name, are run on copies before anything is raised; of several heads each is checked.
 
     Args:
         adapter: makes the adapter to check: an adapter's class, or what `generic` returns.
@@ -135,19 +82,13 @@ def check_adapter(
         teacher: a detector; its towers' width may differ from the student's.
         student: another one.
         teacher_adapter: makes the teacher's adapter, where it is another one.
-        without_objects: ``(images, targets)`` gives a batch without objects; needed where targets are no
-            list of dicts of ``boxes`` and ``labels``.
+        without_objects: gives, of images and targets, a batch without objects; for targets without ``boxes``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
-        odd_size: likewise, a batch of an odd size, its targets ``None`` if they can't follow; images are
-            cropped unless it is given.
-        method: what is distilled with; ``CrossKD()`` unless given, and ``PKD()`` for heads of queries and
-            teachers without a head.
+        odd_size: likewise, of an odd size, with targets ``None`` if they can't follow; needed for cropping.
+        method: ``CrossKD()`` unless given; heads of queries, and teachers without a head, need ``PKD()``.
         skip: by name, checks to leave out, and why.
         steps: of the optimisation in ``decoding and classes``.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.
-
-    Returns:
-        Which checks passed, and which were skipped, with the reason.
 
     Raises:
         AdapterError: an ``AssertionError``, with every fault that was found.
@@ -162,101 +103,53 @@ def check_adapter(
         ...     backbone.out_channels = width
         ...     anchors = AnchorGenerator(((32,),), ((1.0,),))
         ...     return RetinaNet(backbone, 3, min_size=64, max_size=64, anchor_generator=anchors)
-        >>> targets = [
-        ...     {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([label])}
-        ...     for label in (1, 2)
-        ... ]
-        >>> report = check_adapter(
-        ...     TorchvisionRetinaNet,
-        ...     [torch.rand(3, 64, 64), torch.rand(3, 64, 64)],
-        ...     targets,
-        ...     teacher=detector(16),
-        ...     student=detector(8),
-        ...     skip={"other device": "it is the CPU's turn"},
-        ... )
-        >>> report.skipped
-        {'other device': "it is the CPU's turn"}
-        >>> print(report)
-        TorchvisionRetinaNet: 18 checks passed, 1 skipped
-          passed   construction
-        ...
+        >>> target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+        >>> batch = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)], [target, target]
+        >>> check_adapter(TorchvisionRetinaNet, *batch, teacher=detector(16), student=detector(8)).passed[:3]
+        ('construction', 'structure', 'same path')
     """
     skipped = dict(skip or {})
     unknown = sorted(skipped.keys() - CHECKS.keys())
     if unknown:
         raise ValueError(f"skip= names no check: {unknown}. The checks are {', '.join(CHECKS)}")
-    specs = teacher_adapter or adapter, adapter
-    teacher, student, images, targets = copy.deepcopy((teacher, student, images, targets))
-    variations = {"no objects": without_objects, "one image": one_image, "odd image size": odd_size}
-    bench = Bench(
-        adapter=adapter,
-        teacher_adapter=teacher_adapter or adapter,
-        images=images,
-        targets=targets,
-        teacher=teacher,
-        student=student,
-        method=method or _method_for(specs, (teacher, student)),
-        variations={name: given for name, given in variations.items() if given is not None},
-        steps=steps,
-        options=distiller_options,
-    )
-    with seeded(student), torch.enable_grad():
-        return _run(bench, skipped)
-
-
-def _method_for(specs: tuple[AdapterSpec, AdapterSpec], detectors: tuple[nn.Module, nn.Module]) -> Method:
-    """A method that can distil what adapters make of two detectors."""
-    for spec, detector in zip(specs, detectors, strict=True):
-        try:
-            heads = spec(copy.deepcopy(detector)).heads
-        except Exception:  # noqa: BLE001  # what is wrong with the adapter is for the checks to find
-            continue
-        if not heads or any(head.rows == "queries" for head in heads):
-            return PKD()
-    return CrossKD()
-
-
-def _run(bench: Bench, skipped: dict[str, str]) -> AdapterReport:
+    settings = {"adapter": adapter, "teacher_adapter": teacher_adapter or adapter, "prove": False}
+    settings |= {"methods": method or CrossKD(), **distiller_options}
+    variations = {"without_objects": without_objects, "one_image": one_image, "odd_size": odd_size}
+    bench = Bench(*copy.deepcopy((teacher, student, (images, targets))), settings, variations, steps)
     passed, findings, first = list[str](), dict[str, list[str]](), None
     for name, check in CHECKS.items():
         if name in skipped:
             continue
+        found: list[str] = []
         try:
-            found = list(check(bench))
+            with same_random_numbers(bench.student), torch.enable_grad():
+                torch.manual_seed(0)
+                found.extend(check(bench))
         except Skipped as reason:
             skipped[name] = str(reason)
             continue
         except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
-            found, first = [_raised(error)], first or error
+            found.append(_raised(error))
+            first = first or error
         for finding in dict.fromkeys(found):
             findings.setdefault(finding, []).append(name)
         if not found:
             passed.append(name)
         elif name == "construction":
-            later = [other for other in CHECKS if other != name and other not in skipped]
-            skipped.update(dict.fromkeys(later, "no distiller could be made"))
-    spec = getattr(bench.adapter, "__name__", type(bench.adapter).__name__)
-    report = AdapterReport(spec, tuple(passed), skipped)
+            skipped = dict.fromkeys([*CHECKS][1:], "no distiller could be made") | skipped
+    report = AdapterReport(getattr(adapter, "__name__", type(adapter).__name__), tuple(passed), skipped)
     if findings:
-        faults = tuple(_fault(tuple(checks), found) for found, checks in findings.items())
-        raise AdapterError(faults, report) from first
+        faults = [Fault(tuple(names), found, CHECKS[names[0]].__doc__) for found, names in findings.items()]
+        raise AdapterError(tuple(faults), report) from first
     return report
-
-
-def _fault(checks: tuple[str, ...], found: str) -> Fault:
-    """A fault with what the first check that found it expects, and what usually causes it."""
-    expected, _, cause = inspect.cleandoc(CHECKS[checks[0]].__doc__ or "").partition("\n\n")
-    if _RAISED in found:
-        cause = "the message says; the traceback of the first such error stands above"
-    return Fault(checks, found, *(" ".join(text.split()) for text in (expected, cause)))
 
 
 def _raised(error: Exception) -> str:
     """An exception, and which function of an adapter or a head it came out of."""
-    where = "the step"
+    where = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         inside = frame.f_locals.get("self")
         if isinstance(inside, Adapter | Head):
             name = getattr(inside, "name", "")
-            where = f"{name}: " * bool(name) + f"{frame.f_code.co_name}() of {type(inside).__name__}"
-    return f"{where}{_RAISED}{type(error).__name__}: {error}"
+            where = f"{name}: " * bool(name) + f"{frame.f_code.co_name}() of {type(inside).__name__} raised "
+    return f"{where}{type(error).__name__}: {error}"

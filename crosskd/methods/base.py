@@ -50,6 +50,8 @@ class Method(nn.Module, ABC):
 
     def __init__(self, *, schedule: Schedule | None = None, name: str, head: str | None = None) -> None:
         super().__init__()
+        if isinstance(self.requires, str):
+            raise TypeError(f'requires must be a set such as frozenset({{"maps"}}), got {self.requires!r}')
         self.schedule = schedule
         self.name = name
         self.head = head

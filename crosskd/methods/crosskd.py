@@ -20,6 +20,7 @@ from crosskd.pairing import (
     require_branches,
     require_grid,
     require_heads,
+    require_places,
     require_same_regions,
 )
 from crosskd.predictions import Predictions, join_levels
@@ -150,8 +151,13 @@ class CrossKD(Method):
         require_all_levels(pair)
         self.class_map = pair.class_map
         branches = [(branch, _named(student, branch.name)) for branch in teacher.branches]
+        unless_given = ""
         if self.position is None:
             self.position = settings_for(teacher).position
+            unless_given = (
+                f". The position was not given: {self.position} is what holds for the teacher's "
+                f"{teacher.head_type} head. Pass CrossKD(position=(student's, teacher's))"
+            )
         if self.position is None:
             self.position = _last_positions(branches)
         self.comparison = self.comparison.settled(teacher)
@@ -162,7 +168,7 @@ class CrossKD(Method):
                 try:
                     branch.check(point)
                 except ValueError as error:
-                    raise ValueError(f"{side}: {error}") from None
+                    raise ValueError(f"{side}: {error}{unless_given}") from None
             _check_kinds(of_teacher, teacher_point, of_student, student_point)
             if not of_teacher.tower(0).is_flat(teacher_point.position):
                 require_same_regions(pair)
@@ -192,6 +198,7 @@ class CrossKD(Method):
 
     def check(self, step: Step) -> None:
         """Finds out whose label assignment says which of the teacher's anchors count."""
+        require_places(step)
         self.anchors_agree = anchors_agree(step)
 
     def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint]:
