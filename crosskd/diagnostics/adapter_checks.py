@@ -170,8 +170,7 @@ def _level_findings(adapter: Adapter, maps: Sequence[Tensor], size: tuple[int, i
 def _head_findings(run: HeadRun, images: int) -> Iterator[str]:
     head, feed, predictions, anchors = run
     rows, classes = predictions.logits.shape[1:]
-    distributed = predictions.regression.ndim == 4 and not predictions.box_per_class
-    bins = predictions.regression.shape[3] if distributed else 1
+    bins = 1 if predictions.box_per_class else (*predictions.regression.shape, 1)[3]
     for name, found in (("num_classes", classes), ("background", predictions.background), ("bins", bins)):
         if getattr(head, name) != found:
             yield f"{name} says {getattr(head, name)}, the predictions have {found}"
@@ -275,10 +274,11 @@ def _step_findings(bench: Bench, images: Any, targets: Any) -> Iterator[str]:
         wrong = [n for n, g in expected.items() if _differ(g, ours.get(n, 0 * g), _GRADIENT_ROUNDING)]
         if wrong:
             yield f"gradients of the student's own losses are not plain training's at {', '.join(wrong[:3])}"
-    wide = compute_dtype(next(bench.student.parameters()))
-    narrow = [name for name in losses if name not in own and losses[name].dtype != wide]
-    if narrow:
-        yield f"{', '.join(narrow)}: {losses[narrow[0]].dtype}, not {wide}"
+    runs = [run.predictions for run in trace.student.heads.values()]
+    wide = {compute_dtype(part) for run in runs for part in (run.logits, run.regression)}
+    for name in losses.keys() - own.keys():
+        if wide and losses[name].dtype not in wide:
+            yield f"{name} is {losses[name].dtype}, the predictions' type or float32 is {wide}"
     for what, tensors in (("losses", losses), ("gradients", _gradients(losses.values(), parameters))):
         infinite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if infinite:

@@ -49,8 +49,7 @@ class AdapterError(AssertionError):
         self.faults, self.report = faults, report
         failed = len({name for fault in faults for name in fault.checks})
         lines = [f"{report.adapter} fails {failed} of {failed + len(report.passed)} checks"]
-        for fault in faults:
-            lines.append(f"- {', '.join(fault.checks)}: {fault.found}\n    expected: {fault.expected}")
+        lines += [f"- {', '.join(f.checks)}: {f.found}\n    expected: {f.expected}" for f in faults]
         super().__init__("\n".join(lines))
 
 
@@ -129,8 +128,7 @@ def check_adapter(
             skipped[name] = str(reason)
             continue
         except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
-            found.append(_raised(error))
-            first = first or error
+            found, first = [*found, _raised(error)], first or error
         for finding in dict.fromkeys(found):
             findings.setdefault(finding, []).append(name)
         if not found:

@@ -78,7 +78,7 @@ def test_faster_rcnns_adapter_is_green(teacher, student):
 @pytest.mark.parametrize("head", ["rpn", "box"])
 def test_one_head_may_be_distilled_alone(head):
     pair = {"teacher": tiny_faster_rcnn(), "student": tiny_faster_rcnn(seed=1)}
-    checks = "gradients through the tail", "student losses", "student gradients", "unlabelled images"
+    checks = "gradients through the tail", "student losses", "unlabelled images"
     report = check_adapter(
         TorchvisionFasterRCNN, *two_stage_batch(), **pair, method=CrossKD(head=head), skip=only(*checks)
     )
@@ -132,14 +132,12 @@ class LooksAtTheMode(_BoxHead):
 @pytest.mark.parametrize(
     ("box", "check", "told"),
     [
-        (PoolsFromTheTeacher, "gradients through the tail",
-         r"box: what pool\(\) makes for the student has no gradient at the student's own maps"),
-        (PoolsFromTheTeacher, "student losses", "loss_classifier is .* through the adapter and"),
+        (PoolsFromTheTeacher, "student losses", "'loss_classifier': .* through the adapter and"),
         (DetachesTheTail, "gradients through the tail",
-         "box: kd_cls has no gradient at the student's features of the box branch at any level"),
-        (DrawsOfItsOwn, "student losses", "loss_classifier is .* through the adapter and .* alone"),
-        (HalvesItsLosses, "student losses", "loss_box_reg is .* through the adapter and .* alone"),
-        (WakesTheTeacher, "teacher untouched", "the teacher in train mode: roi_heads"),
+         r"box: kd_cls has no gradient in the student(.|\n)*box: .* no gradient at box features of"),
+        (DrawsOfItsOwn, "student losses", "'loss_classifier': .* through the adapter and .* alone"),
+        (HalvesItsLosses, "student losses", "'loss_box_reg': .* through the adapter and .* alone"),
+        (WakesTheTeacher, "teacher untouched", "the teacher has changed in .*: mode of roi_heads"),
         (LooksAtTheMode, "same path", "the box's logits differ"),
     ],
 )  # fmt: skip
@@ -191,10 +189,10 @@ class ShiftsBoxes(Shifts):
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (with_heads(DecodesMixedUp), "box: decoding: where the student's own losses are smallest, the dec"),
-        (with_heads(rpn=ProposesMixedUp), "rpn: decoding: where the student's own losses are smallest, the"),
-        (with_heads(Shifts), r"box: classes: .*of the object's label \(mostly of label \+1\)"),
-        (with_heads(ShiftsBoxes), "box: classes: .*another class's box than that of the object's label"),
+        (with_heads(DecodesMixedUp), "box: decoding: the decoded boxes of"),
+        (with_heads(rpn=ProposesMixedUp), "rpn: decoding: the decoded boxes of"),
+        (with_heads(Shifts), r"box: classes: .* is not its object's \(label \+1\)"),
+        (with_heads(ShiftsBoxes), "box: classes: another class's box than the object's label's fits"),
     ],
 )
 def test_boxes_and_classes_that_are_mixed_up(adapter, told):
@@ -242,16 +240,14 @@ def without_normalizer(result, *_):
         ("structure", with_box(background=None),
          "teacher: box: background says None, the predictions have 0"),
         ("structure", of_box("counts", lambda n, *_: n[:1]),
-         r"teacher: box: counts\(\) says \[.*\] regions for 2 images"),
-        ("structure", of_box("pool", lambda f, *_: f[1:]), r"pool\(\) gives 31 and predict\(\) 31"),
+         r"teacher: box: there are \[.*\] regions of 2 images, pooled \[32\]"),
+        ("structure", of_box("pool", lambda f, *_: f[1:]), r"pooled \[31\], .* and 31 rows"),
         ("taps and tail", of_box("predict", lambda p, *_: replace(p, logits=p.logits + torch.rand(()))),
-         r"box: box branch, level 0, position 0 .*predict\(\) gives other predictions for the same tower"),
+         r"box: box branch, level 0, position 0: predict\(\) gives other predictions for the same tower"),
         ("label assignment", of_box("losses", without_normalizer), "box: assignment.normalizer is 0"),
-        ("student gradients", with_heads(DetachesTheTail),
-         "box: the distillation's gradient does not reach what stands before the split: block 1 of the box"),
         ("one image", of_box("losses", refuses_one_image),
          r"box: changed\(\) of ChangedBox raised IndexError: no second image"),
-        ("autocast", of_box("decode", lambda b, *_: b.bfloat16().double()), "box: kd_reg is torch.float64"),
+        ("autocast", of_box("decode", lambda b, *_: b.bfloat16().double()), "kd_box_reg is torch.float64"),
     ],
 )  # fmt: skip
 def test_each_check_looks_at_the_box_head(check, adapter, told):
@@ -266,5 +262,5 @@ def test_functions_of_a_box_head_that_are_missing():
 
     Half.__abstractmethods__ = frozenset({"pool"})
     error = found(with_heads(Half))
-    assert "raised TypeError: Can't instantiate abstract class Half" in str(error)
+    assert "TypeError: teacher: Can't instantiate abstract class Half" in str(error)
     assert error.report.passed == ()

@@ -385,7 +385,7 @@ def test_targets_without_objects():
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
     report = check(tiny_fcos(), tiny_fcos(seed=1), images, empty)
     assert report.fit is None
-    assert "the targets hold no object, so nothing tells how well the teacher finds them" in report.remarks
+    assert "the targets hold no object, so how well the teacher finds them is unknown" in report.remarks
 
 
 class WithoutObjects(TorchvisionRetinaNet):
