@@ -20,7 +20,7 @@ from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import TapPoint
 
-__all__ = ["CHECKS", "Bench", "Skipped", "Variation"]
+__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "run_heads"]
 
 Variation = Callable[[Any, Any], tuple[Any, Any]]  # makes another batch of images and targets
 # A head, what it was fed per level, what it predicted, and at which anchors or regions.
@@ -96,9 +96,9 @@ def _moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | 
 
 
 @torch.no_grad()
-def _run_heads(adapter: Adapter, batch: Batch, fitted: Sequence[Any] = ()) -> Iterator[HeadRun]:
+def run_heads(adapter: Adapter, batch: Batch, maps: Any = None, fitted: Any = ()) -> Iterator[HeadRun]:
     """Runs each head as a step does; one that answers for regions on its own, or on fitted ones."""
-    maps, runs = adapter.maps(batch.pixels), list[HeadRun]()
+    maps, runs = adapter.maps(batch.pixels) if maps is None else maps, list[HeadRun]()
     for head in adapter.heads:
         if not isinstance(head, RegionHead):
             anchors, feed = head.anchors(batch, maps), list(maps)
@@ -148,7 +148,7 @@ def structure(bench: Bench) -> Iterator[str]:
         with torch.no_grad():
             maps = adapter.maps(batch.pixels)
         yield from (f"{side}: {found}" for found in _level_findings(adapter, maps, batch.size))
-        for run in _run_heads(adapter, batch):
+        for run in run_heads(adapter, batch, maps):
             wrong = _head_findings(run, len(batch.pixels))
             yield from (f"{side}: {run[0].name or 'head'}: {found}" for found in wrong)
 
@@ -206,7 +206,7 @@ def taps_and_tail(bench: Bench) -> Iterator[str]:
     (_, teacher, batch), _ = bench.sides()
     if not teacher.heads or any(head.rows == "queries" for head in teacher.heads):
         raise Skipped("its rows are a set of queries" if teacher.heads else "the teacher has no head")
-    for head, feed, _, _ in _run_heads(teacher, batch):
+    for head, feed, _, _ in run_heads(teacher, batch):
         for level, features in enumerate(feed):
             outputs = {b.name: b.tower(level).run(features.clone(), ())[0] for b in head.branches}
             whole = _predicted(head, level, outputs)
@@ -298,7 +298,7 @@ def student_losses(bench: Bench) -> Iterator[str]:
 def label_assignment(bench: Bench) -> Iterator[str]:
     """The assignment is (batch, anchors), its normalizer above 0; assign() gives that of the losses."""
     _, (_, adapter, batch) = bench.sides()
-    for head, _, predictions, anchors in _run_heads(adapter, batch):
+    for head, _, predictions, anchors in run_heads(adapter, batch):
         with same_random_numbers(adapter.detector):
             _, own = head.losses(predictions, anchors, batch)
         name, shape = f"{head.name or 'head'}: assignment", predictions.logits.shape[:2]
@@ -342,7 +342,7 @@ def _changes(what: str, before: nn.Module, after: nn.Module) -> Iterator[str]:
 @torch.no_grad()
 def rows_permuted(bench: Bench) -> Iterator[str]:
     """The boxes of a grid depend on the places of its rows; a set, whose rows have none, is "queries"."""
-    runs = [run for _, adapter, batch in bench.sides() for run in _run_heads(adapter, batch)]
+    runs = [run for _, adapter, batch in bench.sides() for run in run_heads(adapter, batch)]
     grids = [run for run in runs if run[0].rows == "grid" and run[0].decodes]
     if not grids:
         raise Skipped("no head decodes boxes of a grid")
@@ -362,7 +362,7 @@ def decoding_and_classes(bench: Bench) -> Iterator[str]:
     if batch.objects is None or not any(len(of_image.labels) for of_image in batch.objects):
         raise Skipped(f"the {'adapter gives' if batch.objects is None else 'targets hold'} no objects")
     fitted: list[FreePredictions] = []
-    for run in _run_heads(adapter, batch, fitted):
+    for run in run_heads(adapter, batch, fitted=fitted):
         # An earlier head, of one class, separates objects from background.
         classless = run[0] is not adapter.heads[-1] and run[0].num_classes == 1
         fitted.append(FreePredictions(run, batch, classless, bench.steps))

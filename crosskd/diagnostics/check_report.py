@@ -15,17 +15,7 @@ LEAST_OVERLAP = 0.5
 
 @dataclass(frozen=True)
 class Split:
-    """Where a method reads a branch's features.
-
-    Attributes:
-        method: its name.
-        branch: the branch's.
-        student: where the student's tower is tapped.
-        teacher: where the teacher's is.
-        student_shapes: the student's features per level, (batch, channels, height, width); of a head that
-            answers for regions (regions, channels, height, width) or (regions, channels).
-        teacher_widths: the channels of the teacher's, per level.
-    """
+    """Where a method reads a branch: tap points; per level the student's shape, the teacher's channels."""
 
     method: str
     branch: str
@@ -37,12 +27,7 @@ class Split:
 
 @dataclass(frozen=True)
 class LossSize:
-    """How large a loss is, and how large its gradient.
-
-    Attributes:
-        value: the loss itself.
-        gradient: the norm of its gradient over all of the student's parameters.
-    """
+    """A loss's value, and the norm of its gradient over all of the student's parameters."""
 
     value: float
     gradient: float
@@ -50,12 +35,7 @@ class LossSize:
 
 @dataclass(frozen=True)
 class Confidence:
-    """How sure the teacher is of its predictions.
-
-    Attributes:
-        highest: the largest class probability, per image.
-        sure: how many anchors, or regions, have one of at least 0.5, per image.
-    """
+    """Per image, the teacher's largest class probability, and how many anchors have one of at least 0.5."""
 
     highest: tuple[float, ...]
     sure: tuple[int, ...]
@@ -65,12 +45,8 @@ class Confidence:
 class Fit:
     """How well the teacher's predictions of a probability of at least 0.1 fit the objects.
 
-    Attributes:
-        objects: how many the targets hold.
-        found: how many of them overlap a prediction of their class by an IoU of at least 0.5.
-        found_in_any_class: how many overlap one of whatever class.
-        best_iou: each object's largest IoU with a prediction of its class, on average.
-        classless: the teacher's classes can't be compared with the student's, so that any counts as right.
+    Objects are found that overlap one of their class, or of any, by an IoU of at least 0.5; ``best_iou`` is
+    the mean of each one's largest. If ``classless``, classes can't be compared, and any counts as right.
     """
 
     objects: int
@@ -117,17 +93,15 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [f"teacher: {self.teacher}", f"student: {self.student}"]
-        if self.head_types:
-            lines.append(f"settings of: {', '.join(self.head_types)}")
+        lines += [f"settings of: {', '.join(self.head_types)}"] if self.head_types else []
         for split in self.splits:
-            lines.append(
-                f"{split.method}, {split.branch} branch: student after block {split.student.position}, "
-                f"teacher after block {split.teacher.position} ({split.student.tap})"
-            )
-            for level, shape in enumerate(split.student_shapes):
-                lines.append(
-                    f"  level {level}: {shape}, the teacher's has {split.teacher_widths[level]} channels"
-                )
+            student = f"student after block {split.student.position}"
+            teacher = f"teacher after block {split.teacher.position} ({split.student.tap})"
+            lines.append(f"{split.method}, {split.branch} branch: {student}, {teacher}")
+            for level, (shape, width) in enumerate(
+                zip(split.student_shapes, split.teacher_widths, strict=True)
+            ):
+                lines.append(f"  level {level}: {shape}, the teacher's has {width} channels")
         lines += [f"projection {projection}" for projection in self.projections]
         lines += ["differences", *(f"  {difference}" for difference in self.differences or ("none",))]
         lines.append(f"{'losses':<26} {'value':>10} {'gradient':>10}")
@@ -140,13 +114,9 @@ class CheckReport:
                 f"{max(highest):.3f}; predictions of {SURE} or more per image: {min(sure)} to {max(sure)}"
             )
         if self.fit is not None:
-            fit = self.fit
-            classes = "any class" if fit.classless else "right class"
-            others = "" if fit.classless else f", {fit.found_in_any_class} whatever the class"
-            lines.append(
-                f"the teacher finds {fit.found} of {fit.objects} objects (IoU {LEAST_OVERLAP} or more, "
-                f"{classes}){others}; mean best IoU {fit.best_iou:.3f}"
-            )
-        if self.remarks:
-            lines += ["remarks", *(f"  {remark}" for remark in self.remarks)]
+            classes = "any class" if self.fit.classless else "right class"
+            others = "" if self.fit.classless else f", {self.fit.found_in_any_class} whatever the class"
+            found = f"{self.fit.found} of {self.fit.objects} objects (IoU {LEAST_OVERLAP} or more, {classes})"
+            lines.append(f"the teacher finds {found}{others}; mean best IoU {self.fit.best_iou:.3f}")
+        lines += ["remarks", *(f"  {remark}" for remark in self.remarks)] if self.remarks else []
         return "\n".join(lines)
