@@ -110,7 +110,9 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
 def check_strides(side: str, trace: DetectorTrace) -> None:
     """Raises ``ValueError`` where a level's map is of another size than its stride says."""
     strides = trace.adapter.strides
-    if strides is None:
+    if (
+        strides is None or not trace.adapter.heads
+    ):  # a backbone's are read off a map, at the size that it takes
         return
     for level, (stride, feature_map) in enumerate(zip(strides, trace.maps, strict=False)):
         if feature_map.ndim != 4:

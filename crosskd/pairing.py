@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crosskd.adapters.base import Adapter, Anchors, Head
-from crosskd.predictions import Predictions
+from crosskd.adapters.base import Adapter, Head
 from crosskd.step import Step
 
 __all__ = [
@@ -26,14 +25,12 @@ __all__ = [
     "anchors_agree",
     "class_columns",
     "classes_agree",
-    "has_places",
     "match_levels",
     "require_all_levels",
     "require_branches",
     "require_classes",
     "require_grid",
     "require_heads",
-    "require_places",
     "require_predictions_alike",
     "require_same_anchors",
     "require_same_boxes",
@@ -315,43 +312,6 @@ def anchors_agree(step: Step) -> bool:
     return theirs.boxes.shape == scaled.shape and torch.allclose(
         theirs.boxes, scaled, rtol=1e-5, atol=rounding
     )
-
-
-def has_places(head: Head, predictions: Predictions, anchors: Anchors) -> bool:
-    """Whether the boxes of a head depend on where its rows stand; those of a set of queries don't.
-
-    Args:
-        head: a head that decodes boxes.
-        predictions: of a batch.
-        anchors: what they stand at.
-    """
-    order = torch.randperm(predictions.logits.shape[1], device=predictions.logits.device)
-    if len(order) < 2:
-        return True
-    permuted = replace(
-        predictions,
-        logits=predictions.logits[:, order],
-        regression=predictions.regression[:, order],
-        quality=None if predictions.quality is None else predictions.quality[:, order],
-    )
-    with torch.no_grad():
-        boxes = head.decode(predictions, anchors)[:, order]
-        return not torch.allclose(boxes, head.decode(permuted, anchors), equal_nan=True)
-
-
-def require_places(step: Step) -> None:
-    """Raises ``ValueError`` where towers of linear layers give a grid whose rows have no places: a set."""
-    for name, side in (("teacher", step.teacher), ("student", step.student)):
-        head = side.head
-        linear = any(tower.channels_last for branch in head.branches for tower in branch.towers)
-        ambiguous = head.rows == "grid" and linear and head.decodes
-        if ambiguous and not has_places(head, side.predictions, side.anchors):
-            raise ValueError(
-                f"the {name}'s adapter says rows=\"grid\", but its boxes don't depend on where a row stands: "
-                "they "
-                'are a set of queries in no order, which can\'t be compared row by row. Say rows="queries" '
-                "and choose a method of feature maps, such as crosskd.PKD()"
-            )
 
 
 def require_same_anchors(step: Step) -> None:

@@ -135,15 +135,19 @@ def parting_layer(own: Outputs, pieces: Outputs) -> str | None:
         pieces: recorded while its pieces ran.
 
     Returns:
-        ``None`` where all that the pieces' layers gave was given in the detector's own forward, too. Layers
-        that the pieces don't call are behind the predictions.
+        ``None`` where all that a layer gave in one of the two it gave in the other, too. Layers that the
+        pieces don't call are behind the predictions.
     """
     for path, outputs in own.items():
-        # The detector's own forward may call a layer more often, and in another order.
-        for _, numbers in pieces.get(path, []):
-            if not any(_alike(others, numbers) for _, others in outputs):
-                return path
+        theirs, ours = [numbers for _, numbers in outputs], [numbers for _, numbers in pieces.get(path, [])]
+        # Either may call a layer more often, and in another order.
+        if not _all_among(ours, theirs) and not _all_among(theirs, ours):
+            return path
     return next((path for path in pieces if path not in own), None)
+
+
+def _all_among(outputs: list[Tensor], others: list[Tensor]) -> bool:
+    return all(any(_alike(other, output) for other in others) for output in outputs)
 
 
 @contextmanager

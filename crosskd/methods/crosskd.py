@@ -20,7 +20,6 @@ from crosskd.pairing import (
     require_branches,
     require_grid,
     require_heads,
-    require_places,
     require_same_regions,
 )
 from crosskd.predictions import Predictions, join_levels
@@ -198,7 +197,6 @@ class CrossKD(Method):
 
     def check(self, step: Step) -> None:
         """Finds out whose label assignment says which of the teacher's anchors count."""
-        require_places(step)
         self.anchors_agree = anchors_agree(step)
 
     def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint]:

@@ -13,7 +13,6 @@ from crosskd.pairing import (
     require_classes,
     require_grid,
     require_heads,
-    require_places,
     require_predictions_alike,
     require_same_anchors,
     require_same_boxes,
@@ -88,7 +87,6 @@ class PredictionMimicking(Method):
 
     def check(self, step: Step) -> None:
         """Demands the same anchors and the same box coding."""
-        require_places(step)
         require_same_anchors(step)
         require_same_boxes(step)
 
