@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from crosskd import PKD, CrossKD, PredictionMimicking
-from crosskd.adapters import TorchvisionFCOS, TorchvisionRetinaNet, TorchvisionSSD, backbone, generic
+from crosskd.adapters import TorchvisionFCOS, TorchvisionRetinaNet, backbone, generic
 from crosskd.diagnostics.adapter_checks import Bench
 from crosskd.diagnostics.adapter_kit import CHECKS
 from crosskd.predictions import Predictions
 from crosskd.testing import AdapterError, check_adapter
 from crosskd.towers import Block, Tower
 from tests.helpers.conformance import assert_green, only
-from tests.helpers.tiny import TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
+from tests.helpers.tiny import TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet
 
 TINY = {"retinanet": (TorchvisionRetinaNet, tiny_retinanet), "fcos": (TorchvisionFCOS, tiny_fcos)}
 families = pytest.mark.parametrize("family", TINY)
@@ -42,12 +42,6 @@ def test_torchvisions_adapters_are_green(family):
     adapter, build = TINY[family]
     teacher, student = build(width=64, batch_norm=True), build(batch_norm=True, seed=1)
     assert_green(adapter, *tiny_batch(), teacher=teacher, student=student)
-
-
-@pytest.mark.parametrize("lite", [False, True])
-def test_ssds_adapter_is_green(lite):
-    teacher, student = tiny_ssd(lite=lite, batch_norm=True), tiny_ssd(lite=lite, seed=1)
-    assert_green(TorchvisionSSD, *tiny_batch(first_label=1), teacher=teacher, student=student)
 
 
 def test_two_adapters_of_a_pair_are_green():
@@ -90,6 +84,7 @@ def test_mmdets_adapter_is_green(family):
         teacher=teacher,
         student=student,
         without_objects=without_objects,
+        steps=60,
         # mmdet's assigner of soft labels mixes float32 and float64.
         skipped=("float64",) if family == "rtmdet" else (),
     )

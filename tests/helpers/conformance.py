@@ -20,7 +20,7 @@ def only(*names: str) -> dict[str, str]:
 
 def assert_green(*arguments: Any, skipped: tuple[str, ...] = (), **options: Any) -> AdapterReport:
     """Runs every check, with few steps, and lets none be skipped but those named."""
-    report = check_adapter(*arguments, **{"steps": 80, **options})
+    report = check_adapter(*arguments, **{"steps": 100, **options})
     expected = {*skipped, *(() if torch.cuda.is_available() else ("other device",))}
     assert set(report.skipped) == expected
     assert set(report.passed) == CHECKS.keys() - expected
