@@ -306,7 +306,12 @@ def test_error_box_coding(side):
         assert f"{[round(factor * v, 2) for v in decoded[at].tolist()]} ({name})" in str(caught.value)
 
 
-@pytest.mark.parametrize("fields", [{"scale": 2.0}, {"resized": True}])
-def test_box_coding_is_not_compared_at_another_resolution(fields):
-    require_same_boxes(step_of(None, None, (PlainHead(), Doubling()), **fields))
+def test_boxes_of_a_teacher_at_another_resolution_are_larger_by_the_factor():
+    require_same_boxes(step_of(None, None, (Doubling(), PlainHead()), scale=2.0))
+    with pytest.raises(ValueError, match="box coding differs"):
+        require_same_boxes(step_of(None, None, (PlainHead(), Doubling()), scale=2.0))
+
+
+def test_box_coding_is_not_compared_where_levels_were_resized_or_nothing_decodes():
+    require_same_boxes(step_of(None, None, (PlainHead(), Doubling()), resized=True))
     require_same_boxes(step_of(None, None, (PlainHead(decodes=False), Doubling())))

@@ -31,8 +31,7 @@ _ROUNDING, _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-5, 1e-3, 1e-2
 # What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
 # assignment may follow the predictions, and give an anchor another object at the last moment.
 _OVERLAP, _SHARE = 0.9, 0.75
-# Steps of Adam in logits and in an object's side; the nudge that shows a slope, and the least slope; by how
-# much of an object's side proposals are off.
+# Steps of Adam in logits and in sides; the nudge that shows a slope, the least slope; proposals' shift.
 _LOGIT_STEP, _BOX_STEP, _NUDGE, _FLATTEST, _OFF = 0.2, 0.05, 1e-2, 1e-3, 0.15
 
 
@@ -52,13 +51,16 @@ class Bench:
     steps: int
 
     def of_student(self) -> Adapter:
+        """An adapter of a copy of the student, in train mode."""
         adapter: Adapter = self.settings["adapter"](copy.deepcopy(self.student).train())
         return adapter
 
     def distiller(self) -> Distiller:
+        """A distiller of copies, in train mode."""
         return Distiller(*copy.deepcopy((self.teacher, self.student)), **self.settings).train()
 
     def step(self, images: Any, targets: Any) -> tuple[Distiller, Trace]:
+        """A new distiller, and its first step."""
         with same_random_numbers(self.student):
             distiller = self.distiller()
         with same_random_numbers(self.student):

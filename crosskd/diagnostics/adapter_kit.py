@@ -80,7 +80,7 @@ def check_adapter(
         targets: with some objects that the student's own assignment finds anchors for.
         teacher: a detector; its towers' width may differ from the student's.
         student: another one.
-        teacher_adapter: makes the teacher's adapter, where it is another one.
+        teacher_adapter: makes the teacher's adapter, where that is another.
         without_objects: gives, of images and targets, a batch without objects; for targets without ``boxes``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
         odd_size: likewise, of an odd size, with targets ``None`` if they can't follow; needed for cropping.
