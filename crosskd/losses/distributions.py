@@ -46,6 +46,7 @@ def distribution_kl_loss(
         Localization Distillation (Zheng et al., CVPR 2022), equation 3; CrossKD, section 3.3.
 
     Example:
+        >>> import torch
         >>> student = torch.zeros(1, 4, 17, requires_grad=True)
         >>> loss = distribution_kl_loss(student, torch.randn(1, 4, 17))
         >>> loss.backward()

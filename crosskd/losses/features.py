@@ -35,6 +35,7 @@ def pkd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         PKD (Cao et al., NeurIPS 2022), equation 3.
 
     Example:
+        >>> import torch
         >>> features = torch.randn(2, 3, 4, 4)
         >>> bool(pkd_loss(features, 5 * features + 1) < 1e-6)  # scale and offset don't matter
         True

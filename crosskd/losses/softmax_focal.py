@@ -50,6 +50,7 @@ def softmax_focal_loss(
         Ours: Generalized Focal Loss (Li et al., NeurIPS 2020), equation 5, for several classes at once.
 
     Example:
+        >>> import torch
         >>> student = torch.zeros(2, 3, requires_grad=True)
         >>> loss = softmax_focal_loss(student, torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
         >>> loss.backward()
