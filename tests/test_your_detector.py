@@ -74,7 +74,7 @@ def test_the_page_keeps_what_it_promises():
 @pytest.mark.usefixtures("one_thread")
 def test_the_pages_detectors_on_blood_cells():
     """A teacher of 48 channels and students of 16, with and without it: docs/runs.md has these numbers."""
-    page = shown("generic(")
+    page = shown("adapter = generic(")
     train, build = page["train"], page["SmallDetector"]
     _, images, targets = cells("train", 48)
     dataset, test_images, _ = cells("test", 36)
