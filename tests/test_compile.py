@@ -74,9 +74,11 @@ def test_channels_last_gives_the_same_losses(build):
 
 @pytest.mark.slow
 def test_compiled_distiller_gives_the_same_losses(build):
+    # One family through the code generator; what is traced and differentiated is the same with either.
+    backend = "inductor" if build is tiny_retinanet else "aot_eager"
     eager = distiller_of(build)
     other = copy.deepcopy(eager)
-    assert_steps_agree(eager, torch.compile(other), other)
+    assert_steps_agree(eager, torch.compile(other, backend=backend), other)
 
 
 @pytest.mark.slow
