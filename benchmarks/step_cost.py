@@ -121,12 +121,11 @@ class Pieces:
         self.teacher = self._build(f"{family}_{options.teacher}", options)
         self.student = self._build(f"{family}_{options.student}", options).train()
         self._settle_statistics()
-        adapter = adapter_of(self.student)
-        recording = Distiller(self.teacher, self.student, RecordingCrossKD(), adapter)
+        recording = Distiller(self.teacher, self.student, RecordingCrossKD(), adapter_of)
         with self._autocast():
             trace = recording.trace(self.images, self.targets)
         self.tail = Tail(trace, recording.methods["crosskd"])  # type: ignore[arg-type]
-        self.distiller = Distiller(self.teacher, self.student, CrossKD(), adapter)
+        self.distiller = Distiller(self.teacher, self.student, CrossKD(), adapter_of)
         with self._autocast():
             self.distiller(self.images, self.targets)  # the first step compares the pieces with the detectors
         self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
