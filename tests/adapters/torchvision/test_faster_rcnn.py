@@ -825,7 +825,7 @@ def doubled(value: Any) -> Any:
     [
         ("", "All layers that both run agree"),
         ("rpn", "part at roi_heads"),
-        ("rpn.head", "part at rpn.head.conv.0.0"),
+        ("rpn.head", "part at rpn.head."),
         ("roi_heads.box_head", "part at roi_heads.box_predictor"),
     ],
 )
