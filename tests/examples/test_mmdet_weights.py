@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,10 @@ class TestAgainstMmdet:
             torch.testing.assert_close(boxes, expected, rtol=1e-4, atol=1e-3)
 
     def test_losses_and_gradients_agree(self, pair):
-        (theirs, inputs, samples), (ours, images, targets), family = pair
+        """In float64: rounding to float32 moves features over a ReLU's edge, and gradients with them."""
+        (theirs, inputs, samples), (ours, images, targets), family = copy.deepcopy(pair)
+        theirs, ours, inputs = theirs.double(), ours.double(), inputs.double()
+        images = [image.double() for image in images]
         names = {"loss_cls": "classification", "loss_bbox": "bbox_regression"}
         names |= {"gfl": {"loss_dfl": "distribution"}, "atss": {"loss_centerness": "bbox_ctrness"}}[family]
         expected = {names[name]: sum(values) for name, values in theirs.train().loss(inputs, samples).items()}
@@ -183,8 +187,7 @@ class TestAgainstMmdet:
         for name, parameter in ours.named_parameters():
             if parameter.requires_grad:
                 wanted = gradients[mmdet_name(name, family)].grad
-                # Rounding moves features over a ReLU's edge here or there, and their gradients with them.
-                assert (parameter.grad - wanted).norm() <= 5e-3 * wanted.norm(), name
+                assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm(), name
 
     @torch.no_grad()
     def test_detections_agree(self, pair):
