@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,11 +101,11 @@ class _DenseHead(Head):
         """Further arguments of the detector's ``compute_loss``."""
         return ()
 
+    @abstractmethod
     def assignment(
         self, matches: Tensor, anchors: Anchors, targets: Sequence[Mapping[str, Tensor]]
     ) -> Assignment:
         """Which anchors count, by matches (batch, anchors): an object's index, or below 0 for none."""
-        raise NotImplementedError
 
     @staticmethod
     def predictions_of(outputs: Mapping[str, Tensor]) -> Predictions:
