@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -25,8 +26,8 @@ from crosskd.frozen import frozen_copy
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
 from crosskd.proof import prove_student, prove_teacher
-from crosskd.running import outside_graph, points_of, run_region_heads, run_teacher, steps_of, with_own_losses
-from crosskd.step import DetectorTrace, Step, Trace, run_head
+from crosskd.running import points_of, run_region_heads, run_teacher, steps_of, with_own_losses
+from crosskd.step import DetectorTrace, Step, Trace, outside_graph, run_head
 
 __all__ = ["Distiller"]
 
@@ -150,6 +151,7 @@ class Distiller(nn.Module):
         self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
         for name, method in self._methods().items():
             method.setup(self._pairs[name])
+        _warn_of_conflicts(self._methods())
         scheduled = any(method.schedule is not None for method in self._methods().values())
         # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
         self.register_buffer("progress", torch.tensor([0, -1]) if scheduled else None)
@@ -181,7 +183,6 @@ class Distiller(nn.Module):
             levels=levels,
             scale=scale,
             class_map=columns,
-            own_view=view,
             resize_levels=self.resize_levels,
         )
         left_out, _ = pair.left_out()
@@ -495,6 +496,21 @@ def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[st
             named[name] = deepcopy(method)
             named[name].head = head
     return named
+
+
+def _warn_of_conflicts(methods: Mapping[str, Method]) -> None:
+    """Warns of methods that are known to do worse together than alone."""
+    for name, method in methods.items():
+        for other, cross in methods.items():
+            kinds = method.teaches, cross.teaches
+            if kinds == ("predictions", "cross-head predictions") and method.head == cross.head:
+                warnings.warn(
+                    f"{name} pulls the student's own predictions towards the teacher's and away from the "
+                    f"labels, which {other} exists to avoid: together they have been reported to do worse than "
+                    "CrossKD alone (38.1 against 38.7 AP, GFL with a ResNet-18). Take one of them, and a "
+                    "method of feature maps beside it",
+                    stacklevel=3,
+                )
 
 
 def _heads_of(method: Method, names: Sequence[str]) -> Sequence[str | None]:

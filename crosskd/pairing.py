@@ -55,7 +55,6 @@ class Pair:
         scale: the teacher's strides over the student's. Other than 1 where the teacher sees the images at
             another resolution.
         class_map: the teacher's column of the logits for each of the student's, where the user gave one.
-        own_view: the teacher sees images of its own (``teacher_view=``).
         resize_levels: the teacher's towers' outputs are resized to the student's levels.
     """
 
@@ -66,7 +65,6 @@ class Pair:
     levels: tuple[tuple[int, int], ...] | None = None
     scale: float = 1.0
     class_map: tuple[int, ...] | None = None
-    own_view: bool = False
     resize_levels: bool = False
 
     def left_out(self) -> tuple[list[float], list[float]]:

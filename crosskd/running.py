@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair, classes_agree
 from crosskd.predictions import Assignment
-from crosskd.step import DetectorTrace, HeadTrace, Side, Step, run_head, shape_only, space
+from crosskd.step import (
+    DetectorTrace,
+    HeadTrace,
+    Side,
+    Step,
+    outside_graph,
+    run_head,
+    shape_only,
+    space,
+)
 from crosskd.towers import Tapped, TapPoint
 
 __all__ = [
-    "outside_graph",
     "points_of",
     "run_region_heads",
     "run_teacher",
@@ -27,13 +37,6 @@ __all__ = [
 
 Methods = Mapping[str, Method]
 """Active methods by their names."""
-
-CallableT = TypeVar("CallableT", bound=Callable[..., Any])
-
-
-def outside_graph(function: CallableT) -> CallableT:
-    """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
-    return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _of_head(methods: Methods, name: str) -> dict[str, Method]:
@@ -220,6 +223,7 @@ def steps_of(
             resized=resized,
             assignment=assignment,
             assign_by_teacher=assign,
+            found_by_teacher=partial(_found_by_teacher, pair, teacher, student),
         )
     return steps
 
@@ -299,3 +303,33 @@ def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace)
             labels = torch.full_like(labels, -1)
         objects.append(Objects(of_image.boxes * factors, labels))
     return tuple(objects)
+
+
+@outside_graph
+@torch.no_grad()
+def _found_by_teacher(
+    pair: Pair, teacher: DetectorTrace, student: DetectorTrace, threshold: float
+) -> tuple[Objects, ...]:
+    """What the teacher's first head finds, boxes in pixels of the student's batch."""
+    head = teacher.adapter.heads[0] if teacher.adapter.heads else None
+    if head is None or not head.decodes:
+        raise ValueError(
+            f"the objects of unlabelled images are those that the teacher finds, but a "
+            f"{type(teacher.adapter.detector).__name__} "
+            + ("has no head" if head is None else "decodes no boxes: pass its adapter decode=")
+            + ". Give images with targets, or another method for those without"
+        )
+    run = run_head(head, teacher.maps, range(len(teacher.maps)), class_map=_columns(pair, head))
+    boxes = head.decode(run.predictions, head.anchors(teacher.batch, teacher.maps)).float()
+    scores, labels = run.predictions.probabilities().float().max(dim=-1)
+    found = []
+    for index, (size, own) in enumerate(
+        zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
+    ):
+        sure = scores[index] >= threshold
+        of_image, score, label = boxes[index][sure], scores[index][sure], labels[index][sure]
+        kept = batched_nms(of_image, score, label, iou_threshold=0.5)
+        of_image = clip_boxes_to_image(of_image[kept], size)
+        factors = of_image.new_tensor([own[1] / size[1], own[0] / size[0]] * 2)
+        found.append(Objects(of_image * factors, label[kept]))
+    return tuple(found)

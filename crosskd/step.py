@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,13 +18,30 @@ from crosskd.adapters.base import Adapter, Batch, Head, Objects
 from crosskd.predictions import Assignment, Predictions, join_levels
 from crosskd.towers import Branch, Tapped, TapPoint
 
-__all__ = ["DetectorTrace", "HeadTrace", "Side", "Step", "Trace", "run_head", "shape_only", "space"]
+__all__ = [
+    "DetectorTrace",
+    "HeadTrace",
+    "Side",
+    "Step",
+    "Trace",
+    "outside_graph",
+    "run_head",
+    "shape_only",
+    "space",
+]
+
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
 Points = Mapping[str, Mapping[str, TapPoint]]
 """Where to tap a head's towers: by branch name, each method's point by its name."""
 
 Taps = dict[str, dict[str, list[Any]]]
 """What was tapped: by method and branch name, one entry per level."""
+
+
+def outside_graph(function: CallableT) -> CallableT:
+    """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
+    return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +208,42 @@ class Step:
         resized: bool = False,
         assignment: Assignment | None = None,
         assign_by_teacher: Callable[[], Assignment] | None = None,
+        found_by_teacher: Callable[[float], tuple[Objects, ...]] | None = None,
     ) -> None:
         self.teacher, self.student = teacher, student
         self.class_map, self.scale, self.resized = class_map, scale, resized
         self._assignment, self._assign_by_teacher = assignment, assign_by_teacher
+        self._found_by_teacher = found_by_teacher
 
     @property
     def objects(self) -> tuple[Objects, ...] | None:
         """Each image's, boxes in pixels of the student's batch; ``None`` without targets (``"objects"``)."""
         self.student.require("objects")
         return self.student.batch.objects
+
+    def foreground(self, threshold: float) -> tuple[Objects, ...]:
+        """Each image's objects; without targets what the teacher itself finds (``"objects"``, ``"maps"``).
+
+        Args:
+            threshold: the class probability from which on a box of the teacher's counts as an object, after
+                suppression of those that overlap by more than half.
+
+        Returns:
+            Boxes in pixels of the student's batch.
+
+        Raises:
+            ValueError: targets without objects, or no targets and a teacher that finds no boxes.
+        """
+        if self.objects is not None:
+            return self.objects
+        if self.student.batch.targets is not None:
+            raise ValueError(
+                "the student's adapter gives no objects of the targets: give generic() objects=, a function "
+                "of the targets"
+            )
+        self.teacher.require("maps")
+        assert self._found_by_teacher is not None
+        return self._found_by_teacher(threshold)
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -25,10 +25,10 @@ PAGES = (
     "README.md",
     "docs/adapters.md",
     "docs/backbones.md",
-    "docs/crosskd.md",
-    "docs/mimicking.md",
+    "docs/methods/crosskd.md",
+    "docs/methods/mimicking.md",
     "docs/pairs.md",
-    "docs/pkd.md",
+    "docs/methods/pkd.md",
     "docs/quickstart.md",
     "docs/torchvision.md",
     "docs/your_method.md",
@@ -97,7 +97,7 @@ def test_python_blocks_run(page, monkeypatch, tmp_path):
 def test_every_page_with_python_is_run():
     pages = {
         str(path.relative_to(ROOT))
-        for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md")
+        for path in (*ROOT.glob("docs/**/*.md"), ROOT / "README.md")
         if python_blocks(path)
     }
     assert pages == {*PAGES, *ELSEWHERE}
@@ -174,7 +174,9 @@ def test_python_of_yolos_page_runs():
     assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", "kd_cls", "kd_reg"]
 
 
-@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"], ids=lambda p: p.name
+)
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -184,7 +186,8 @@ def test_links_between_pages_lead_somewhere(page):
 def test_every_page_stands_in_the_table_of_contents():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     listed = "\n".join(re.findall(r"^```{toctree}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)).splitlines()
-    pages = {path.stem for path in ROOT.glob("docs/*.md")} - {"index"}
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.glob("**/*.md")} - {"index"}
     assert pages <= set(listed)
 
 

@@ -2,8 +2,16 @@
 
 from crosskd.methods.base import Method
 from crosskd.methods.crosskd import CrossKD
+from crosskd.methods.maps import MapMethod
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
 from crosskd.step import Step
 
-__all__ = ["PKD", "CrossKD", "Method", "PredictionMimicking", "Step"]
+__all__ = [
+    "PKD",
+    "CrossKD",
+    "MapMethod",
+    "Method",
+    "PredictionMimicking",
+    "Step",
+]

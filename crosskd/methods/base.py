@@ -12,9 +12,10 @@ from crosskd.schedule import Schedule
 from crosskd.step import Step
 from crosskd.towers import Tapped, TapPoint
 
-__all__ = ["Method", "Requirement"]
+__all__ = ["Method", "Requirement", "Taught"]
 
 Requirement = Literal["maps", "towers", "predictions", "objects", "queries"]
+Taught = Literal["features", "predictions", "cross-head predictions"]
 
 
 class Method(nn.Module, ABC):
@@ -34,6 +35,9 @@ class Method(nn.Module, ABC):
         requires: what of a step the method reads: ``"maps"`` (both feature pyramids), ``"towers"`` (features
             inside a head), ``"predictions"`` (with anchors and label assignment), ``"objects"`` (boxes and
             labels of the batch). What no method requires is not run, or not kept.
+        teaches: what the losses pull at. Methods of ``"predictions"`` pull the student's own predictions away
+            from the labels, which methods of ``"cross-head predictions"`` are made to avoid: together they
+            give a warning.
 
     Example:
         >>> class MapDistance(Method):
@@ -46,7 +50,8 @@ class Method(nn.Module, ABC):
         ['maps']
     """
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"predictions"})
+    requires: frozenset[Requirement] = frozenset({"predictions"})
+    teaches: ClassVar[Taught] = "features"
 
     def __init__(self, *, schedule: Schedule | None = None, name: str, head: str | None = None) -> None:
         super().__init__()
@@ -56,10 +61,9 @@ class Method(nn.Module, ABC):
         self.name = name
         self.head = head
 
-    @classmethod
-    def distils_heads(cls) -> bool:
+    def distils_heads(self) -> bool:
         """Whether the method is given one head of each detector."""
-        return not cls.requires.isdisjoint({"towers", "predictions", "queries"})
+        return not self.requires.isdisjoint({"towers", "predictions", "queries"})
 
     def setup(self, pair: Pair) -> None:
         """Called once, by the `crosskd.Distiller`: demands what must agree, makes projections.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crosskd.adapters.base import Head
 from crosskd.align import ChannelProjection, FeatureStatistics, align_statistics, feature_statistics
-from crosskd.methods.base import Method, Requirement
+from crosskd.methods.base import Method, Requirement, Taught
 from crosskd.methods.comparison import Comparison
 from crosskd.methods.settings import RegressionLoss, settings_for
 from crosskd.pairing import (
@@ -88,7 +88,8 @@ class CrossKD(Method):
         "position=2, tap='post', cls_weight=None, reg_weight=0.5, quality_weight=None"
     """
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"towers", "predictions"})
+    requires: frozenset[Requirement] = frozenset({"towers", "predictions"})
+    teaches: ClassVar[Taught] = "cross-head predictions"
 
     def __init__(
         self,

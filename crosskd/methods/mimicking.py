@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from crosskd.methods.base import Method
+from crosskd.methods.base import Method, Taught
 from crosskd.methods.comparison import Comparison
 from crosskd.methods.settings import RegressionLoss
 from crosskd.pairing import (
@@ -52,6 +54,8 @@ class PredictionMimicking(Method):
         >>> PredictionMimicking(cls_weight=0.5).comparison.cls_weight
         0.5
     """
+
+    teaches: ClassVar[Taught] = "predictions"
 
     def __init__(
         self,

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosskd.align import ChannelProjection
 from crosskd.losses import pkd_loss
-from crosskd.methods.base import Method, Requirement
-from crosskd.pairing import Pair
+from crosskd.methods.maps import MapMethod
 from crosskd.schedule import Schedule
 from crosskd.step import Step
 
 __all__ = ["PKD"]
-
-_logger = logging.getLogger("crosskd")
 
 # Published for these students; ours for all others, which is the more frequent of the two.
 _WEIGHTS = {"RPN": 6.0}
 _WEIGHT = 10.0
 
 
-class PKD(Method):
+class PKD(MapMethod):
     r"""Imitation of the feature pyramid by the Pearson correlation of each channel.
 
     .. math::
@@ -62,8 +55,6 @@ class PKD(Method):
         'weight=None, levels=(0, 1), resize=False'
     """
 
-    requires: ClassVar[frozenset[Requirement]] = frozenset({"maps"})
-
     def __init__(
         self,
         weight: float | None = None,
@@ -73,73 +64,11 @@ class PKD(Method):
         schedule: Schedule | None = None,
         name: str = "pkd",
     ) -> None:
-        super().__init__(schedule=schedule, name=name)
-        if weight is not None and not weight > 0:
-            raise ValueError(f"weight must be above 0, got {weight}")
-        if levels is not None and not levels:
-            raise ValueError("levels is empty: there is nothing to distil; leave it out for all levels")
-        self.weight = weight
-        self.levels = None if levels is None else tuple(levels)
-        self.resize = resize
-        self.matches: tuple[tuple[int, int], ...] = ()
-        self.projections = nn.ModuleDict()
+        super().__init__(weight, levels, resize=resize, schedule=schedule, name=name)
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"weight={self.weight}, levels={self.levels}, resize={self.resize}"
-
-    def setup(self, pair: Pair) -> None:
-        """Matches the levels by stride, settles the weight, makes projections where widths differ."""
-        self.matches = self._matched(pair)
-        if self.weight is None:
-            first = pair.student.heads[0].head_type if pair.student.heads else ""
-            self.weight = _WEIGHTS.get(first, _WEIGHT)
-        if pair.teacher.widths is None or pair.student.widths is None:
-            side = "teacher" if pair.teacher.widths is None else "student"
-            raise ValueError(
-                f"it is unknown how many channels the {side}'s maps have: give its adapter widths=, one "
-                "number per level"
-            )
-        for level, teacher_level in self.matches:
-            width, teacher_width = pair.student.widths[level], pair.teacher.widths[teacher_level]
-            if width != teacher_width:
-                self.projections[f"level{level}"] = ChannelProjection(width, teacher_width)
-
-    def _matched(self, pair: Pair) -> tuple[tuple[int, int], ...]:
-        """(student's level, teacher's level) of those that are compared."""
-        strides, theirs = pair.student.strides, pair.teacher.strides
-        if pair.levels is None or strides is None or theirs is None:
-            raise ValueError(
-                f"{self.name} matches levels by their strides, which one of the adapters doesn't tell: give "
-                "it strides=, one number per level"
-            )
-        chosen = range(len(strides)) if self.levels is None else self.levels
-        if not set(chosen) <= set(range(len(strides))):
-            raise ValueError(
-                f"levels={self.levels}, but the student has {len(strides)} levels, counted from 0"
-            )
-        equal = dict(pair.levels)
-        matches = []
-        for level in chosen:
-            if level in equal:
-                matches.append((level, equal[level]))
-            elif self.resize:
-                wanted = pair.scale * strides[level]  # at the teacher's resolution
-                ratios = [max(stride / wanted, wanted / stride) for stride in theirs]
-                matches.append((level, ratios.index(min(ratios))))
-        missing = [strides[level] for level in chosen if level not in dict(matches)]
-        if not matches or (missing and self.levels is not None):
-            raise ValueError(
-                f"the student's levels of strides {missing} have no counterpart among the teacher's, "
-                f"{list(theirs)}: choose other levels=, or resize=True for the nearest"
-            )
-        if missing:
-            _logger.info(
-                "%s: the student's levels of strides %s are left out, the teacher has none",
-                self.name,
-                missing,
-            )
-        return tuple(matches)
+    def weight_for(self, head_type: str) -> float:
+        """What was published for the student's type, else 10."""
+        return _WEIGHTS.get(head_type, _WEIGHT)
 
     def loss_names(self) -> tuple[str, ...]:
         """The only loss."""
@@ -147,32 +76,6 @@ class PKD(Method):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Compares the maps level by level."""
-        losses = []
-        for level, teacher_level in self.matches:
-            student, teacher = step.student.maps[level], step.teacher.maps[teacher_level]
-            if student.shape[2:] != teacher.shape[2:]:
-                teacher = self._resized(teacher, student, level)
-            if f"level{level}" in self.projections:
-                student = self.projections[f"level{level}"](_trained(student, level))
-            losses.append(pkd_loss(student, teacher))
+        losses = [pkd_loss(student, teacher) for _, student, teacher in self.compared(step)]
         assert self.weight is not None
         return {"kd_pkd": self.weight * torch.stack(losses).sum()}
-
-    def _resized(self, teacher: Tensor, student: Tensor, level: int) -> Tensor:
-        if not self.resize:
-            raise ValueError(
-                f"the maps of the student's level {level} differ in size: {tuple(teacher.shape[2:])} "
-                f"(teacher), {tuple(student.shape[2:])} (student) as (height, width). Give both images of "
-                f"the same size, or have the teacher's maps resized by resize=True"
-            )
-        return F.interpolate(teacher, size=student.shape[2:], mode="bilinear", align_corners=False)
-
-
-def _trained(features: Tensor, level: int) -> Tensor:
-    """The student's map; raises ``ValueError`` where only the projection behind it would be trained."""
-    if torch.is_grad_enabled() and not features.requires_grad:
-        raise ValueError(
-            f"the student's map of level {level} depends on no trainable parameter, so distilling it has no "
-            "effect: it is frozen or detached"
-        )
-    return features

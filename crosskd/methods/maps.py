@@ -1,0 +1,188 @@
+"""What methods of feature maps share: which levels belong together, and what bridges widths and sizes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosskd.align import ChannelProjection
+from crosskd.methods.base import Method, Requirement
+from crosskd.pairing import Pair
+from crosskd.schedule import Schedule
+from crosskd.step import Step
+
+__all__ = ["MapMethod"]
+
+_logger = logging.getLogger("crosskd")
+
+
+class MapMethod(Method):
+    """A method that compares the feature pyramids level by level.
+
+    The strides of the levels must agree and nothing else: an FCOS teaches a RetinaNet, a Faster R-CNN or a
+    plain backbone teaches anything. Levels are matched by stride; those without a counterpart are left out
+    and named once. Where widths differ, a 1x1 projection of the student's map is trained with the student
+    and thrown away with the `crosskd.Distiller`.
+
+    A method of this kind answers `weight_for` and returns in `forward` what it makes of `compared`.
+
+    Args:
+        weight: of the loss; that of `weight_for` unless given.
+        levels: the student's levels to use, counted from 0, the finest; all that have a counterpart unless
+            given.
+        resize: resizes the teacher's maps to the student's where they differ, and takes the teacher's level
+            of the nearest stride where none is equal. Without it other sizes are refused.
+        schedule: how strongly the method counts as training goes on.
+        name: what stands in front of the loss's name where two methods' would clash.
+
+    Attributes:
+        matches: (student's level, teacher's level) of those that are compared.
+        projections: of the student's maps to the teacher's width, by ``level0``…, where they differ.
+
+    Raises:
+        ValueError: a weight that is not above 0, no levels.
+
+    Example:
+        >>> class MapDistance(MapMethod):
+        ...     def weight_for(self, head_type):
+        ...         return 2.0
+        ...
+        ...     def forward(self, step):
+        ...         losses = [(student - teacher).abs().mean() for _, student, teacher in self.compared(step)]
+        ...         return {"kd_distance": self.weight * torch.stack(losses).sum()}
+        >>> MapDistance(levels=[0, 1], name="distance")
+        MapDistance(
+          weight=None, levels=(0, 1), resize=False
+          (projections): ModuleDict()
+        )
+    """
+
+    requires: frozenset[Requirement] = frozenset({"maps"})
+
+    def __init__(
+        self,
+        weight: float | None = None,
+        levels: Sequence[int] | None = None,
+        *,
+        resize: bool = False,
+        schedule: Schedule | None = None,
+        name: str,
+    ) -> None:
+        super().__init__(schedule=schedule, name=name)
+        if weight is not None and not weight > 0:
+            raise ValueError(f"weight must be above 0, got {weight}")
+        if levels is not None and not levels:
+            raise ValueError("levels is empty: there is nothing to distil; leave it out for all levels")
+        self.weight = weight
+        self.levels = None if levels is None else tuple(levels)
+        self.resize = resize
+        self.matches: tuple[tuple[int, int], ...] = ()
+        self.projections = nn.ModuleDict()
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"weight={self.weight}, levels={self.levels}, resize={self.resize}"
+
+    def weight_for(self, head_type: str) -> float:
+        """The weight where none was given, for the type of the student's first head, such as ``"GFL"``."""
+        raise NotImplementedError(f"{type(self).__name__} has no weight of its own: pass weight=")
+
+    def setup(self, pair: Pair) -> None:
+        """Matches the levels by stride, settles the weight, makes projections where widths differ."""
+        self.matches = self._matched(pair)
+        if self.weight is None:
+            self.weight = self.weight_for(pair.student.heads[0].head_type if pair.student.heads else "")
+        for level, width, teacher_width in self.widths(pair):
+            if width != teacher_width:
+                self.projections[f"level{level}"] = ChannelProjection(width, teacher_width)
+
+    def widths(self, pair: Pair) -> list[tuple[int, int, int]]:
+        """(level, the student's channels, the teacher's) of each level that is compared.
+
+        Raises:
+            ValueError: an adapter doesn't tell them.
+        """
+        if pair.teacher.widths is None or pair.student.widths is None:
+            side = "teacher" if pair.teacher.widths is None else "student"
+            raise ValueError(
+                f"it is unknown how many channels the {side}'s maps have: give its adapter widths=, one "
+                "number per level"
+            )
+        return [
+            (level, pair.student.widths[level], pair.teacher.widths[theirs]) for level, theirs in self.matches
+        ]
+
+    def _matched(self, pair: Pair) -> tuple[tuple[int, int], ...]:
+        """(student's level, teacher's level) of those that are compared."""
+        strides, theirs = pair.student.strides, pair.teacher.strides
+        if pair.levels is None or strides is None or theirs is None:
+            raise ValueError(
+                f"{self.name} matches levels by their strides, which one of the adapters doesn't tell: give "
+                "it strides=, one number per level"
+            )
+        chosen = range(len(strides)) if self.levels is None else self.levels
+        if not set(chosen) <= set(range(len(strides))):
+            raise ValueError(
+                f"levels={self.levels}, but the student has {len(strides)} levels, counted from 0"
+            )
+        equal = dict(pair.levels)
+        matches = []
+        for level in chosen:
+            if level in equal:
+                matches.append((level, equal[level]))
+            elif self.resize:
+                wanted = pair.scale * strides[level]  # at the teacher's resolution
+                ratios = [max(stride / wanted, wanted / stride) for stride in theirs]
+                matches.append((level, ratios.index(min(ratios))))
+        missing = [strides[level] for level in chosen if level not in dict(matches)]
+        if not matches or (missing and self.levels is not None):
+            raise ValueError(
+                f"the student's levels of strides {missing} have no counterpart among the teacher's, "
+                f"{list(theirs)}: choose other levels=, or resize=True for the nearest"
+            )
+        if missing:
+            _logger.info(
+                "%s: the student's levels of strides %s are left out, the teacher has none",
+                self.name,
+                missing,
+            )
+        return tuple(matches)
+
+    def compared(self, step: Step) -> list[tuple[int, Tensor, Tensor]]:
+        """(level, student's map, teacher's map) of each level that is compared, of one shape.
+
+        Raises:
+            ValueError: maps of other sizes without ``resize``, or a frozen map behind a projection.
+        """
+        compared = []
+        for level, teacher_level in self.matches:
+            student, teacher = step.student.maps[level], step.teacher.maps[teacher_level]
+            if student.shape[2:] != teacher.shape[2:]:
+                teacher = self._resized(teacher, student, level)
+            if f"level{level}" in self.projections:
+                student = self.projections[f"level{level}"](_trained(student, level))
+            compared.append((level, student, teacher))
+        return compared
+
+    def _resized(self, teacher: Tensor, student: Tensor, level: int) -> Tensor:
+        if not self.resize:
+            raise ValueError(
+                f"the maps of the student's level {level} differ in size: {tuple(teacher.shape[2:])} "
+                f"(teacher), {tuple(student.shape[2:])} (student) as (height, width). Give both images of "
+                f"the same size, or have the teacher's maps resized by resize=True"
+            )
+        return F.interpolate(teacher, size=student.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _trained(features: Tensor, level: int) -> Tensor:
+    """The student's map; raises ``ValueError`` where only the projection behind it would be trained."""
+    if torch.is_grad_enabled() and not features.requires_grad:
+        raise ValueError(
+            f"the student's map of level {level} depends on no trainable parameter, so distilling it has no "
+            "effect: it is frozen or detached"
+        )
+    return features
