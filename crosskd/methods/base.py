@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class Method(nn.Module, ABC):
     """
 
     requires: frozenset[Requirement] = frozenset({"predictions"})
-    teaches: ClassVar[Taught] = "features"
+    teaches: Taught = "features"
 
     def __init__(self, *, schedule: Schedule | None = None, name: str, head: str | None = None) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class CrossKD(Method):
     """
 
     requires: frozenset[Requirement] = frozenset({"towers", "predictions"})
-    teaches: ClassVar[Taught] = "cross-head predictions"
+    teaches: Taught = "cross-head predictions"
 
     def __init__(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from crosskd.methods.base import Method, Taught
@@ -55,7 +53,7 @@ class PredictionMimicking(Method):
         0.5
     """
 
-    teaches: ClassVar[Taught] = "predictions"
+    teaches: Taught = "predictions"
 
     def __init__(
         self,
