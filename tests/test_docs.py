@@ -29,6 +29,7 @@ PAGES = (
     "docs/methods/mimicking.md",
     "docs/pairs.md",
     "docs/methods/pkd.md",
+    "docs/methods/cwd.md",
     "docs/quickstart.md",
     "docs/torchvision.md",
     "docs/your_method.md",

@@ -431,7 +431,13 @@ class GenericHead(Head):
         per_level = lengths if self.rows == "queries" else self._per_level(maps, lengths)
         proper = len(tensors) == len(parts) and all(part.shape[1] in (2, 4) for part in tensors)
         boxes = torch.cat(tensors) if proper and sum(lengths) == sum(per_level) else None
-        return _OwnAnchors(boxes, per_level, extra=given)
+        sizes = () if self.rows == "queries" else self._sizes(maps)
+        return _OwnAnchors(boxes, per_level, sizes=sizes, extra=given)
+
+    def _sizes(self, maps: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        """Each map's shape without batch and channels."""
+        last = self.branches[0].towers[0].channels_last
+        return tuple(tuple(each.shape[1:-1] if last else each.shape[2:]) for each in maps)
 
     def _per_level(self, maps: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[int, ...]:
         """How many anchors each level has.
@@ -440,9 +446,7 @@ class GenericHead(Head):
             maps: of all levels.
             lengths: of the tensors that the detector's own anchors are.
         """
-        last = self.branches[0].towers[0].channels_last
-        shapes = [feature_map.shape[1:-1] if last else feature_map.shape[2:] for feature_map in maps]
-        locations = [math.prod(shape) for shape in shapes]
+        locations = [math.prod(size) for size in self._sizes(maps)]
         each = self.per_location
         if each is None:
             if len(lengths) == len(maps) > 1:

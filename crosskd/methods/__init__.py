@@ -2,12 +2,14 @@
 
 from crosskd.methods.base import Method
 from crosskd.methods.crosskd import CrossKD
+from crosskd.methods.cwd import CWD
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
 from crosskd.step import Step
 
 __all__ = [
+    "CWD",
     "PKD",
     "CrossKD",
     "MapMethod",
