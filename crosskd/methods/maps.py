@@ -156,15 +156,19 @@ class MapMethod(Method):
         """(level, student's map, teacher's map) of each level that is compared, of one shape.
 
         Raises:
-            ValueError: maps of other sizes without ``resize``, or a frozen map behind a projection.
+            ValueError: maps of other sizes without ``resize``, or a frozen map where the method has
+                parameters of its own, which would be trained alone.
         """
         compared = []
+        trains = next(self.parameters(), None) is not None
         for level, teacher_level in self.matches:
             student, teacher = step.student.maps[level], step.teacher.maps[teacher_level]
             if student.shape[2:] != teacher.shape[2:]:
                 teacher = self._resized(teacher, student, level)
+            if trains:
+                student = _trained(student, level)
             if f"level{level}" in self.projections:
-                student = self.projections[f"level{level}"](_trained(student, level))
+                student = self.projections[f"level{level}"](student)
             compared.append((level, student, teacher))
         return compared
 
@@ -179,7 +183,7 @@ class MapMethod(Method):
 
 
 def _trained(features: Tensor, level: int) -> Tensor:
-    """The student's map; raises ``ValueError`` where only the projection behind it would be trained."""
+    """The student's map; raises ``ValueError`` where only the method's parameters would be trained."""
     if torch.is_grad_enabled() and not features.requires_grad:
         raise ValueError(
             f"the student's map of level {level} depends on no trainable parameter, so distilling it has no "
