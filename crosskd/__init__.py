@@ -18,12 +18,13 @@ from crosskd import (
 )
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
-from crosskd.methods import CWD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BCKD",
     "CWD",
     "PKD",
     "CrossKD",

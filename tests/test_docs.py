@@ -25,6 +25,7 @@ PAGES = (
     "README.md",
     "docs/adapters.md",
     "docs/backbones.md",
+    "docs/methods/bckd.md",
     "docs/methods/crosskd.md",
     "docs/methods/mimicking.md",
     "docs/pairs.md",

@@ -1,6 +1,7 @@
 """Methods of distillation, one file each; a list of them composes."""
 
 from crosskd.methods.base import Method
+from crosskd.methods.bckd import BCKD
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
 from crosskd.methods.maps import MapMethod
@@ -9,6 +10,7 @@ from crosskd.methods.pkd import PKD
 from crosskd.step import Step
 
 __all__ = [
+    "BCKD",
     "CWD",
     "PKD",
     "CrossKD",
