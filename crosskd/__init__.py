@@ -18,6 +18,7 @@ from crosskd import (
 )
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
+from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.schedule import Schedule
 
@@ -38,6 +39,7 @@ __all__ = [
     "check_adapter",
     "checkpoints",
     "describe",
+    "inherit",
     "losses",
     "methods",
     "pairing",
