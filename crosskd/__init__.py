@@ -20,6 +20,7 @@ from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods.imitation import FeatureImitation
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "PKD",
     "CrossKD",
     "Distiller",
+    "FeatureImitation",
     "Method",
     "PredictionMimicking",
     "Schedule",

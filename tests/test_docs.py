@@ -27,6 +27,7 @@ PAGES = (
     "docs/backbones.md",
     "docs/methods/bckd.md",
     "docs/methods/crosskd.md",
+    "docs/methods/imitation.md",
     "docs/methods/inherit.md",
     "docs/methods/mimicking.md",
     "docs/pairs.md",

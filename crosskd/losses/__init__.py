@@ -18,6 +18,7 @@ from crosskd.losses.boxes import giou_loss, iou_loss
 from crosskd.losses.cwd import cwd_loss
 from crosskd.losses.distributions import distribution_kl_loss
 from crosskd.losses.features import pkd_loss
+from crosskd.losses.imitation import imitation_loss
 from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss
 
@@ -25,6 +26,7 @@ __all__ = [
     "cwd_loss",
     "distribution_kl_loss",
     "giou_loss",
+    "imitation_loss",
     "iou_loss",
     "pkd_loss",
     "quality_focal_loss",

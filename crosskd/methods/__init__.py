@@ -4,6 +4,7 @@ from crosskd.methods.base import Method
 from crosskd.methods.bckd import BCKD
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
+from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
@@ -14,6 +15,7 @@ __all__ = [
     "CWD",
     "PKD",
     "CrossKD",
+    "FeatureImitation",
     "MapMethod",
     "Method",
     "PredictionMimicking",
