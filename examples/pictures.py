@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from coco_data import CocoFolder
+from methods_table import label_of
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
@@ -15,20 +17,22 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-LABELS = {
-    "none": "student alone",
-    "mimic": "student, mimicking",
-    "crosskd": "student, CrossKD",
-    "teacher": "teacher",
-}
 _COLOURS = {"teacher": "#7f7f7f", "none": "#1f77b4", "mimic": "#ff7f0e", "crosskd": "#d62728"}
+
+
+def colours(names: Sequence[str]) -> dict[str, Any]:
+    """A colour for each model: those that are always there have one of their own."""
+    others = [name for name in names if name not in _COLOURS]
+    palette = plt.get_cmap("Dark2" if len(others) <= 8 else "tab20").colors  # type: ignore[attr-defined]
+    return {**_COLOURS, **{name: palette[k % len(palette)] for k, name in enumerate(others)}}
 
 
 def draw_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draws training losses and validation AP by epoch of each model; the student's own losses only."""
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    colour = colours(list(histories))
     for name, history in histories.items():
-        style = {"label": LABELS[name], "color": _COLOURS[name], "lw": 1.8}
+        style = {"label": label_of(name), "color": colour[name], "lw": 1.8}
         own = [sum(v for k, v in entry["losses"].items() if "kd_" not in k) for entry in history]
         losses.plot([entry["epoch"] for entry in history], own, **style)
         evaluated = [entry for entry in history if "metrics" in entry]
@@ -87,7 +91,7 @@ def draw_detections(
             kept = output["scores"] >= threshold
             boxes, labels, scores = (output[key][kept].cpu() for key in ("boxes", "labels", "scores"))
             _show(axes, image, boxes, labels, scores)
-    for axes, name in zip(grid[0], ("ground truth", *(LABELS[name] for name in detectors)), strict=True):
+    for axes, name in zip(grid[0], ("ground truth", *(label_of(name) for name in detectors)), strict=True):
         axes.set_title(name)
     names = [dataset.names[k] for k in range(len(dataset.names))]
     handles = [

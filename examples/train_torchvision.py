@@ -33,6 +33,16 @@ import torchvision
 from coco_data import CocoFolder, training_loader
 from dense_heads import adapter_of
 from evaluation import METRICS, evaluate
+from methods_table import (
+    ALONE,
+    INHERIT,
+    METHODS,
+    TEACHER,
+    check_name,
+    inherits,
+    label_of,
+    make_methods,
+)
 from models import (
     MODEL_NAMES,
     PUBLISHED,
@@ -43,16 +53,14 @@ from models import (
     load_published,
     load_weights,
 )
-from pictures import LABELS, draw_curves, draw_detections
+from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
 from shapes_data import write_shapes
 from torch import nn
 from training import AMP_TYPES, History, Trainer, memory_format, save_atomically
 
 import crosskd
-from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
-
-METHODS = ("none", "mimic", "crosskd")
+from crosskd import Distiller
 
 # What fits each kind of data; each is an option as well.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -117,10 +125,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data coco needs --root, the folder that holds images and annotations")
     if options.teacher_weights == "published" and options.teacher not in PUBLISHED:
         parser.error(f"torchvision publishes detection weights for {', '.join(PUBLISHED)} only")
-    if options.method != ["none"] and first_label(options.teacher) != first_label(options.student):
+    try:
+        for name in options.method:
+            check_name(name)
+    except ValueError as error:
+        parser.error(f"--method: {error}")
+    if options.method != [ALONE] and first_label(options.teacher) != first_label(options.student):
         parser.error(f"{options.student} can't learn from {options.teacher}: take two of one family")
     if len(set(options.method)) < len(options.method):
         parser.error("--method names a method twice")
+    if options.inherit:
+        options.method = [name if inherits(name) else f"{name}+{INHERIT}" for name in options.method]
     options.output = options.output or Path("runs") / options.data
     return options
 
@@ -168,7 +183,16 @@ def _add_model_options(group: Any) -> None:
 
 def _add_distillation_options(group: Any) -> None:
     group.add_argument(
-        "--method", nargs="+", choices=METHODS, default=["none", "crosskd"], help="one student each"
+        "--method",
+        nargs="+",
+        metavar="METHOD",
+        default=[ALONE, "crosskd"],
+        help=f"one student each: {ALONE} (the student alone), {', '.join(METHODS)}, or several joined by +",
+    )
+    group.add_argument(
+        "--inherit",
+        action="store_true",
+        help="start every student's neck and head from the teacher's weights, as METHOD+inherit does for one",
     )
     group.add_argument("--position", type=int, help="of the split; without it the published or the last one")
     group.add_argument("--tap", choices=("post", "pre"), default="post")
@@ -308,18 +332,11 @@ def with_method(
     name: str, student: nn.Module, teacher: nn.Module | None, options: argparse.Namespace
 ) -> nn.Module:
     """The student in a distiller, or alone."""
-    if name == "none" or teacher is None:
+    methods = make_methods(name, options)
+    if not methods or teacher is None:
         return student
-    stop_epoch = options.stop_distilling
-    common: dict[str, Any] = {
-        "cls_weight": options.cls_weight,
-        "reg_weight": options.reg_weight,
-        "schedule": None if stop_epoch is None else Schedule(stop=stop_epoch, unit="epoch"),
-    }
     # Of GFL and ATSS the library knows nothing: their adapters are in examples/dense_heads.
-    if name == "mimic":
-        return Distiller(teacher, student, PredictionMimicking(**common), adapter_of)
-    return Distiller(teacher, student, CrossKD(options.position, options.tap, **common), adapter_of)
+    return Distiller(teacher, student, methods, adapter_of)
 
 
 def train(
@@ -372,12 +389,14 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     histories: dict[str, History] = {}
     results: dict[str, dict[str, float]] = {}
     teacher = None
-    if options.method != ["none"]:
+    if options.method != [ALONE]:
         teacher, histories["teacher"] = make_teacher(options, data, processes)
         models["teacher"] = teacher.to(processes.device, memory_format=memory_format(options))
         results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:
         student = make_student(options, data[0].num_classes)
+        if inherits(method) and teacher is not None:
+            processes.say(f"{method}: {crosskd.inherit(student, teacher)}")
         model = with_method(method, student, teacher, options)
         histories[method] = train(model, method, options.epochs, options, data, processes)
         models[method] = student
@@ -409,10 +428,11 @@ def write_report(
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
     draw_curves({name: h for name, h in metrics["histories"].items() if h}, options.output / "curves.png")
     draw_detections(models, val, options.output / "detections.png", device=processes.device)
-    names = {"teacher": options.teacher, **dict.fromkeys(METHODS, options.student)}
-    print(f"\n{'':<20}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
+    width = max(20, *(len(label_of(name)) + 2 for name in metrics["results"]))
+    print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():
-        print(f"{LABELS[name]:<20}{names[name]:<30}" + "".join(f"{result[m]:>11.1f}" for m in METRICS))
+        model = options.teacher if name == TEACHER else options.student
+        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{result[m]:>11.1f}" for m in METRICS))
     print(f"\n{metrics['seconds']:.0f} s; weights, metrics, curves and pictures are in {options.output}/")
 
 

@@ -57,6 +57,7 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
             "publishes detection weights for",
         ),
         (["--method", "none", "none"], "names a method twice"),
+        (["--method", "none", "crosskd+pdk"], "unknown method 'pdk': choose from none, mimic, crosskd, pkd"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
         (
             ["--student", "fasterrcnn_resnet18"],
@@ -90,7 +91,7 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
     printed = capsys.readouterr().out
-    for row in ("teacher ", "student alone ", "student, mimicking ", "student, CrossKD "):
+    for row in ("teacher ", "student alone ", "prediction mimicking ", "CrossKD "):
         assert f"\n{row}" in printed
     plain = build_detector("retinanet_mobilenet_v3_large", 3, width=32, anchor_scale=0.5)
     plain.load_state_dict(torch.load(tmp_path / "crosskd.pt", weights_only=True))

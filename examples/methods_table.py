@@ -1,0 +1,78 @@
+"""The methods of the training script, by the names that ``--method`` takes.
+
+A method of your own is one more line in ``METHODS``. ``none`` stands for the student alone, ``a+b`` for
+methods together, and ``inherit`` among them starts the student's neck and head from the teacher's weights.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from crosskd import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking, Schedule
+
+ALONE, INHERIT, TEACHER = "none", "inherit", "teacher"
+
+
+class Entry(NamedTuple):
+    """A method's label in tables and pictures, and what makes it of the script's options."""
+
+    label: str
+    make: Callable[[Namespace], Method]
+
+
+def schedule(options: Namespace) -> Schedule | None:
+    """Stops every method at the epoch of ``--stop-distilling``."""
+    stop = options.stop_distilling
+    return None if stop is None else Schedule(stop=stop, unit="epoch")
+
+
+def of_predictions(options: Namespace) -> dict[str, Any]:
+    """What the two methods that compare predictions by the same losses take of the options."""
+    weights = {"cls_weight": options.cls_weight, "reg_weight": options.reg_weight}
+    return {**weights, "schedule": schedule(options)}
+
+
+METHODS: dict[str, Entry] = {
+    "mimic": Entry("prediction mimicking", lambda o: PredictionMimicking(**of_predictions(o))),
+    "crosskd": Entry("CrossKD", lambda o: CrossKD(o.position, o.tap, **of_predictions(o))),
+    "pkd": Entry("PKD", lambda o: PKD(schedule=schedule(o))),
+    "cwd": Entry("CWD", lambda o: CWD(schedule=schedule(o))),
+    "bckd": Entry("BCKD", lambda o: BCKD(schedule=schedule(o))),
+}
+
+
+def check_name(name: str) -> None:
+    """Raises ``ValueError`` for a name that is neither a method's nor made of them."""
+    parts = name.split("+")
+    unknown = [part for part in parts if part not in {ALONE, INHERIT, *METHODS}]
+    if unknown:
+        raise ValueError(
+            f"unknown method {unknown[0]!r}: choose from {', '.join((ALONE, *METHODS))}, or several joined "
+            f"by +, as crosskd+pkd; +{INHERIT} starts the student's neck and head from the teacher's"
+        )
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name} names a part twice")
+    if name == INHERIT:
+        raise ValueError(f"{INHERIT} alone names no method: {ALONE}+{INHERIT} trains the student on labels")
+    if ALONE in parts and set(parts) & METHODS.keys():
+        raise ValueError(f"{name}: {ALONE} is the student alone, which is distilled by no method")
+
+
+def inherits(name: str) -> bool:
+    """Whether the student starts from the teacher's neck and head."""
+    return INHERIT in name.split("+")
+
+
+def make_methods(name: str, options: Namespace) -> list[Method]:
+    """The methods of a name such as ``"crosskd+pkd"``; none of the student alone."""
+    return [METHODS[part].make(options) for part in name.split("+") if part in METHODS]
+
+
+def label_of(name: str) -> str:
+    """What tables and pictures call a student that was trained so, or the teacher."""
+    if name == TEACHER:
+        return TEACHER
+    labels = [METHODS[part].label for part in name.split("+") if part in METHODS]
+    return (" + ".join(labels) or "student alone") + (", inherited" if inherits(name) else "")

@@ -1,0 +1,64 @@
+"""The names of `--method`: all of the library's methods, and what is made of them."""
+
+from __future__ import annotations
+
+import pytest
+from methods_table import METHODS, check_name, inherits, label_of, make_methods
+from train_torchvision import parse
+
+import crosskd
+
+
+def test_every_method_of_the_library_has_a_name():
+    listed = [getattr(crosskd.methods, name) for name in crosskd.methods.__all__]
+    kinds = {k for k in listed if issubclass(k, crosskd.Method) and k.forward is not crosskd.Method.forward}
+    made = {type(entry.make(parse([]))) for entry in METHODS.values()}
+    assert made == kinds
+
+
+def test_options_reach_the_methods_that_take_them():
+    options = parse(["--position", "2", "--tap", "pre", "--cls-weight", "0.5", "--stop-distilling", "3"])
+    cross = make_methods("crosskd+pkd", options)[0]
+    assert (cross.position, cross.tap, cross.comparison.cls_weight) == (2, "pre", 0.5)
+    for name in METHODS:
+        (method,) = make_methods(name, options)
+        assert method.schedule == crosskd.Schedule(stop=3, unit="epoch")
+        assert method.schedule is not None
+
+
+def test_none_and_inherit_are_no_methods():
+    assert make_methods("none", parse([])) == make_methods("none+inherit", parse([])) == []
+    assert [type(method) for method in make_methods("pkd+inherit", parse([]))] == [crosskd.PKD]
+    assert [name for name in ("none", "pkd", "pkd+inherit") if inherits(name)] == ["pkd+inherit"]
+
+
+def test_a_student_is_called_by_what_trained_it():
+    names = ("teacher", "none", "crosskd+pkd", "none+inherit", "mimic+inherit")
+    assert [label_of(name) for name in names] == [
+        "teacher",
+        "student alone",
+        "CrossKD + PKD",
+        "student alone, inherited",
+        "prediction mimicking, inherited",
+    ]
+    assert len({label_of(name) for name in METHODS}) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("crosskd+pdk", "unknown method 'pdk': choose from none, mimic, crosskd, pkd"),
+        ("", "unknown method ''"),
+        ("pkd+pkd", "names a part twice"),
+        ("none+pkd", "none is the student alone"),
+        ("inherit", "names no method: none[+]inherit"),
+    ],
+)
+def test_other_names_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        check_name(name)
+
+
+def test_inherit_is_for_all_students():
+    options = parse(["--inherit", "--method", "none", "crosskd", "pkd+inherit"])
+    assert options.method == ["none+inherit", "crosskd+inherit", "pkd+inherit"]
