@@ -21,6 +21,7 @@ from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.methods.imitation import FeatureImitation
+from crosskd.methods.response import ResponseDistillation
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "FeatureImitation",
     "Method",
     "PredictionMimicking",
+    "ResponseDistillation",
     "Schedule",
     "adapters",
     "align",

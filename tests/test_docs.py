@@ -32,6 +32,7 @@ PAGES = (
     "docs/methods/mimicking.md",
     "docs/pairs.md",
     "docs/methods/pkd.md",
+    "docs/methods/response.md",
     "docs/methods/cwd.md",
     "docs/quickstart.md",
     "docs/torchvision.md",

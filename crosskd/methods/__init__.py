@@ -8,6 +8,7 @@ from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
+from crosskd.methods.response import ResponseDistillation
 from crosskd.step import Step
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "MapMethod",
     "Method",
     "PredictionMimicking",
+    "ResponseDistillation",
     "Step",
 ]
