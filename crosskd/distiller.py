@@ -27,7 +27,7 @@ from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
 from crosskd.proof import prove_student, prove_teacher
 from crosskd.running import points_of, run_region_heads, run_teacher, steps_of, with_own_losses
-from crosskd.step import DetectorTrace, Step, Trace, outside_graph, run_head
+from crosskd.step import DetectorTrace, Step, Trace, between_graphs, outside_graph, run_head
 
 __all__ = ["Distiller"]
 
@@ -277,7 +277,10 @@ class Distiller(nn.Module):
         maps = student.maps(batch.pixels) if self.resize_levels or not active else []
         theirs = run_teacher(pair, seen, active, maps) if active else None
         del seen  # pixels of the teacher's own coding are freed before the student runs
-        ours = DetectorTrace(student, batch, maps or student.maps(batch.pixels), {})
+        maps = maps or student.maps(batch.pixels)
+        if any(method.watches_maps for method in active.values()):
+            maps = between_graphs(maps)
+        ours = DetectorTrace(student, batch, maps, {})
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
             run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0))

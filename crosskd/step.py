@@ -24,6 +24,7 @@ __all__ = [
     "Side",
     "Step",
     "Trace",
+    "between_graphs",
     "outside_graph",
     "run_head",
     "shape_only",
@@ -42,6 +43,12 @@ Taps = dict[str, dict[str, list[Any]]]
 def outside_graph(function: CallableT) -> CallableT:
     """Keeps a function out of compiled graphs: `torch.compiler.disable` that keeps its type."""
     return cast(CallableT, torch.compiler.disable(function))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+@outside_graph
+def between_graphs(maps: list[Tensor]) -> list[Tensor]:
+    """The same maps, as what one compiled graph gives and the next one takes."""
+    return maps
 
 
 @dataclass(frozen=True, eq=False)

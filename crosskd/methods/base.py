@@ -38,6 +38,8 @@ class Method(nn.Module, ABC):
         teaches: what the losses pull at. Methods of ``"predictions"`` pull the student's own predictions away
             from the labels, which methods of ``"cross-head predictions"`` are made to avoid: together they
             give a warning.
+        watches_maps: the method puts hooks on the student's maps. A compiled step then ends a graph behind
+            them, for inside one the gradient at a map is not to be seen.
 
     Example:
         >>> class MapDistance(Method):
@@ -52,6 +54,7 @@ class Method(nn.Module, ABC):
 
     requires: frozenset[Requirement] = frozenset({"predictions"})
     teaches: Taught = "features"
+    watches_maps: bool = False
 
     def __init__(self, *, schedule: Schedule | None = None, name: str, head: str | None = None) -> None:
         super().__init__()

@@ -152,6 +152,10 @@ class MapMethod(Method):
             )
         return tuple(matches)
 
+    def of_student(self, features: Tensor) -> Tensor:
+        """What is compared of one of the student's maps, in front of a projection: the map itself."""
+        return features
+
     def compared(self, step: Step) -> list[tuple[int, Tensor, Tensor]]:
         """(level, student's map, teacher's map) of each level that is compared, of one shape.
 
@@ -162,7 +166,7 @@ class MapMethod(Method):
         compared = []
         trains = next(self.parameters(), None) is not None
         for level, teacher_level in self.matches:
-            student, teacher = step.student.maps[level], step.teacher.maps[teacher_level]
+            student, teacher = self.of_student(step.student.maps[level]), step.teacher.maps[teacher_level]
             if student.shape[2:] != teacher.shape[2:]:
                 teacher = self._resized(teacher, student, level)
             if trains:
