@@ -22,6 +22,7 @@ from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
+from crosskd.methods.cosine import CosineAlignment
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "BCKD",
     "CWD",
     "PKD",
+    "CosineAlignment",
     "CrossKD",
     "Distiller",
     "FeatureImitation",

@@ -26,6 +26,7 @@ PAGES = (
     "docs/adapters.md",
     "docs/backbones.md",
     "docs/methods/bckd.md",
+    "docs/methods/cosine.md",
     "docs/methods/crosskd.md",
     "docs/methods/imitation.md",
     "docs/methods/inherit.md",

@@ -15,6 +15,7 @@ Arithmetic is float32 (float64 for float64 inputs), whatever autocast says.
 from __future__ import annotations
 
 from crosskd.losses.boxes import giou_loss, iou_loss
+from crosskd.losses.cosine import cosine_loss
 from crosskd.losses.cwd import cwd_loss
 from crosskd.losses.distributions import distribution_kl_loss
 from crosskd.losses.features import pkd_loss
@@ -23,6 +24,7 @@ from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss
 
 __all__ = [
+    "cosine_loss",
     "cwd_loss",
     "distribution_kl_loss",
     "giou_loss",

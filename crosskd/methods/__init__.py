@@ -1,6 +1,7 @@
 """Methods of distillation, one file each; a list of them composes."""
 
 from crosskd.methods.base import Method
+from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.bckd import BCKD
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
@@ -15,6 +16,7 @@ __all__ = [
     "BCKD",
     "CWD",
     "PKD",
+    "CosineAlignment",
     "CrossKD",
     "FeatureImitation",
     "MapMethod",
