@@ -19,7 +19,7 @@ from crosskd import (
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
-from crosskd.methods import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods import BCKD, CWD, FGD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.methods.cosine import CosineAlignment
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BCKD",
     "CWD",
+    "FGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",

@@ -30,6 +30,7 @@ PAGES = (
     "docs/methods/crosskd.md",
     "docs/methods/imitation.md",
     "docs/methods/inherit.md",
+    "docs/methods/fgd.md",
     "docs/methods/mimicking.md",
     "docs/pairs.md",
     "docs/methods/pkd.md",

@@ -6,6 +6,7 @@ from crosskd.methods.bckd import BCKD
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
 from crosskd.methods.imitation import FeatureImitation
+from crosskd.methods.fgd import FGD
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
@@ -15,6 +16,7 @@ from crosskd.step import Step
 __all__ = [
     "BCKD",
     "CWD",
+    "FGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",
