@@ -1,10 +1,11 @@
-"""The student alone, mimicking and CrossKD with one budget and several seeds, on the BCCD blood cells.
+"""Methods with one budget and several seeds, on the BCCD blood cells: a table, curves and detections.
 
 Every run is an ordinary run of ``examples/train_torchvision.py`` in a folder of its own: one that was
 finished is not repeated, one that was killed goes on after its last epoch. So the command can be stopped
 at any time and given again::
 
     python benchmarks/bccd.py --root data/bccd
+    python benchmarks/bccd.py --root data/bccd --methods none crosskd pkd crosskd+pkd none+inherit fgd+inherit
 
 ``--root`` holds ``images`` and ``annotations/{train,val,test}.json``. The teacher is trained on the
 training split; students are trained on it too and reported on the test split. ``--split val`` reports on
@@ -25,10 +26,15 @@ from typing import Any
 
 from measure import mean_and_deviation, processor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from methods_table import ALONE, METHODS, check_name, label_of
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
-METHODS = {"none": "student alone", "mimic": "prediction mimicking", "crosskd": "CrossKD"}
 COLUMNS = ("AP", "AP50", "AP75")
+BEFORE = "crosskd_pre"  # CrossKD that taps features in front of the block's activation
+PICTURED = 3  # so many methods' detections are drawn beside the student's alone
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -44,7 +50,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results" / "bccd")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="what is reported on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        default=[ALONE, "mimic", "crosskd"],
+        help=f"{ALONE}, {', '.join(METHODS)}, several joined by +, and any of them with +inherit",
+    )
     parser.add_argument("--ablate-tap", type=int, nargs="*", default=[0], help='seeds to run tap="pre" with')
     parser.add_argument("--teacher", default="retinanet_resnet50")
     parser.add_argument("--student", default="retinanet_resnet18")
@@ -58,7 +70,15 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs side by side, with one thread each if above 1"
     )
-    return parser.parse_known_args(arguments)
+    options, further = parser.parse_known_args(arguments)
+    try:
+        for name in options.methods:
+            check_name(name)
+    except ValueError as error:
+        parser.error(f"--methods: {error}")
+    if "--inherit" in further:
+        parser.error("--inherit would be for all students: write METHOD+inherit for those that it is for")
+    return options, further
 
 
 def training_arguments(options: argparse.Namespace, further: list[str]) -> list[str]:
@@ -121,7 +141,7 @@ def run_all(options: argparse.Namespace, further: list[str]) -> dict[str, list[d
             )
     for seed in options.ablate_tap if "crosskd" in options.methods else ():
         arguments = ["--method", "crosskd", "--tap", "pre", "--seed", str(seed)]
-        jobs.append(("crosskd_pre", options.output / f"crosskd_pre_seed{seed}", arguments))
+        jobs.append((BEFORE, options.output / f"{BEFORE}_seed{seed}", arguments))
     students = ["--epochs", str(options.epochs), "--evaluate-every", "2"]
     results: dict[str, list[dict[str, Any]]] = {"teacher": [teacher]}
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -142,24 +162,32 @@ def final(run: dict[str, Any]) -> dict[str, float]:
     return dict(next(value for name, value in run["results"].items() if name != "teacher"))
 
 
+def history(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The epochs of the model that a run trained."""
+    return list(next(value for name, value in run["histories"].items() if name != "teacher"))
+
+
 def table(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, command: str) -> str:
     """The results as Markdown, with everything needed to repeat them."""
-    names = {"teacher": f"teacher ({options.teacher})", **METHODS, "crosskd_pre": 'CrossKD, tap="pre"'}
-    lines = [f"| {' | '.join(('', 'seeds', *COLUMNS))} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    names = {name: label_of(name) for name in results}
+    names |= {"teacher": f"teacher ({options.teacher})", BEFORE: 'CrossKD, tap="pre"'}
+    others = [other for other in (ALONE, "crosskd") if other in results and len(results) > 2]
+    header = ["", "seeds", *COLUMNS, *(f"AP over {names[other]}" for other in others), "CPU minutes"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, runs in results.items():
         metrics = [final(run) for run in runs]
         cells = [mean_and_deviation([m[column] for m in metrics]) for column in COLUMNS]
-        lines.append(f"| {names[name]} | {len(runs)} | {' | '.join(cells)} |")
-    gains = paired_gains(results)
+        cells += [gain(results, name, other) for other in others]
+        lines.append(f"| {names[name]} | {len(runs)} | {' | '.join(cells)} | {minutes(runs)} |")
     versions = results["teacher"][0]["versions"]
     about = [
         f"BCCD {options.split} split, {options.student} from {options.teacher}, all from scratch, short side "
         f"{options.short_side} pixels, towers of {options.width} channels, {options.epochs} epochs (teacher "
-        f"{options.teacher_epochs}); mean ± standard deviation over seeds.",
+        f"{options.teacher_epochs}); mean ± standard deviation over seeds; differences are taken seed "
+        "by seed. Minutes are those of training alone.",
         "",
         *lines,
         "",
-        *([gains, ""] if gains else []),
         "Made by",
         "",
         f"    {command}",
@@ -171,68 +199,78 @@ def table(results: dict[str, list[dict[str, Any]]], options: argparse.Namespace,
     return "\n".join(about) + "\n"
 
 
-def paired_gains(results: dict[str, list[dict[str, Any]]]) -> str:
-    """CrossKD's AP over the others' with the same seed."""
-    if "crosskd" not in results:
+def gain(results: dict[str, list[dict[str, Any]]], name: str, other: str) -> str:
+    """How far a method's AP is above another's with the same seed; empty where they share no seeds."""
+    if name in (other, "teacher") or len(results[name]) != len(results[other]):
         return ""
-    own = [final(run)["AP"] for run in results["crosskd"]]
-    parts = []
-    for other, label in METHODS.items():
-        if other != "crosskd" and other in results:
-            differences = [a - final(run)["AP"] for a, run in zip(own, results[other], strict=True)]
-            parts.append(f"{mean_and_deviation(differences)} AP over {label}")
-    return "Seed by seed CrossKD is ahead by " + " and by ".join(parts) + "." if parts else ""
+    pairs = zip(results[name], results[other], strict=True)
+    return mean_and_deviation([final(run)["AP"] - final(base)["AP"] for run, base in pairs], sign="+")
+
+
+def minutes(runs: list[dict[str, Any]]) -> str:
+    """How long the processor worked on a training; empty where a run didn't write it down."""
+    seconds = [[entry.get("cpu_seconds") for entry in history(run)] for run in runs]
+    if any(value is None for run in seconds for value in run):
+        return ""
+    return mean_and_deviation([sum(run) / 60 for run in seconds])
 
 
 def draw(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse.Namespace) -> None:
-    """Validation AP by epoch, the mean over seeds and their range, and the final AP of every seed."""
+    """AP by epoch, the mean over seeds, and the final AP of every seed, the best method on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from pictures import colours
 
-    colours = {"none": "#1f77b4", "mimic": "#ff7f0e", "crosskd": "#d62728"}
+    names = sorted(_drawn(results), key=lambda name: mean_ap(results[name]))
+    colour = colours(_drawn(results))
+    height = max(4.0, 1.3 + 0.34 * len(names))
     figure, (curves, finals) = plt.subplots(
-        1, 2, figsize=(10, 4), layout="constrained", width_ratios=(1.5, 1)
+        1, 2, figsize=(11, height), layout="constrained", width_ratios=(1.2, 1)
     )
-    for place, (name, label) in enumerate(METHODS.items()):
-        if name not in results:
-            continue
-        histories = [run["histories"][name] for run in results[name]]
-        evaluated = [[entry for entry in history if "metrics" in entry] for history in histories]
+    for place, name in enumerate(names):
+        evaluated = [[entry for entry in history(run) if "metrics" in entry] for run in results[name]]
         epochs = [entry["epoch"] for entry in evaluated[0]]
-        values = [[entry["metrics"]["AP"] for entry in history] for history in evaluated]
-        columns = list(zip(*values, strict=True))
-        curves.plot(
-            epochs, [statistics.mean(c) for c in columns], marker="o", ms=4, color=colours[name], label=label
-        )
-        curves.fill_between(
-            epochs, [min(c) for c in columns], [max(c) for c in columns], color=colours[name], alpha=0.15
-        )
+        columns = list(zip(*([e["metrics"]["AP"] for e in entries] for entries in evaluated), strict=True))
+        means = [statistics.mean(column) for column in columns]
+        curves.plot(epochs, means, marker="o", ms=4, lw=1.5, color=colour[name])
+        if len(names) <= 4:  # more ranges would cover one another
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            curves.fill_between(epochs, low, high, color=colour[name], alpha=0.15)
         last = [final(run)["AP"] for run in results[name]]
-        finals.bar(place, statistics.mean(last), color=colours[name], alpha=0.35, width=0.65)
-        finals.scatter([place] * len(last), last, color=colours[name], zorder=3, s=22)
+        finals.plot(mean_ap(results[name]), place, marker="|", ms=18, mew=2.5, color=colour[name])
+        finals.scatter(last, [place] * len(last), color=colour[name], s=22, alpha=0.8)
     teacher = final(results["teacher"][0])["AP"]
-    for axes in (curves, finals):
-        axes.axhline(teacher, color="#7f7f7f", ls="--", lw=1.2, label=f"teacher ({teacher:.1f})")
-        axes.grid(alpha=0.3, axis="y")
+    line = {"color": "#7f7f7f", "ls": "--", "lw": 1.2, "label": f"teacher ({teacher:.1f})"}
+    curves.axhline(teacher, **line)
+    finals.axvline(teacher, **line)
+    for axes, grid in ((curves, "y"), (finals, "x")):
+        axes.grid(alpha=0.3, axis=grid)
         axes.spines[["top", "right"]].set_visible(False)
-    curves.set(
-        xlabel="epoch",
-        ylabel=f"AP on BCCD {options.split}",
-        title=f"{options.student} from {options.teacher}",
-    )
-    curves.legend(frameon=False)
-    finals.set(title="after the last epoch, every seed", ylabel="AP")
-    finals.set_xticks(range(len(METHODS)), [label.replace(" ", "\n") for label in METHODS.values()])
-    finals.margins(y=0.15)
+    curves.set(xlabel="epoch", ylabel=f"AP on BCCD {options.split}, mean over seeds")
+    curves.set_title(f"{options.student} from {options.teacher}")
+    curves.legend(frameon=False, loc="lower right")
+    finals.set(title="after the last epoch: every seed, and their mean", xlabel="AP")
+    finals.set_yticks(range(len(names)), [label_of(name) for name in names])
+    for tick, name in zip(finals.get_yticklabels(), names, strict=True):
+        tick.set_color(colour[name])
+    finals.margins(y=0.5 / len(names))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
+def _drawn(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    return [name for name in results if name not in ("teacher", BEFORE)]
+
+
+def mean_ap(runs: list[dict[str, Any]]) -> float:
+    """The final AP, averaged over seeds."""
+    return statistics.mean(final(run)["AP"] for run in runs)
+
+
 def draw_pictures(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse.Namespace) -> None:
-    """Detections of the teacher and of the first seed's students, side by side."""
-    sys.path.insert(0, str(SCRIPT.parent))
+    """Detections of the teacher and of the first seed's students, side by side: alone, and the best."""
     import torch
     from coco_data import CocoFolder
     from models import build_detector, load_weights
@@ -240,7 +278,9 @@ def draw_pictures(results: dict[str, list[dict[str, Any]]], path: Path, options:
 
     data = CocoFolder(options.root / "images", options.root / "annotations" / f"{options.split}.json")
     files = {"teacher": options.output / "teacher" / "none.pt"}
-    for method in options.methods:
+    best = sorted(_drawn(results), key=lambda name: -mean_ap(results[name]))
+    chosen = {ALONE, *[name for name in best if name != ALONE][:PICTURED]}
+    for method in (name for name in options.methods if name in chosen):
         files[method] = options.output / f"{method}_seed{options.seeds[0]}" / f"{method}.pt"
     detectors: dict[str, torch.nn.Module] = {}
     for name, file in files.items():

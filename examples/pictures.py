@@ -15,16 +15,18 @@ from torch import Tensor, nn
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 _COLOURS = {"teacher": "#7f7f7f", "none": "#1f77b4", "mimic": "#ff7f0e", "crosskd": "#d62728"}
 
 
-def colours(names: Sequence[str]) -> dict[str, Any]:
+def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each model: those that are always there have one of their own."""
+    palette = [to_hex(c) for name in ("tab10", "Dark2", "tab20") for c in plt.get_cmap(name).colors]
+    free = [colour for colour in palette if colour not in _COLOURS.values()]
     others = [name for name in names if name not in _COLOURS]
-    palette = plt.get_cmap("Dark2" if len(others) <= 8 else "tab20").colors  # type: ignore[attr-defined]
-    return {**_COLOURS, **{name: palette[k % len(palette)] for k, name in enumerate(others)}}
+    return {**_COLOURS, **{name: free[k % len(free)] for k, name in enumerate(others)}}
 
 
 def draw_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -12,11 +12,12 @@ from tests.benchmarks.test_benchmarks import load
 from tests.examples.coco_files import write_coco
 
 bccd = load("bccd")
+METHODS = ("none", "mimic", "crosskd", "pkd", "cwd")
 
 
 def run(name: str, precision: float) -> dict[str, Any]:
     metrics = {"AP": precision, "AP50": 2 * precision, "AP75": precision / 2}
-    history = [{"epoch": 1, "metrics": metrics, "losses": {}}]
+    history = [{"epoch": 1, "metrics": metrics, "losses": {}, "cpu_seconds": 6 * precision}]
     return {
         "results": {"teacher": {"AP": 99.0}, name: metrics} if name != "none" else {name: metrics},
         "histories": {name: history},
@@ -37,21 +38,45 @@ def options(*arguments: str) -> Any:
 
 def test_the_table_has_mean_and_deviation_of_each_method_and_how_it_was_made():
     text = bccd.table(RESULTS, options(), "python benchmarks/bccd.py")
-    assert "| student alone | 2 | 31.0 ± 1.4 | 62.0 ± 2.8 | 15.5 ± 0.7 |" in text
-    assert "| CrossKD | 2 | 35.0 ± 2.8 | 70.0 ± 5.7 | 17.5 ± 1.4 |" in text
-    assert "| teacher (retinanet_resnet50) | 1 | 50.0 | 100.0 | 25.0 |" in text
-    assert "Seed by seed CrossKD is ahead by 4.0 ± 1.4 AP over student alone." in text
+    header = "|  | seeds | AP | AP50 | AP75 | AP over student alone | AP over CrossKD | CPU minutes |"
+    assert text.splitlines()[2] == header
+    assert "| student alone | 2 | 31.0 ± 1.4 | 62.0 ± 2.8 | 15.5 ± 0.7 |  | -4.0 ± 1.4 | 3.1 ± 0.1 |" in text
+    assert "| CrossKD | 2 | 35.0 ± 2.8 | 70.0 ± 5.7 | 17.5 ± 1.4 | +4.0 ± 1.4 |  | 3.5 ± 0.3 |" in text
+    assert "| teacher (retinanet_resnet50) | 1 | 50.0 | 100.0 | 25.0 |  |  | 5.0 |" in text
     assert "    python benchmarks/bccd.py\n" in text
     assert "torch 2.9" in text
 
 
-def test_no_gain_is_said_where_nothing_stands_beside():
-    assert bccd.paired_gains({"teacher": RESULTS["teacher"], "crosskd": RESULTS["crosskd"]}) == ""
+def test_no_difference_is_shown_where_nothing_stands_beside_or_seeds_differ():
+    alone = {"teacher": RESULTS["teacher"], "crosskd": RESULTS["crosskd"]}
+    assert "| AP75 | CPU minutes |" in bccd.table(alone, options(), "")
+    fewer = {**RESULTS, "crosskd_pre": RESULTS["crosskd"][:1]}
+    assert '| CrossKD, tap="pre" | 1 | 33.0 | 66.0 | 16.5 |  |  | 3.3 |' in bccd.table(fewer, options(), "")
+
+
+def test_no_minutes_are_shown_for_runs_that_did_not_count_them():
+    old = run("none", 30.0)
+    del old["histories"]["none"][0]["cpu_seconds"]
+    assert bccd.minutes([run("none", 30.0), old]) == ""
+
+
+def test_methods_are_those_of_the_training_script_together_and_inheriting(capsys):
+    names = ["none", "none+inherit", "crosskd+pkd", "cwd+inherit"]
+    assert options("--methods", *names).methods == names
+    for wrong, message in (
+        (["--methods", "pdk"], "--methods: unknown method 'pdk': choose from none"),
+        (["--methods", "pkd", "--inherit"], "write METHOD+inherit"),
+    ):
+        with pytest.raises(SystemExit):
+            options(*wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_the_figure_is_drawn(tmp_path):
-    bccd.draw(RESULTS, tmp_path / "figure.png", options())
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    many = {f"{name}{start}": [run(name, 30.0 + len(name))] for name in METHODS for start in ("", "+inherit")}
+    for name, results in (("few", RESULTS), ("many", {"teacher": RESULTS["teacher"], **many})):
+        bccd.draw(results, tmp_path / f"{name}.png", options())
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_run_is_not_repeated_and_a_failed_one_names_its_log(tmp_path, monkeypatch):
