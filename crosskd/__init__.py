@@ -19,7 +19,7 @@ from crosskd import (
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
-from crosskd.methods import BCKD, CWD, FGD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods import BCKD, CWD, FGD, MGD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.methods.cosine import CosineAlignment
@@ -31,6 +31,7 @@ __all__ = [
     "BCKD",
     "CWD",
     "FGD",
+    "MGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",

@@ -31,6 +31,7 @@ PAGES = (
     "docs/methods/imitation.md",
     "docs/methods/inherit.md",
     "docs/methods/fgd.md",
+    "docs/methods/mgd.md",
     "docs/methods/mimicking.md",
     "docs/pairs.md",
     "docs/methods/pkd.md",

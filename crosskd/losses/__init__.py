@@ -21,6 +21,7 @@ from crosskd.losses.distributions import distribution_kl_loss
 from crosskd.losses.features import pkd_loss
 from crosskd.losses.imitation import imitation_loss
 from crosskd.losses.fgd import GlobalContext, fgd_loss
+from crosskd.losses.mgd import mgd_loss
 from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss
 
@@ -33,6 +34,7 @@ __all__ = [
     "giou_loss",
     "imitation_loss",
     "iou_loss",
+    "mgd_loss",
     "pkd_loss",
     "quality_focal_loss",
     "softmax_focal_loss",

@@ -8,6 +8,7 @@ from crosskd.methods.cwd import CWD
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.fgd import FGD
 from crosskd.methods.maps import MapMethod
+from crosskd.methods.mgd import MGD
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
 from crosskd.methods.response import ResponseDistillation
@@ -17,6 +18,7 @@ __all__ = [
     "BCKD",
     "CWD",
     "FGD",
+    "MGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",
