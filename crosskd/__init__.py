@@ -19,7 +19,7 @@ from crosskd import (
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
-from crosskd.methods import BCKD, CWD, FGD, MGD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, PredictionMimicking
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.methods.cosine import CosineAlignment
@@ -32,6 +32,7 @@ __all__ = [
     "CWD",
     "FGD",
     "MGD",
+    "LD",
     "PKD",
     "CosineAlignment",
     "CrossKD",

@@ -42,7 +42,13 @@ PAGES = (
     "docs/your_method.md",
 )
 # Pages that another test runs, with a framework of their own or on the examples' path.
-ELSEWHERE = ("docs/mmdet.md", "docs/two_stages.md", "docs/yolo.md", "docs/your_detector.md")
+ELSEWHERE = (
+    "docs/methods/ld.md",
+    "docs/mmdet.md",
+    "docs/two_stages.md",
+    "docs/yolo.md",
+    "docs/your_detector.md",
+)
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
@@ -173,13 +179,20 @@ def test_python_of_mmdets_page_runs(monkeypatch):
 
 
 @pytest.mark.ultralytics
-def test_python_of_yolos_page_runs():
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [
+        ("docs/yolo.md", ["kd_cls", "kd_reg"]),
+        ("docs/methods/ld.md", ["kd_ld_cls", "kd_ld_main", "kd_ld_region", "kd_pkd"]),
+    ],
+)
+def test_python_of_yolos_pages_runs(name, distilled):
     images, targets = batch_of()
-    page = ROOT / "docs/yolo.md"
+    page = ROOT / name
     ((line, block),) = python_blocks(page)
     shown: dict[str, Any] = {"loader": [{"img": images, **targets}], "__name__": page.name}
     exec(compile("\n" * line + block, str(page), "exec"), shown)
-    assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", "kd_cls", "kd_reg"]
+    assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", *distilled]
 
 
 @pytest.mark.parametrize(

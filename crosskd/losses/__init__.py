@@ -24,6 +24,7 @@ from crosskd.losses.fgd import GlobalContext, fgd_loss
 from crosskd.losses.mgd import mgd_loss
 from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss
+from crosskd.losses.valuable_region import valuable_region
 
 __all__ = [
     "GlobalContext",
@@ -38,4 +39,5 @@ __all__ = [
     "pkd_loss",
     "quality_focal_loss",
     "softmax_focal_loss",
+    "valuable_region",
 ]

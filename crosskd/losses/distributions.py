@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def distribution_kl_loss(
     temperature: float = 1.0,
     weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    over_bins: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
     r"""Kullback-Leibler divergence from the teacher's distribution over bins to the student's.
 
@@ -33,13 +36,14 @@ def distribution_kl_loss(
         temperature: softens both distributions; above 0.
         weight: one number per row, shape (...).
         normalizer: what the weighted sum is divided by; the number of rows without it.
+        over_bins: ``"sum"`` is the divergence itself, ``"mean"`` that over the number of bins, as in LD.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes that differ, a weight that is not one number per row, a temperature or a
-            normalizer that is not above 0.
+            normalizer that is not above 0, another ``over_bins`` than these.
         TypeError: logits that are not floating point.
 
     References:
@@ -56,8 +60,11 @@ def distribution_kl_loss(
     check_logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if over_bins not in ("sum", "mean"):
+        raise ValueError(f'over_bins must be "sum" or "mean", got {over_bins!r}')
     dtype = compute_dtype(student_logits, teacher_logits)
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
-    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    bins = F.kl_div(student, teacher, reduction="none", log_target=True)
+    rows = bins.sum(-1) if over_bins == "sum" else bins.mean(-1)
     return weighted(rows * temperature**2, weight, normalizer)

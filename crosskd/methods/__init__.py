@@ -7,6 +7,7 @@ from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.fgd import FGD
+from crosskd.methods.ld import LD
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mgd import MGD
 from crosskd.methods.mimicking import PredictionMimicking
@@ -19,6 +20,7 @@ __all__ = [
     "CWD",
     "FGD",
     "MGD",
+    "LD",
     "PKD",
     "CosineAlignment",
     "CrossKD",

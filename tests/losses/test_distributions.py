@@ -30,6 +30,17 @@ def test_it_is_the_divergence_of_torchs_own_distributions():
     torch.testing.assert_close(distribution_kl_loss(student, teacher), expected, rtol=1e-12, atol=0)
 
 
+def test_the_mean_over_bins_is_the_sum_over_their_number():
+    student, teacher = make_logits(6)
+    options = {"temperature": 10.0, "weight": torch.rand(6), "normalizer": 4.0}
+    mean = distribution_kl_loss(student, teacher, over_bins="mean", **options)
+    torch.testing.assert_close(
+        5 * mean, distribution_kl_loss(student, teacher, **options), rtol=1e-12, atol=0
+    )
+    with pytest.raises(ValueError, match='over_bins must be "sum" or "mean", got \'none\''):
+        distribution_kl_loss(student, teacher, over_bins="none")
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_error_temperature(temperature):
     with pytest.raises(ValueError, match=f"temperature must be above 0, got {temperature}"):
