@@ -20,9 +20,9 @@ from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, PredictionMimicking
+from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
-from crosskd.methods.cosine import CosineAlignment
 from crosskd.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -31,8 +31,8 @@ __all__ = [
     "BCKD",
     "CWD",
     "FGD",
-    "MGD",
     "LD",
+    "MGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",

@@ -19,8 +19,8 @@ from crosskd.losses.cosine import cosine_loss
 from crosskd.losses.cwd import cwd_loss
 from crosskd.losses.distributions import distribution_kl_loss
 from crosskd.losses.features import pkd_loss
-from crosskd.losses.imitation import imitation_loss
 from crosskd.losses.fgd import GlobalContext, fgd_loss
+from crosskd.losses.imitation import imitation_loss
 from crosskd.losses.mgd import mgd_loss
 from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss

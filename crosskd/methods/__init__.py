@@ -1,12 +1,12 @@
 """Methods of distillation, one file each; a list of them composes."""
 
 from crosskd.methods.base import Method
-from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.bckd import BCKD
+from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
-from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.fgd import FGD
+from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.ld import LD
 from crosskd.methods.maps import MapMethod
 from crosskd.methods.mgd import MGD
@@ -19,8 +19,8 @@ __all__ = [
     "BCKD",
     "CWD",
     "FGD",
-    "MGD",
     "LD",
+    "MGD",
     "PKD",
     "CosineAlignment",
     "CrossKD",
