@@ -37,6 +37,7 @@ PAGES = (
     "docs/methods/pkd.md",
     "docs/methods/response.md",
     "docs/methods/cwd.md",
+    "docs/methods/ssim.md",
     "docs/quickstart.md",
     "docs/torchvision.md",
     "docs/your_method.md",

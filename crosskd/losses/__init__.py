@@ -18,16 +18,20 @@ from crosskd.losses.boxes import giou_loss, iou_loss
 from crosskd.losses.cosine import cosine_loss
 from crosskd.losses.cwd import cwd_loss
 from crosskd.losses.distributions import distribution_kl_loss
+from crosskd.losses.drkd import InstanceRelation, PixelRelation
 from crosskd.losses.features import pkd_loss
 from crosskd.losses.fgd import GlobalContext, fgd_loss
 from crosskd.losses.imitation import imitation_loss
 from crosskd.losses.mgd import mgd_loss
 from crosskd.losses.quality_focal import quality_focal_loss
 from crosskd.losses.softmax_focal import softmax_focal_loss
+from crosskd.losses.ssim import ssim_loss
 from crosskd.losses.valuable_region import valuable_region
 
 __all__ = [
     "GlobalContext",
+    "InstanceRelation",
+    "PixelRelation",
     "cosine_loss",
     "cwd_loss",
     "distribution_kl_loss",
@@ -39,5 +43,6 @@ __all__ = [
     "pkd_loss",
     "quality_focal_loss",
     "softmax_focal_loss",
+    "ssim_loss",
     "valuable_region",
 ]

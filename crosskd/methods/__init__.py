@@ -5,6 +5,7 @@ from crosskd.methods.bckd import BCKD
 from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
+from crosskd.methods.drkd import DRKD
 from crosskd.methods.fgd import FGD
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.ld import LD
@@ -13,11 +14,13 @@ from crosskd.methods.mgd import MGD
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
 from crosskd.methods.response import ResponseDistillation
+from crosskd.methods.ssim import StructuralKD
 from crosskd.step import Step
 
 __all__ = [
     "BCKD",
     "CWD",
+    "DRKD",
     "FGD",
     "LD",
     "MGD",
@@ -30,4 +33,5 @@ __all__ = [
     "PredictionMimicking",
     "ResponseDistillation",
     "Step",
+    "StructuralKD",
 ]
