@@ -10,7 +10,22 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from crosskd import BCKD, CWD, PKD, CrossKD, Method, PredictionMimicking, Schedule
+from crosskd import (
+    BCKD,
+    CWD,
+    FGD,
+    LD,
+    MGD,
+    PKD,
+    CosineAlignment,
+    CrossKD,
+    FeatureImitation,
+    Method,
+    PredictionMimicking,
+    ResponseDistillation,
+    Schedule,
+    StructuralKD,
+)
 
 ALONE, INHERIT, TEACHER = "none", "inherit", "teacher"
 
@@ -39,7 +54,14 @@ METHODS: dict[str, Entry] = {
     "crosskd": Entry("CrossKD", lambda o: CrossKD(o.position, o.tap, **of_predictions(o))),
     "pkd": Entry("PKD", lambda o: PKD(schedule=schedule(o))),
     "cwd": Entry("CWD", lambda o: CWD(schedule=schedule(o))),
+    "ssim": Entry("SSIM", lambda o: StructuralKD(schedule=schedule(o))),
+    "mgd": Entry("MGD", lambda o: MGD(schedule=schedule(o))),
+    "fgd": Entry("FGD", lambda o: FGD(schedule=schedule(o))),
+    "cosine": Entry("cosine alignment", lambda o: CosineAlignment(schedule=schedule(o))),
+    "imitation": Entry("feature imitation", lambda o: FeatureImitation(schedule=schedule(o))),
     "bckd": Entry("BCKD", lambda o: BCKD(schedule=schedule(o))),
+    "ld": Entry("LD", lambda o: LD(schedule=schedule(o))),
+    "response": Entry("response distillation", lambda o: ResponseDistillation(schedule=schedule(o))),
 }
 
 
