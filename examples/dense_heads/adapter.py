@@ -48,7 +48,9 @@ class _DenseHead(Head):
     def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
         """The detector's grid; ``extra`` tells which anchors of an image are inside of it."""
         grid = self.detector.grid(image_list(batch), maps)
-        return Anchors(grid.anchors, tuple(grid.level_sizes), strides=grid.strides, extra=grid.inside)
+        sizes = tuple(tuple(each.shape[2:]) for each in maps)
+        per_level = tuple(grid.level_sizes)
+        return Anchors(grid.anchors, per_level, strides=grid.strides, sizes=sizes, extra=grid.inside)
 
     def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
         """Boxes by the detector's own function, in float32 at least."""
