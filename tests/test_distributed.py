@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
 from crosskd.predictions import mean_over_ranks
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
+from tests.methods.test_every_method import all_methods, emptied, plain_gfl
 
 pytestmark = pytest.mark.slow
 RANKS = 2
@@ -236,6 +238,36 @@ def test_heads_with_a_softmax(tmp_path, build):
     assert len(first["gradients"]) == len(list(build().parameters()))
     for name, gradient in first["gradients"].items():
         assert torch.equal(gradient, second["gradients"][name]), name
+
+
+def every_method_job(rank: int) -> dict[str, Any]:
+    """Three steps with all methods at once; in the second, one rank's images have no object."""
+    kind = plain_gfl()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of methods that are better not combined
+        distiller = kind.distiller(all_methods())
+    before = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
+    parallel = DistributedDataParallel(distiller)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-4)
+    torch.manual_seed(rank)  # each rank draws masks of its own
+    for step in range(3):
+        images, targets = tiny_batch(seed=10 * rank + step)
+        losses = parallel(images, emptied(targets) if rank == 1 and step == 1 else targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    return {"before": before, "after": distiller.state_dict()}
+
+
+def test_every_method_ends_with_equal_weights(tmp_path):
+    first, second = on_two_ranks(tmp_path, every_method_job)
+    before, after = first["before"], first["after"]
+    for name, tensor in after.items():
+        assert torch.equal(tensor, second["after"][name]), name
+    trained = {name.split(".")[1] for name in after if name.startswith("methods.") and ".weight" in name}
+    changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    assert trained <= changed  # the methods' names
+    assert len(trained) > 5
 
 
 def wrapped_job(rank: int) -> str:
