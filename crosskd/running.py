@@ -327,9 +327,8 @@ def _found_by_teacher(
         zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
     ):
         sure = scores[index] >= threshold
-        of_image, score, label = boxes[index][sure], scores[index][sure], labels[index][sure]
-        kept = batched_nms(of_image, score, label, iou_threshold=0.5)
-        of_image = clip_boxes_to_image(of_image[kept], size)
+        of_image, label = clip_boxes_to_image(boxes[index][sure], size), labels[index][sure]
+        kept = batched_nms(of_image, scores[index][sure], label, iou_threshold=0.5)
         factors = of_image.new_tensor([own[1] / size[1], own[0] / size[0]] * 2)
-        found.append(Objects(of_image * factors, label[kept]))
+        found.append(Objects(of_image[kept] * factors, label[kept]))
     return tuple(found)

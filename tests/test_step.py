@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from crosskd import Distiller, Method
 from crosskd.adapters import Objects
@@ -40,7 +41,7 @@ class Reading(Method):
     def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint]:
         return (TapPoint(1, "post"),) * 2
 
-    def forward(self, step: Step) -> dict[str, torch.Tensor]:
+    def forward(self, step: Step) -> dict[str, Tensor]:
         self.found = self.read(step)
         weights = next(iter(step.student.adapter.detector.parameters()))
         return {"kd": weights.square().sum()}
@@ -203,3 +204,40 @@ def test_shapes_without_memory():
     assert tensor.untyped_storage().nbytes() == 4
     assert space(tensor, channels_last=False) == (4, 5)
     assert space(tensor, channels_last=True) == (3, 4)
+
+
+class Found(Method):
+    """Keeps the foreground that a step gives."""
+
+    requires = frozenset({"maps", "objects"})
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        self.found = step.foreground(0.3)
+        return {"kd_maps": step.student.maps[0].square().mean()}
+
+
+def sure_teacher(**options: Any) -> Any:
+    return tiny_retinanet(1, score_thresh=0.3, nms_thresh=0.5, detections_per_img=1000, seed=1, **options)
+
+
+def found_in(images: list[Tensor], targets: Any = None, **options: Any) -> tuple[Objects, ...]:
+    view = {"teacher_view": lambda images, targets: images} if options else {}
+    distiller = Distiller(sure_teacher(**options), tiny_retinanet(1), Found(name="found"), **view)
+    distiller(images, targets)
+    return distiller.methods["found"].found
+
+
+@pytest.mark.parametrize("options", [{}, {"side": 128}], ids=["", "the teacher sees them enlarged"])
+def test_without_targets_the_foreground_is_what_the_teacher_itself_finds(options):
+    images, _ = tiny_batch(num_classes=1)
+    expected = sure_teacher(**options).eval()(images)
+    for objects, of_image in zip(found_in(images, **options), expected, strict=True):
+        assert len(objects.boxes) > 5
+        torch.testing.assert_close(objects.boxes, of_image["boxes"], rtol=1e-4, atol=1e-3)
+        assert objects.labels.eq(0).all()
+
+
+def test_with_targets_the_foreground_is_the_batchs_objects():
+    images, targets = tiny_batch(num_classes=1)
+    for objects, target in zip(found_in(images, targets), targets, strict=True):
+        torch.testing.assert_close(objects.boxes, target["boxes"])
