@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +123,15 @@ class ChannelProjection(nn.Module):
     Args:
         student_width: channels of the student's features.
         teacher_width: channels that the teacher's head takes.
+        bias: whether it may shift each channel. Where a normalisation behind it takes the shift away again
+            its gradient is 0, so there it has none; one in an older checkpoint is left out.
 
     Example:
         >>> ChannelProjection(64, 256)(torch.randn(2, 64, 5, 5)).shape
         torch.Size([2, 256, 5, 5])
     """
 
-    def __init__(self, student_width: int, teacher_width: int) -> None:
+    def __init__(self, student_width: int, teacher_width: int, *, bias: bool = True) -> None:
         super().__init__()
         if student_width < 1 or teacher_width < 1:
             raise ValueError(
@@ -136,7 +139,13 @@ class ChannelProjection(nn.Module):
             )
         self.student_width = student_width
         self.teacher_width = teacher_width
-        self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1)
+        self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1, bias=bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Leaves out a bias that was saved when every projection had one."""
+        if self.convolution.bias is None:
+            state_dict.pop(f"{prefix}convolution.bias", None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, features: Tensor) -> Tensor:
         r"""Projects features of shape (batch, student_width, \*space)."""

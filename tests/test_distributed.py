@@ -187,6 +187,20 @@ def test_a_method_that_stops_does_not_stall_the_ranks(tmp_path):
         assert later == [0.0, 0.0]
 
 
+def weights_job(rank: int, settings: dict[str, float]) -> Tensor:
+    """Two steps with a loss of weight 0: DDP waits on the second for a gradient that never came."""
+    parallel = DistributedDataParallel(distiller_of(tiny_retinanet, CrossKD(1, **settings)))
+    for _ in range(2):
+        sum(parallel(*batch_of(rank)).values()).backward()
+    return parallel.module.student.backbone.laterals[0].weight.grad
+
+
+@pytest.mark.parametrize("settings", [{"reg_weight": 0.0}, {"cls_weight": 0.0}])
+def test_a_loss_of_weight_0_does_not_stop_the_ranks(tmp_path, settings):
+    first, second = on_two_ranks(tmp_path, weights_job, settings)
+    assert torch.equal(first, second)
+
+
 def unlabelled_job(rank: int) -> Tensor:
     """The student's predictors get no gradient from unlabelled images, which DDP must know of."""
     distiller = distiller_of(tiny_retinanet, CrossKD())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Head
 from crosskd.align import ChannelProjection, FeatureStatistics, align_statistics, feature_statistics
 from crosskd.methods.base import Method, Requirement, Taught
@@ -25,7 +26,7 @@ from crosskd.pairing import (
 from crosskd.predictions import Predictions, join_levels
 from crosskd.schedule import Schedule
 from crosskd.step import Step
-from crosskd.towers import Branch, Tap, Tapped, TapPoint
+from crosskd.towers import Branch, Tap, Tapped, TapPoint, Tower
 
 __all__ = ["CrossKD"]
 
@@ -44,6 +45,8 @@ class CrossKD(Method):
     and nothing else: a RetinaNet can teach a GFL, and a teacher of 80 classes a student of three. Where the
     two are heads of one type with the same anchors, the student's own label assignment says which anchors
     count and what the losses are divided by; otherwise the teacher's does, on the objects of the batch.
+
+    A branch whose losses all have a weight of 0 is left alone: it is not tapped, and has no projection.
 
     Everything left at ``None`` takes the value published for the type of the teacher's head:
 
@@ -125,6 +128,7 @@ class CrossKD(Method):
         )
         self.projections = nn.ModuleDict()
         self.class_map: tuple[int, ...] | None = None
+        self.idle: frozenset[str] = frozenset()
         self.anchors_agree = False
 
     def extra_repr(self) -> str:
@@ -150,7 +154,13 @@ class CrossKD(Method):
         require_branches(pair)
         require_all_levels(pair)
         self.class_map = pair.class_map
-        branches = [(branch, _named(student, branch.name)) for branch in teacher.branches]
+        self.comparison = self.comparison.settled(teacher)
+        self.idle = _idle_branches(pair.teacher.detector, teacher, self.comparison)
+        branches = [
+            (branch, _named(student, branch.name))
+            for branch in teacher.branches
+            if branch.name not in self.idle
+        ]
         unless_given = ""
         if self.position is None:
             self.position = settings_for(teacher).position
@@ -160,7 +170,6 @@ class CrossKD(Method):
             )
         if self.position is None:
             self.position = _last_positions(branches)
-        self.comparison = self.comparison.settled(teacher)
         student_point, teacher_point = self.split
         for of_teacher, of_student in branches:
             sides = (("teacher", of_teacher, teacher_point), ("student", of_student, student_point))
@@ -187,7 +196,7 @@ class CrossKD(Method):
             if width == teacher_width:
                 continue
             key = f"{student.name}_level{place}" if per_level else student.name
-            self.projections[key] = ChannelProjection(width, teacher_width)
+            self.projections[key] = ChannelProjection(width, teacher_width, bias=False)
             _logger.info(
                 "%s: the split features differ in width, %d (student) and %d (teacher): a 1x1 projection is "
                 "made and trained with the student, and left out of it when it is saved",
@@ -200,9 +209,9 @@ class CrossKD(Method):
         """Finds out whose label assignment says which of the teacher's anchors count."""
         self.anchors_agree = anchors_agree(step)
 
-    def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint]:
-        """The split, on either side."""
-        return self.split
+    def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
+        """The split, on either side; ``None`` for a branch that no loss reads."""
+        return None if branch in self.idle else self.split
 
     def keep_of_teacher(self, tapped: Tapped) -> FeatureStatistics:
         """Alignment needs the teacher's statistics only, so its features need not be kept."""
@@ -222,11 +231,16 @@ class CrossKD(Method):
         levels = []
         head = step.teacher.head
         for place, level in enumerate(step.teacher.levels):
-            towers = {}
+            towers: dict[str, Tensor] = {}
             for branch in head.branches:
+                if branch.name in self.idle:
+                    continue
                 features = self._projected(step.student.taps[branch.name][place], branch.name, place)
                 aligned = align_statistics(features, step.teacher.taps[branch.name][place])
                 towers[branch.name] = branch.tower(level).tail(aligned, self.split[1])
+            for branch in head.branches:
+                if branch.name in self.idle:
+                    towers[branch.name] = _blank(branch.tower(level), next(iter(towers.values())))
             levels.append(head.predict(level, towers).of_classes(self.class_map))
         return join_levels(levels)
 
@@ -244,6 +258,41 @@ class CrossKD(Method):
                 )
             features = self.projections[key](features)
         return features
+
+
+def _idle_branches(detector: nn.Module, head: Head, comparison: Comparison) -> frozenset[str]:
+    """The branches that no loss reads: no prediction of a weight above 0 has a gradient there.
+
+    Args:
+        detector: the teacher.
+        head: its head.
+        comparison: settled.
+    """
+    known = {"kd_cls": "logits", "kd_reg": "regression", "kd_quality": "quality"}
+    wanted = [output for name, output in known.items() if name in comparison.names]
+    if len(head.branches) == 1 or {"logits", "regression"} <= set(wanted):
+        return frozenset()
+    like, towers = next(detector.parameters()), {}
+    for branch in head.branches:
+        tower = branch.tower(0)
+        width, flat = tower.width(len(tower.blocks)), tower.is_flat(len(tower.blocks))
+        shape = (1, width) if flat else (1, 4, 4, width) if tower.channels_last else (1, width, 4, 4)
+        towers[branch.name] = torch.ones(shape, dtype=like.dtype, device=like.device, requires_grad=True)
+    with torch.enable_grad(), unchanged(detector):
+        predictions = head.predict(0, towers)
+        read = [value for name in wanted if (value := getattr(predictions, name)) is not None]
+        if not read:
+            return frozenset()
+        total = torch.stack([value.sum() for value in read]).sum()
+        gradients = torch.autograd.grad(total, list(towers.values()), allow_unused=True)
+    return frozenset(name for name, given in zip(towers, gradients, strict=True) if given is None)
+
+
+def _blank(tower: Tower, like: Tensor) -> Tensor:
+    """What stands for a tower's output where no loss reads it: zeros at the locations of another's."""
+    width = tower.width(len(tower.blocks))
+    shape = (*like.shape[:-1], width) if tower.channels_last else (like.shape[0], width, *like.shape[2:])
+    return like.new_zeros(()).expand(shape)
 
 
 def _is_position(value: Any) -> bool:

@@ -40,6 +40,8 @@ class MapMethod(Method):
         name: what stands in front of the loss's name where two methods' would clash.
 
     Attributes:
+        projection_bias: whether the projections shift their channels; not where the method takes each
+            channel's mean away.
         matches: (student's level, teacher's level) of those that are compared.
         projections: of the student's maps to the teacher's width, by ``level0``…, where they differ.
 
@@ -62,6 +64,7 @@ class MapMethod(Method):
     """
 
     requires: frozenset[Requirement] = frozenset({"maps"})
+    projection_bias: bool = True
 
     def __init__(
         self,
@@ -98,7 +101,8 @@ class MapMethod(Method):
             self.weight = self.weight_for(pair.student.heads[0].head_type if pair.student.heads else "")
         for level, width, teacher_width in self.widths(pair):
             if width != teacher_width:
-                self.projections[f"level{level}"] = ChannelProjection(width, teacher_width)
+                projection = ChannelProjection(width, teacher_width, bias=self.projection_bias)
+                self.projections[f"level{level}"] = projection
 
     def widths(self, pair: Pair) -> list[tuple[int, int, int]]:
         """(level, the student's channels, the teacher's) of each level that is compared.

@@ -55,6 +55,8 @@ class PKD(MapMethod):
         'weight=None, levels=(0, 1), resize=False'
     """
 
+    projection_bias = False  # the correlation takes away every channel's mean
+
     def __init__(
         self,
         weight: float | None = None,

@@ -298,8 +298,47 @@ def test_projections_learn_from_the_distillation_alone(build, position):
     own.backward(retain_graph=True)
     assert not any(felt(projections))
     distillation(losses).backward()
-    # The offset falls out in the alignment; the weights don't.
-    assert all(felt(projection.convolution)[0] for projection in projections.values())
+    # The alignment takes an offset away, so there is none: all that is there learns.
+    assert [name.split(".")[-1] for name, _ in projections.named_parameters()] == ["weight", "weight"]
+    assert all(felt(projections))
+
+
+IDLE = {"reg_weight": "regression", "cls_weight": "classification"}
+
+
+@every_family
+@pytest.mark.parametrize("weight", IDLE)
+def test_a_branch_without_a_loss_is_not_tapped_and_has_no_projection(build, weight):
+    torch.manual_seed(0)
+    whole = Distiller(build(width=64, seed=1), build(width=32, seed=2), CrossKD(1))
+    distiller = Distiller(build(width=64, seed=1), build(width=32, seed=2), CrossKD(1, **{weight: 0}))
+    method = distiller.methods["crosskd"]
+    assert set(method.projections) == set(IDLE.values()) - {IDLE[weight]}
+    assert method.tap_points(IDLE[weight]) is None
+    method.load_state_dict(whole.methods["crosskd"].state_dict(), strict=False)
+    losses, expected = distiller(*tiny_batch()), whole(*tiny_batch())
+    (name,) = (name for name in losses if name.startswith("kd_"))
+    assert name == {"reg_weight": "kd_cls", "cls_weight": "kd_reg"}[weight]
+    assert torch.equal(losses[name], expected[name])
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+def test_a_branch_whose_quality_alone_is_distilled_is_tapped():
+    """FCOS's centerness is predicted by the tower of the boxes."""
+    method = CrossKD(1, cls_weight=1, reg_weight=0, quality_weight=1)
+    distiller = Distiller(tiny_fcos(seed=1), tiny_fcos(seed=2), method)
+    assert distiller.methods["crosskd"].idle == frozenset()
+    assert {"kd_cls", "kd_quality"} <= set(distiller(*tiny_batch()))
+
+
+@every_family
+def test_a_checkpoint_with_the_biases_of_old_projections_loads(build):
+    distiller = Distiller(build(width=64, seed=1), build(width=32, seed=2), CrossKD())
+    state = distiller.state_dict()
+    for branch in IDLE.values():
+        state[f"methods.crosskd.projections.{branch}.convolution.bias"] = torch.ones(64)
+    distiller.load_state_dict(state)
 
 
 def test_each_level_passes_its_own_tower_and_projection():
