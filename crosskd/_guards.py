@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from crosskd.adapters.base import Adapter
 from crosskd.step import DetectorTrace
 
-__all__ = ["bare", "check_devices", "check_effect", "check_same_pixels", "check_shared", "check_strides"]
+__all__ = [
+    "TrainingWatch",
+    "bare",
+    "check_devices",
+    "check_effect",
+    "check_same_pixels",
+    "check_shared",
+    "check_strides",
+]
 
 
 def bare(side: str, detector: nn.Module) -> nn.Module:
@@ -105,6 +113,62 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
                 "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
                 stacklevel=5,
             )
+
+
+class TrainingWatch:
+    """Looks, over the first steps, whether an optimizer moves the methods' own parameters with the student's.
+
+    The first step's numbers are held against those of the third, or of the first later one at which the
+    student has changed: with accumulated gradients, or a first step that was skipped, it takes longer.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.student: list[Tensor] = []
+        self.methods: dict[str, list[Tensor]] = {}
+
+    def found(self, student: nn.Module, methods: Mapping[str, nn.Module], active: set[str]) -> bool:
+        """Whether it is known; warns where the student has changed and what a method trains has not.
+
+        Args:
+            student: the detector that is trained.
+            methods: all of them, by name.
+            active: the names of those whose losses this step has: a method at rest need not change.
+        """
+        self.steps += 1
+        trained = {
+            name: [parameter.detach() for parameter in method.parameters() if parameter.requires_grad]
+            for name, method in methods.items()
+        }
+        # One number each, for all of the student's parameters would cost its memory again.
+        now = [
+            parameter.detach().double().sum() for parameter in student.parameters() if parameter.requires_grad
+        ]
+        if self.steps == 1:
+            self.student = now
+            self.methods = {name: [p.clone() for p in trained[name]] for name in active if trained[name]}
+            return not self.methods
+        self.methods = {name: before for name, before in self.methods.items() if name in active}
+        if not self.methods:
+            return True
+        if self.steps < 3 or _equal(now, self.student):
+            return False
+        still = [name for name, before in self.methods.items() if _equal(trained[name], before)]
+        if still:
+            warnings.warn(
+                f"an optimizer trains the student, but not the parameters of {', '.join(still)}: projections "
+                "between widths stay random, and their gradients grow from step to step. Give the optimizer "
+                "distiller.parameters(), which are the student's and the methods', not student.parameters()",
+                stacklevel=5,
+            )
+        return True
+
+
+def _equal(now: list[Tensor], before: list[Tensor]) -> bool:
+    """Whether two lists of tensors hold the same numbers; of other lengths or places they don't."""
+    return len(now) == len(before) and all(
+        a.device == b.device and torch.equal(a, b) for a, b in zip(now, before, strict=True)
+    )
 
 
 def check_strides(side: str, trace: DetectorTrace) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._guards import (
+    TrainingWatch,
     bare,
     check_devices,
     check_effect,
@@ -22,7 +23,7 @@ from crosskd._guards import (
 )
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
-from crosskd.frozen import frozen_copy
+from crosskd.frozen import frozen_copy, sharing_memo
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
 from crosskd.proof import prove_student, prove_teacher
@@ -49,7 +50,8 @@ class Distiller(nn.Module):
     The student is trained in place and stays the plain detector that it was. The teacher is never
     changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
     ``parameters()`` and ``state_dict()`` hold the student and what the methods train, never the teacher;
-    ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module.
+    ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module; a deep copy
+    shares the teacher's weights' memory too, a pickle holds them.
 
     Both detectors are run piece by piece. On the first step the pieces are compared with the detectors' own
     forward, once: the teacher's predictions, and the student's own losses under the same random numbers.
@@ -153,10 +155,13 @@ class Distiller(nn.Module):
             method.setup(self._pairs[name])
         _warn_of_conflicts(self._methods())
         scheduled = any(method.schedule is not None for method in self._methods().values())
-        # (training forwards so far, epoch or -1): saved with the state, so that a resumed run goes on.
+        # (training forwards with gradients so far, epoch or -1): saved with the state, for a resumed run.
         self.register_buffer("progress", torch.tensor([0, -1]) if scheduled else None)
         parameter = next(student.parameters())
         self.methods.to(device=parameter.device, dtype=parameter.dtype)
+        # Until an optimizer is seen to move what the methods train.
+        trains = next(self.methods.parameters(), None) is not None
+        self._watch: TrainingWatch | None = TrainingWatch() if trains else None
 
     def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
@@ -222,6 +227,14 @@ class Distiller(nn.Module):
         self.teacher._apply(fn)  # type: ignore[no-untyped-call, unused-ignore]
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
+        """Copies the student and the methods; the copy's teacher shares this one's weights."""
+        memo.update(sharing_memo(self.teacher))
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
     def forward(self, images: Any, targets: Any = None) -> Any:
         """Losses in training, the student's detections in eval.
 
@@ -246,7 +259,7 @@ class Distiller(nn.Module):
             )
         factors = self._advance()
         trace = self.trace(images, targets, _active(self._methods(), factors))
-        self._check_effects(trace.losses)
+        self._finish(trace.losses)
         return self.named_losses(trace, factors)
 
     def named_losses(self, trace: Trace, factors: Mapping[str, float] | None = None) -> dict[str, Tensor]:
@@ -370,7 +383,7 @@ class Distiller(nn.Module):
 
     @outside_graph
     def _advance(self) -> dict[str, float]:
-        """Each method's factor at this step; moves the step count on."""
+        """Each method's factor at this step."""
         if self.progress is None:
             return dict.fromkeys(self.methods, 1.0)
         step, epoch = self.progress.tolist()
@@ -385,7 +398,6 @@ class Distiller(nn.Module):
                     "distiller.set_epoch(epoch) at the start of each"
                 )
             factors[name] = method.schedule.factor(epoch if method.schedule.unit == "epoch" else step)
-        self.progress[0] += 1
         return factors
 
     @outside_graph
@@ -402,13 +414,19 @@ class Distiller(nn.Module):
         return steps
 
     @outside_graph
-    def _check_effects(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Refuses, on a method's first step, a distillation that would silently do nothing."""
+    def _finish(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuses, on a method's first step, a distillation that would silently do nothing; counts steps."""
         for name in losses.keys() - self._checked:
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
                 self._checked.add(name)
+        if not torch.is_grad_enabled():
+            return  # no training step: of a validation, say
+        if self.progress is not None:
+            self.progress[0] += 1
+        if self._watch is not None and self._watch.found(self.student, self._methods(), set(losses)):
+            self._watch = None
 
 
 def _bound(side: str, spec: AdapterSpec, detector: nn.Module, hint: str = "") -> Adapter:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["frozen_copy"]
+__all__ = ["frozen_copy", "sharing_memo"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -32,16 +32,25 @@ def frozen_copy(detector: ModuleT) -> ModuleT:
         >>> frozen.weight.data_ptr() == layer.weight.data_ptr()
         True
     """
-    shared: dict[int, object] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
-        for parameter in detector.parameters()
-    }
-    shared.update({id(buffer): buffer.detach() for buffer in detector.buffers()})
     try:
-        frozen = copy.deepcopy(detector, shared)
+        frozen = copy.deepcopy(detector, sharing_memo(detector))
     except Exception as error:
         raise TypeError(
             f"this {type(detector).__name__} can't be copied ({error}): the teacher is held as a frozen "
             "copy that shares its weights, so its attributes must allow copy.deepcopy"
         ) from error
     return frozen.eval()
+
+
+def sharing_memo(detector: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy`` with which a copy's tensors are frozen and share the original's memory.
+
+    Args:
+        detector: whose parameters and buffers are shared.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in detector.parameters()
+    }
+    memo.update({id(buffer): buffer.detach() for buffer in detector.buffers()})
+    return memo

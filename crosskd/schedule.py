@@ -19,12 +19,12 @@ class Schedule:
         warmup: how long the factor rises linearly to 1; the first one is ``1 / warmup``, never 0.
         decay: ``(start, end)``, between which the factor falls linearly from 1 to 0.
         stop: from when on the factor is 0.
-        unit: ``"step"`` counts the training forwards of the `Distiller` (each part of an accumulated
-            batch is one); ``"epoch"`` takes what `Distiller.set_epoch` was given.
+        unit: ``"step"`` counts the training forwards of the `Distiller` with gradients (each part of an
+            accumulated batch is one); ``"epoch"`` takes what `Distiller.set_epoch` was given.
 
     Raises:
-        ValueError: negative numbers, a decay that ends before it starts, a stop before the warm-up's
-            end, an unknown unit.
+        ValueError: negative numbers, numbers that are not whole, a decay that ends before it starts, a stop
+            before the warm-up's end, an unknown unit.
 
     Example:
         >>> schedule = Schedule(warmup=4, decay=(8, 12))
@@ -38,6 +38,12 @@ class Schedule:
     unit: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
+        numbers = {"warmup": (self.warmup,), "decay": self.decay or (), "stop": (self.stop or 0,)}
+        for name, values in numbers.items():
+            if any(isinstance(value, bool) or not hasattr(value, "__index__") for value in values):
+                raise ValueError(
+                    f"{name} counts steps or epochs, in whole numbers, got {getattr(self, name)!r}"
+                )
         if self.warmup < 0:
             raise ValueError(f"warmup must be 0 or more, got {self.warmup}")
         if self.decay is not None and not self.warmup <= self.decay[0] < self.decay[1]:

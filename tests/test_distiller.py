@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -278,6 +279,81 @@ def test_copies_give_the_same_losses_and_go_their_own_way(build, duplicate, step
     train(twin, steps=2)
     assert_same(distiller(*tiny_batch()), before)
     assert not torch.equal(twin(*tiny_batch())["kd_cls"], before["kd_cls"])
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def test_a_deep_copy_shares_the_teachers_weights_and_moves_them_alone(build):
+    distiller = Distiller(build(seed=1, batch_norm=True), build(seed=2), CrossKD())
+    twin = copy.deepcopy(distiller)
+    for ours, theirs in zip(tensors_of(twin.teacher), tensors_of(distiller.teacher), strict=True):
+        assert ours is not theirs
+        assert ours.data_ptr() == theirs.data_ptr()
+    of_students = zip(twin.student.parameters(), distiller.student.parameters(), strict=True)
+    assert all(ours.data_ptr() != theirs.data_ptr() for ours, theirs in of_students)
+    assert twin.student_adapter.detector is twin.student
+    twin.double()
+    assert {parameter.dtype for parameter in distiller.teacher.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in twin.teacher.parameters()} == {torch.float64}
+
+
+def test_the_students_average_is_that_of_its_steps_and_holds_no_teacher(build):
+    distiller = distiller_of(build)
+    average = torch.optim.swa_utils.AveragedModel(distiller.student)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3)
+    seen = []
+    for step in range(2):
+        optimizer.zero_grad()
+        sum(distiller(*tiny_batch(seed=step)).values()).backward()
+        optimizer.step()
+        average.update_parameters(distiller.student)
+        seen.append([parameter.detach().clone() for parameter in distiller.student.parameters()])
+    for mean, first, second in zip(average.module.parameters(), *seen, strict=True):
+        torch.testing.assert_close(mean, (first + second) / 2)
+    assert type(average.module) is type(distiller.student)
+    whole = torch.optim.swa_utils.AveragedModel(distiller).module
+    assert tensors_of(whole.teacher)[0].data_ptr() == tensors_of(distiller.teacher)[0].data_ptr()
+
+
+def warnings_of_steps(distiller: Distiller, trained: Iterable[nn.Parameter], every: int = 1) -> list[str]:
+    """What five steps warn of, an optimizer's step after ``every`` batches."""
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 6):
+            sum(distiller(*tiny_batch(seed=step)).values()).backward()
+            if step % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [str(warning.message) for warning in caught if "distiller.parameters()" in str(warning.message)]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_projections_that_no_optimizer_holds_are_warned_of_once(build, every):
+    distiller = distiller_of(build)
+    (message,) = warnings_of_steps(distiller, distiller.student.parameters(), every)
+    assert "not the parameters of crosskd" in message
+
+
+def test_projections_that_an_optimizer_holds_are_not_warned_of(build):
+    distiller = distiller_of(build)
+    assert warnings_of_steps(distiller, distiller.parameters()) == []
+    without = Distiller(build(seed=1), build(seed=2), CrossKD())
+    assert warnings_of_steps(without, without.student.parameters()) == []
+
+
+def test_schedules_count_neither_forwards_without_gradients_nor_failed_ones(build):
+    distiller = distiller_of(build, CrossKD(schedule=Schedule(warmup=4)))
+    images, targets = tiny_batch()
+    with torch.no_grad():
+        distiller(images, targets)
+    with pytest.raises(ValueError, match="boxes"):
+        distiller(images, [{}, {}])
+    assert distiller.progress.tolist() == [0, -1]
+    distiller(images, targets)
+    assert distiller.progress.tolist() == [1, -1]
 
 
 def test_torch_save_round_trip(build):

@@ -51,6 +51,10 @@ def test_factor_rises_then_falls_within_0_and_1(warmup, plateau, fall, stop, now
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"warmup": 2.5}, "warmup counts steps or epochs, in whole numbers, got 2.5"),
+        ({"warmup": float("nan")}, "warmup counts .* got nan"),
+        ({"stop": float("inf")}, "stop counts .* got inf"),
+        ({"decay": (1, 2.5)}, r"decay counts .* got \(1, 2.5\)"),
         ({"warmup": -1}, "warmup must be 0 or more, got -1"),
         ({"decay": (4, 4)}, r"decay must be \(start, end\) .* got \(4, 4\) with a warmup of 0"),
         ({"decay": (-2, 4)}, r"warmup <= start < end, got \(-2, 4\)"),
