@@ -25,7 +25,8 @@ def require_floating(**tensors: Tensor) -> None:
 
 def require_same_shape(**tensors: Tensor) -> None:
     """Raises ``ValueError`` unless all arguments have one shape."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *others = [tensor.shape for tensor in tensors.values()]
+    if any(shape != first for shape in others):  # not a set: sizes that torch.jit.trace records don't hash
         shapes = ", ".join(f"{name} {shape_text(tensor)}" for name, tensor in tensors.items())
         raise ValueError(f"expected tensors of one shape, got {shapes}")
 

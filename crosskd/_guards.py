@@ -32,6 +32,11 @@ def bare(side: str, detector: nn.Module) -> nn.Module:
             f"{side} is wrapped in {type(detector).__name__}: hand in the detector itself, and wrap the "
             "distiller instead"
         )
+    if any(parameter.is_inference() for parameter in detector.parameters()):
+        raise ValueError(
+            f"{side}'s weights were made under torch.inference_mode(), so that no gradient can pass them: "
+            "build it outside, under torch.no_grad() if need be, and load its state there"
+        )
     compiled = getattr(detector, "_orig_mod", None)
     if isinstance(compiled, nn.Module) or getattr(detector, "_compiled_call_impl", None) is not None:
         warnings.warn(

@@ -142,6 +142,12 @@ class Distiller(nn.Module):
         ours = _bound("student", self._student_spec, student)
         if not ours.heads:
             raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
+        if ours.untrained:
+            raise TypeError(
+                f"student: a {type(student).__name__} has {' and '.join(ours.untrained)}, which its adapter "
+                "does not train, and can only be a teacher: take a student without, or write an adapter for "
+                "it (docs/adapters.md)"
+            )
         self.student = student
         # In plain objects, so that the module machinery (parameters, state_dict, train) doesn't see the
         # teacher.
@@ -227,6 +233,31 @@ class Distiller(nn.Module):
         self.teacher._apply(fn)  # type: ignore[no-untyped-call, unused-ignore]
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Refuses the file of a student alone; steps count from 0 where a schedule is new."""
+        strict = arguments[1]
+        if strict and state_dict and not any(key.startswith(f"{prefix}student.") for key in state_dict):
+            raise ValueError(
+                "this is no distiller's state, for it has no key that starts with student., the first is "
+                f"{next(iter(state_dict))}: load a student's own by distiller.student.load_state_dict(), and "
+                "the student's part of a distiller's without that beginning"
+            )
+        key = f"{prefix}progress"
+        if self.progress is not None and key not in state_dict:
+            warnings.warn(
+                "the state was saved by a distiller without a schedule, so the schedules of this one start "
+                "anew: their steps are counted from 0",
+                stacklevel=2,
+            )
+            state_dict[key] = self.progress.new_tensor([0, -1])
+        if self.progress is None and state_dict.pop(key, None) is not None:
+            warnings.warn(
+                "the state was saved by a distiller with a schedule and this one has none, so its methods "
+                "count fully from now on",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         """Copies the student and the methods; the copy's teacher shares this one's weights."""
         memo.update(sharing_memo(self.teacher))
@@ -251,6 +282,11 @@ class Distiller(nn.Module):
             ValueError: images or targets that the student would refuse, a detector whose own forward computes
                 something else than its pieces, or a distillation that would have no effect.
         """
+        if not self.training and self.student.training:
+            raise ValueError(
+                "the distiller is in eval mode and its student in train mode, which would train it without "
+                "distilling: call distiller.train(), or distiller.student.eval() for detections"
+            )
         if not self.training:
             return self.student_adapter.detect(images, targets)
         if not self.student.training:
@@ -505,10 +541,10 @@ def _named(methods: Method | Sequence[Method], heads: Sequence[Head]) -> dict[st
     named: dict[str, Method] = {}
     for method in listed:
         if not isinstance(method, Method):
-            raise TypeError(
-                "methods must be crosskd.Method objects such as crosskd.CrossKD(), got "
-                f"{method.__name__ if isinstance(method, type) else type(method).__name__}"
-            )
+            got = f"a {type(method).__name__}" if method is not None else "None"
+            if isinstance(method, type):
+                got = f"the class {method.__name__}: call it, {method.__name__}()"
+            raise TypeError(f"methods must be crosskd.Method objects such as crosskd.CrossKD(), got {got}")
         for head in _heads_of(method, [head.name for head in heads]):
             base = f"{method.name}_{head}" if head else method.name
             name, number = base, 2
@@ -583,6 +619,8 @@ def _nothing(method: Method, student: nn.Module) -> dict[str, Tensor]:
 
     DistributedDataParallel waits for every parameter's gradient, so the projections get one of zero.
     """
-    parameters = list(method.parameters()) or [next(student.parameters())]
+    # One that is trained, for images without targets, where these losses are all that there is.
+    of_student = sorted(student.parameters(), key=lambda parameter: not parameter.requires_grad)
+    parameters = list(method.parameters()) or of_student[:1]
     zero = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
     return dict.fromkeys(method.loss_names(), zero)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 
@@ -472,6 +473,62 @@ def test_progress_is_saved_so_that_a_resumed_run_goes_on():
     distiller_of(tiny_fcos).set_epoch(3)  # without a schedule it does nothing
 
 
+def test_a_schedule_may_come_or_go_when_a_run_is_resumed(build):
+    scheduled = distiller_of(build, CrossKD(1, schedule=Schedule(stop=9)))
+    plain = distiller_of(build, CrossKD(1))
+    scheduled(*tiny_batch())
+    with pytest.warns(UserWarning, match="with a schedule and this one has none"):
+        plain.load_state_dict(scheduled.state_dict())
+    with pytest.warns(UserWarning, match="counted from 0"):
+        scheduled.load_state_dict(plain.state_dict())
+    assert scheduled.progress.tolist() == [0, -1]
+
+
+def test_a_students_file_is_refused_in_one_sentence(build):
+    distiller = distiller_of(build)
+    with pytest.raises(
+        ValueError, match=r"no key that starts with student\..*distiller.student.load_state_dict"
+    ):
+        distiller.load_state_dict(distiller.student.state_dict())
+
+
+def test_without_targets_a_stopped_method_and_a_frozen_stem_can_be_back_propagated(build):
+    student = build(seed=1)
+    student.backbone.stem.requires_grad_(False)
+    distiller = Distiller(build(), student, CrossKD(schedule=Schedule(stop=1)))
+    images, _ = tiny_batch()
+    distiller(images)
+    losses = distiller(images)
+    sum(losses.values()).backward()
+    assert sum(losses.values()) == 0
+
+
+def pruned(detector: nn.Module) -> None:
+    for module in list(detector.modules()):
+        if isinstance(module, nn.Conv2d):
+            prune.l1_unstructured(module, "weight", 0.3)
+
+
+def weight_normalised(detector: nn.Module) -> None:
+    for module in list(detector.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.utils.weight_norm(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", [pruned, weight_normalised])
+def test_students_that_cannot_be_copied_are_distilled(build, change):
+    student = build(seed=1)
+    change(student)
+    images, targets = tiny_batch()
+    expected = student(images, targets)
+    sum(expected.values()).backward()
+    losses = Distiller(build(), student, CrossKD())(images, targets)
+    sum(losses.values()).backward()
+    for name, loss in expected.items():
+        assert torch.equal(losses[name], loss)
+
+
 def test_one_of_two_methods_may_stop(build):
     methods = [CrossKD(), PredictionMimicking(schedule=Schedule(stop=1))]
     distiller = distiller_of(build, methods)
@@ -523,6 +580,12 @@ def test_one_detector_can_not_teach_itself():
     detector = tiny_fcos()
     with pytest.raises(ValueError, match="teacher and student are one object, so there is nothing to distil"):
         Distiller(detector, detector, CrossKD())
+
+
+@pytest.mark.parametrize(("methods", "got"), [(None, "got None"), (CrossKD, r"call it, CrossKD\(\)")])
+def test_methods_forgotten_or_not_made_are_named(methods, got):
+    with pytest.raises(TypeError, match=rf"methods must be .* {got}"):
+        Distiller(tiny_fcos(), tiny_fcos(seed=1), methods)
 
 
 def test_no_methods_are_refused():
@@ -646,6 +709,28 @@ def test_a_teacher_in_train_mode_is_refused(build):
     distiller.teacher.train()
     with pytest.raises(ValueError, match=r"distiller.teacher is in train mode.*call distiller.teacher.eval"):
         distiller(*tiny_batch())
+
+
+def test_a_student_alone_in_train_mode_is_refused(build):
+    distiller = distiller_of(build).eval()
+    distiller.student.train()
+    with pytest.raises(ValueError, match=r"eval mode and its student in train mode.*distiller.train\(\)"):
+        distiller(*tiny_batch())
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_weights_made_under_inference_mode_are_refused(side):
+    detectors = {"teacher": tiny_fcos(), "student": tiny_fcos(seed=1)}
+    with torch.inference_mode():
+        detectors[side] = tiny_fcos(seed=2)
+    with pytest.raises(ValueError, match=rf"{side}'s weights were made under torch.inference_mode\(\)"):
+        Distiller(**detectors, methods=CrossKD())
+
+
+def test_detectors_inside_another_module_are_named():
+    average = torch.optim.swa_utils.AveragedModel(tiny_fcos())
+    with pytest.raises(TypeError, match=r"teacher: .* a AveragedModel, but its \.module is a FCOS"):
+        Distiller(average, tiny_fcos(seed=1), CrossKD())
 
 
 def test_a_student_in_eval_mode_is_refused(build):

@@ -57,14 +57,29 @@ def find_adapter(detector: nn.Module) -> Adapter:
         Traceback (most recent call last):
         TypeError: no adapter understands a Linear. There are adapters for torchvision's RetinaNet, FCOS, ...
     """
-    if isinstance(detector, RetinaNet):
-        return TorchvisionRetinaNet(detector)
-    if isinstance(detector, FCOS):
-        return TorchvisionFCOS(detector)
-    if isinstance(detector, SSD):
-        return TorchvisionSSD(detector)
-    if isinstance(detector, FasterRCNN):
-        return TorchvisionFasterRCNN(detector)
+    adapter = _known_adapter(detector)
+    if adapter is not None:
+        return adapter
+    raise TypeError(
+        f"no adapter understands a {type(detector).__name__}{_detector_inside(detector)}. There are adapters "
+        "for torchvision's RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, and for mmdet's "
+        "one-stage detectors. crosskd.adapters.generic() makes one of a detector of your own, to be passed "
+        "as adapter= (docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a "
+        "head, as teacher_adapter="
+    )
+
+
+def _known_adapter(detector: nn.Module) -> Adapter | None:
+    """The adapter of a detector whose type is known."""
+    of_torchvision = (
+        (RetinaNet, TorchvisionRetinaNet),
+        (FCOS, TorchvisionFCOS),
+        (SSD, TorchvisionSSD),
+        (FasterRCNN, TorchvisionFasterRCNN),
+    )
+    for kind, adapter in of_torchvision:
+        if isinstance(detector, kind):
+            return adapter(detector)
     if _is_of("ultralytics", detector):
         from crosskd.adapters.ultralytics import UltralyticsDetect
 
@@ -73,13 +88,21 @@ def find_adapter(detector: nn.Module) -> Adapter:
         from crosskd.adapters.mmdet import MMDetSingleStage
 
         return MMDetSingleStage(detector)
-    raise TypeError(
-        f"no adapter understands a {type(detector).__name__}. There are adapters for torchvision's "
-        "RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, and for mmdet's one-stage detectors. "
-        "crosskd.adapters.generic() makes one of a detector of your own, to be passed as adapter= "
-        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as "
-        "teacher_adapter="
-    )
+    return None
+
+
+def _detector_inside(wrapper: nn.Module) -> str:
+    """Where in a module of an unknown type there is a detector of a known one, in words."""
+    for path, module in wrapper.named_modules():
+        if not path:
+            continue
+        try:
+            known = _known_adapter(module)
+        except (TypeError, ValueError):
+            continue
+        if known is not None:
+            return f", but its .{path} is a {type(module).__name__} that one does: hand in that"
+    return ""
 
 
 def _is_of(package: str, detector: nn.Module) -> bool:

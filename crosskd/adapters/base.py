@@ -316,9 +316,12 @@ class Adapter(ABC):
         widths: channels of each level's map; ``None`` if unknown.
         pixel_coding: how its pixels are coded; ``None`` if unknown, and both detectors are given the
             same pixels.
+        untrained: what the detector has beside these heads, by name: its losses would be lost, so that it
+            can only be a teacher.
     """
 
     detector: nn.Module
+    untrained: tuple[str, ...] = ()
     heads: tuple[Head, ...] = ()
     strides: tuple[float, ...] | None = None
     widths: tuple[int, ...] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from crosskd._checks import require_floating, require_rows, require_same_shape, shape_text
@@ -31,7 +33,7 @@ def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | flo
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {shape_text(normalizer)}")
         return total / normalizer.detach().to(total.dtype).reshape(())
-    if not normalizer > 0:
+    if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be above 0, got {normalizer}")
     return total / normalizer
 
@@ -43,7 +45,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 
 def check_beta(beta: float) -> None:
-    if not beta >= 0:
+    if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be 0 or more, got {beta}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def cwd_loss(student_features: Tensor, teacher_features: Tensor, *, temperature:
         raise ValueError(
             f"features must have shape (batch, channels, *space), got {shape_text(student_features)}"
         )
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     dtype = compute_dtype(student_features, teacher_features)
     student, teacher = (

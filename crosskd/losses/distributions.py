@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -58,13 +59,14 @@ def distribution_kl_loss(
         True
     """
     check_logits(student_logits, teacher_logits)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, got {temperature}: choose a finite number")
     if over_bins not in ("sum", "mean"):
         raise ValueError(f'over_bins must be "sum" or "mean", got {over_bins!r}')
     dtype = compute_dtype(student_logits, teacher_logits)
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
     bins = F.kl_div(student, teacher, reduction="none", log_target=True)
+    bins = bins.masked_fill(teacher.isneginf(), 0.0)  # a bin that the teacher rules out adds nothing
     rows = bins.sum(-1) if over_bins == "sum" else bins.mean(-1)
     return weighted(rows * temperature**2, weight, normalizer)

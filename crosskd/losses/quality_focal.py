@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from crosskd._checks import compute_dtype
 from crosskd.losses._rows import check_beta, check_logits, power, weighted
@@ -155,8 +156,9 @@ def quality_focal_loss(
     check_logits(student_logits, teacher_logits)
     check_beta(beta)
     teacher_logits = teacher_logits.detach()
-    if torch.compiler.is_compiling():
-        # The compiler fuses the plain composition by itself and chooses what to keep for backward.
+    # The compiler fuses the plain composition by itself and chooses what to keep for backward; what
+    # torch.func and torch.jit.trace transform are operators.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _are_functorch_transforms_active():
         dtype = compute_dtype(student_logits, teacher_logits)
         value = _quality_focal_value(student_logits.to(dtype), teacher_logits.to(dtype), beta)
         return weighted(value.sum(-1), weight, normalizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,7 @@ class BCKD(Method):
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
         for argument, value in (("cls_weight", cls_weight), ("reg_weight", reg_weight), ("beta", beta)):
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{argument} must be 0 or more, got {value}")
         if cls_weight == 0 and reg_weight == 0:
             raise ValueError("cls_weight and reg_weight are both 0: there is nothing to distil")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,10 +50,10 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("cls_weight", "reg_weight", "quality_weight", "beta"):
             value: float | None = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {value}: choose a finite number")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}: choose a finite number")
         if self.regression not in (None, "giou", "log_iou", "distribution_kl"):
             raise ValueError(
                 f'regression must be "giou", "log_iou" or "distribution_kl", got {self.regression!r}'

@@ -94,7 +94,7 @@ class CWD(MapMethod):
         super().__init__(weight, levels, resize=resize, schedule=schedule, name=name)
         if on not in ("maps", "logits"):
             raise ValueError(f'on must be "maps" or "logits", got {on!r}')
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if on == "maps" and head is not None:
             raise ValueError(f'head={head!r} chooses whose logits are compared: it needs on="logits"')

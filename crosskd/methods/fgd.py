@@ -115,7 +115,7 @@ class FGD(MapMethod):
         name: str = "fgd",
     ) -> None:
         super().__init__(weight, levels, resize=resize, schedule=schedule, name=name)
-        if temperature is not None and not temperature > 0:
+        if temperature is not None and not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}")

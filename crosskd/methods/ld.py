@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -111,7 +112,7 @@ class LD(Method):
         super().__init__(schedule=schedule, name=name, head=head)
         weights = {"main_weight": main_weight, "region_weight": region_weight, "cls_weight": cls_weight}
         for argument, value in weights.items():
-            if value is not None and not value >= 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{argument} must be 0 or more, got {value}")
         if all(value == 0 for value in weights.values()):
             raise ValueError("all three weights are 0: there is nothing to distil")
@@ -121,7 +122,7 @@ class LD(Method):
             "anchor_size": anchor_size,
         }
         for argument, number in positive.items():
-            if not number > 0:
+            if not 0 < number < math.inf:
                 raise ValueError(f"{argument} must be above 0, got {number}")
         if reduction not in (None, "sum", "mean"):
             raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,8 +77,8 @@ class MapMethod(Method):
         name: str,
     ) -> None:
         super().__init__(schedule=schedule, name=name)
-        if weight is not None and not weight > 0:
-            raise ValueError(f"weight must be above 0, got {weight}")
+        if weight is not None and not 0 < weight < math.inf:
+            raise ValueError(f"weight must be above 0, got {weight}: choose a finite number")
         if levels is not None and not levels:
             raise ValueError("levels is empty: there is nothing to distil; leave it out for all levels")
         self.weight = weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from crosskd.losses import giou_loss, quality_focal_loss, softmax_focal_loss
@@ -88,7 +90,7 @@ class ResponseDistillation(Method):
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
         for argument, value in {"cls_weight": cls_weight, "reg_weight": reg_weight, "beta": beta}.items():
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{argument} must be 0 or more, got {value}")
         if cls_weight == 0 and reg_weight == 0:
             raise ValueError(

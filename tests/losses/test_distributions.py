@@ -30,6 +30,18 @@ def test_it_is_the_divergence_of_torchs_own_distributions():
     torch.testing.assert_close(distribution_kl_loss(student, teacher), expected, rtol=1e-12, atol=0)
 
 
+def test_a_bin_that_the_teacher_rules_out_adds_nothing():
+    student = torch.randn(2, 4, requires_grad=True)
+    teacher = torch.tensor([[0.0, 1.0, -math.inf, 2.0]] * 2)
+    loss = distribution_kl_loss(student, teacher)
+    loss.backward()
+    p, log_q = teacher.softmax(-1), student.detach().log_softmax(-1)
+    kept = [0, 1, 3]
+    expected = (p[:, kept] * (p[:, kept].log() - log_q[:, kept])).sum(-1).mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(student.grad, (student.detach().softmax(-1) - p) / 2)
+
+
 def test_the_mean_over_bins_is_the_sum_over_their_number():
     student, teacher = make_logits(6)
     options = {"temperature": 10.0, "weight": torch.rand(6), "normalizer": 4.0}

@@ -19,6 +19,25 @@ def test_published_value_and_gradient(beta):
     assert_published(f"quality_focal_beta{beta}", quality_focal_loss)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_what_torch_func_and_tracing_make_of_it():
+    student, teacher = make_logits(4)
+
+    def loss(logits: Tensor) -> Tensor:
+        return quality_focal_loss(logits, teacher)
+
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf)
+    (expected,) = torch.autograd.grad(value, leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(student), expected)
+    direction = torch.ones_like(student)
+    slope = torch.func.jvp(loss, (student,), (direction,))[1]
+    torch.testing.assert_close(slope, (expected * direction).sum())
+    rows = torch.func.vmap(quality_focal_loss)(student, teacher)
+    torch.testing.assert_close(rows.mean(), value.detach())
+    torch.testing.assert_close(torch.jit.trace(loss, (student,))(student), value.detach())
+
+
 def test_a_value_by_hand():
     # sigmoid(0) = 1/2 against sigmoid(log 3) = 3/4: distance 1/4, and the cross entropy is log 2.
     student, teacher = torch.zeros(1, 1), torch.full((1, 1), math.log(3))

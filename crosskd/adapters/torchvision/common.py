@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from crosskd._checks import compute_dtype
+from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, Anchors, Batch, Objects, PixelCoding
 from crosskd.adapters.replacing import replaced
 from crosskd.adapters.torchvision.images import check_boxes, check_images, check_targets
@@ -61,18 +62,19 @@ class TorchvisionAdapter(Adapter):
 
         Strides are those of the size that all images are resized to, where there is one.
         """
-        # A copy, without the user's hooks: nothing of the detector may change.
-        backbone = copy.deepcopy(self.detector.backbone).eval()
-        for module in backbone.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
+        backbone = self.detector.backbone
         parameter = next(backbone.parameters(), torch.empty(0))
         fixed = getattr(self.detector.transform, "fixed_size", None)
         width, height = (_PROBE_PIXELS, _PROBE_PIXELS) if fixed is None else map(int, fixed)
         assert self.pixel_coding is not None
         pixels = parameter.new_zeros(1, len(self.pixel_coding.mean), height, width)
         try:
-            with torch.no_grad():
+            # Not on a copy: pruned or weight-normalised layers can't be copied.
+            with torch.no_grad(), unchanged(backbone):
+                backbone.eval()
+                for module in backbone.modules():  # the user's hooks are not to be called
+                    module._forward_hooks.clear()
+                    module._forward_pre_hooks.clear()
                 maps = _named(backbone(pixels))
         except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
             _logger.info("the strides are unknown: the backbone refused an image of zeros: %s", error)

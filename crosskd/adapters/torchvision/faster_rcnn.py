@@ -208,8 +208,7 @@ class TorchvisionFasterRCNN(TorchvisionAdapter):
 
     The methods' losses are means over the same sample of anchors and regions as the student's own losses.
 
-    Raises:
-        TypeError: a Mask or Keypoint R-CNN, whose further heads would not be trained.
+    A Mask or Keypoint R-CNN can be a teacher; its further heads would not be trained, so it is no student.
 
     Example:
         >>> from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
@@ -221,13 +220,9 @@ class TorchvisionFasterRCNN(TorchvisionAdapter):
     first_label = _BACKGROUND + 1
 
     def __init__(self, detector: Any) -> None:
-        further = [name for name in ("mask", "keypoint") if getattr(detector.roi_heads, f"has_{name}")()]
-        if further:
-            raise TypeError(
-                f"a {type(detector).__name__} has a {' and a '.join(further)} head, which this adapter does "
-                "not train: use a FasterRCNN, or write an adapter for it (docs/adapters.md)"
-            )
         super().__init__(detector)
+        further = [name for name in ("mask", "keypoint") if getattr(detector.roi_heads, f"has_{name}")()]
+        self.untrained = tuple(f"a {name} head" for name in further)
         if not self.map_names:
             raise ValueError(
                 f"the backbone of a {type(detector).__name__} refused an image of zeros, from which the "

@@ -21,22 +21,40 @@ def check_images(images: Any) -> None:
                 "images must be a list of tensors (3, height, width) with values from 0 to 1, or one "
                 f"tensor (batch, 3, height, width), got shape {tuple(images.shape)}"
             )
-    elif not isinstance(images, list | tuple) or not all(isinstance(i, Tensor) for i in images):
-        raise TypeError(
-            "images must be a list of tensors (3, height, width) with values from 0 to 1, got "
-            f"{type(images).__name__}"
-        )
+    else:
+        got = f"a {_type_of(images)}"
+        others: list[Any] = [images]
+        if isinstance(images, list | tuple):
+            others = [image for image in images if not isinstance(image, Tensor)]
+            got += f" with a {_type_of(others[0])}" if others else ""
+        if others:
+            raise TypeError(
+                f"images must be a list of tensors (3, height, width) with values from 0 to 1, got {got}: "
+                "torchvision.transforms.v2.functional.to_image makes a tensor of a PIL image or an array, "
+                "to_dtype(image, torch.float32, scale=True) its values 0 to 1"
+            )
     if len(images) == 0:
         raise ValueError("images is empty: a batch needs at least one image")
 
 
 def check_targets(targets: Any, images: int, classes: int, first_label: int) -> None:
     """Raises ``ValueError`` for targets that aren't in torchvision's form, before they are resized."""
+    if not isinstance(targets, list | tuple):
+        raise TypeError(
+            f'targets must be a list of dicts with "boxes" and "labels", one per image, or None, got a '
+            f"{_type_of(targets)}"
+        )
     if len(targets) != images:
         raise ValueError(f"got {images} images but {len(targets)} targets: one is needed for each")
     for index, target in enumerate(targets):
         if not isinstance(target, Mapping) or not {"boxes", "labels"} <= target.keys():
             raise ValueError(f'targets[{index}] must be a dict with "boxes" and "labels", got {target!r}')
+        for name in ("boxes", "labels"):
+            if not isinstance(target[name], Tensor):
+                raise TypeError(
+                    f"targets[{index}][{name!r}] must be a tensor, got a {_type_of(target[name])}: "
+                    f"torch.as_tensor({name}) makes one of a list or an array"
+                )
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
@@ -64,3 +82,9 @@ def check_boxes(targets: list[dict[str, Tensor]]) -> None:
                 f"targets[{index}] has {int((~proper).sum())} box(es) without a positive, finite width and "
                 f"height, the first, after resizing, {box}: leave them out (boxes are xyxy, in pixels)"
             )
+
+
+def _type_of(value: Any) -> str:
+    """A type's name with its module, where that is none of Python's own: ``numpy.ndarray``."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

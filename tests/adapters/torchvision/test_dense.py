@@ -6,6 +6,7 @@ import copy
 import logging
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -433,13 +434,25 @@ def test_a_batch_without_objects_is_normalised_by_1_an_image_or_1(build, distill
         (torch.rand(3, 64, 64), ValueError, r"images must be a list .* got shape \(3, 64, 64\)"),
         (torch.rand(0, 3, 64, 64), ValueError, "images is empty"),
         ([], ValueError, "images is empty"),
-        ("image.png", TypeError, "images must be a list of tensors .* got str"),
-        ([[1, 2], [3, 4]], TypeError, "images must be a list of tensors .* got list"),
+        ("image.png", TypeError, "images must be a list of tensors .* got a str"),
+        (None, TypeError, "images must be .* got a NoneType"),
+        ([np.zeros((3, 64, 64))], TypeError, r"images must be .* got a list with a numpy\.ndarray"),
+        ([[1, 2], [3, 4]], TypeError, "images must be a list of tensors .* got a list with a list"),
     ],
 )
 def test_error_images(distiller, images, error, message):
     with pytest.raises(error, match=message):
         distiller(images, tiny_batch()[1])
+
+
+@pytest.mark.parametrize("name", ["boxes", "labels"])
+def test_error_targets_that_are_no_tensors(distiller, name):
+    images, targets = tiny_batch()
+    targets[0][name] = targets[0][name].tolist()
+    with pytest.raises(TypeError, match=rf"targets\[0\]\['{name}'\] must be a tensor, got a list"):
+        distiller(images, targets)
+    with pytest.raises(TypeError, match="targets must be a list of dicts .* got a generator"):
+        distiller(images, (target for target in targets))
 
 
 FIT = target([1.0, 1.0, 30.0, 30.0])
