@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -29,6 +30,7 @@ from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
 from crosskd.proof import prove_student, prove_teacher
 from crosskd.running import points_of, run_region_heads, run_teacher, steps_of, with_own_losses
 from crosskd.step import DetectorTrace, Step, Trace, between_graphs, outside_graph, run_head
+from crosskd.views import check_same_scene, unpadded
 
 __all__ = ["Distiller"]
 
@@ -48,7 +50,9 @@ class Distiller(nn.Module):
     its own (``kd_rpn_cls``, ``kd_box_cls``).
 
     The student is trained in place and stays the plain detector that it was. The teacher is never
-    changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
+    changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory. What
+    is loaded into the teacher later is followed, but not by ``load_state_dict(assign=True)``, which gives it
+    other memory: load before the distiller is made.
     ``parameters()`` and ``state_dict()`` hold the student and what the methods train, never the teacher;
     ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module; a deep copy
     shares the teacher's weights' memory too, a pickle holds them.
@@ -71,8 +75,10 @@ class Distiller(nn.Module):
             the student's: the same scenes at another resolution, in another modality, without
             augmentation. The teacher preprocesses them itself. Its strides may differ from the student's
             by one factor, as the resolution does.
-        resize_levels: resize the outputs of the teacher's towers where its levels differ in size from the
-            student's, which is an error otherwise.
+        view_scale: how many times as large as the student's the teacher's images are, where the strides allow
+            several answers; else it is the factor by which most levels have equal strides.
+        resize_levels: bring the teacher's predictions to the student's locations where its images are of
+            another size than the strides say, which is an error otherwise.
         unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
             (class probability) counts as one object in the losses' normalizer.
         prove: compare the pieces with the detectors' own forward on the first step. To be switched off for a
@@ -116,6 +122,7 @@ class Distiller(nn.Module):
         teacher_adapter: AdapterSpec | None = None,
         class_map: ClassMap | None = None,
         teacher_view: TeacherView | None = None,
+        view_scale: float | None = None,
         resize_levels: bool = False,
         unlabelled_threshold: float = 0.5,
         prove: bool = True,
@@ -127,7 +134,12 @@ class Distiller(nn.Module):
                 f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
             )
         check_shared(teacher, student)
-        self.teacher_view, self.resize_levels = teacher_view, resize_levels
+        if view_scale is not None and (teacher_view is None or not 0 < view_scale < math.inf):
+            raise ValueError(
+                "view_scale is how many times as large as the student's images those of teacher_view= are, a "
+                f"number above 0; got {view_scale} {'without' if teacher_view is None else 'with'} a view"
+            )
+        self.teacher_view, self.view_scale, self.resize_levels = teacher_view, view_scale, resize_levels
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
         hint = ""
         if adapter is not None and teacher_adapter is None and type(teacher) is not type(student):
@@ -176,7 +188,9 @@ class Distiller(nn.Module):
             check_same_pixels(teacher, student)
         levels, scale = None, 1.0
         if teacher.strides is not None and student.strides is not None:
-            levels, scale = match_levels(teacher.strides, student.strides, rescaled=view)
+            levels, scale = match_levels(
+                teacher.strides, student.strides, rescaled=view, scale=self.view_scale
+            )
         columns = None
         if class_map is not None:
             last, own = teacher.heads[-1:], student.heads[-1]
@@ -321,12 +335,10 @@ class Distiller(nn.Module):
         active = self._methods() if methods is None else methods
         pair, student = self.pair, self.pair.student
         batch, seen = self._prepare(images, targets, active)
-        # The teacher runs first, so that what it needed is freed; but where its levels are resized to the
-        # student's, those sizes must be known for it.
-        maps = student.maps(batch.pixels) if self.resize_levels or not active else []
-        theirs = run_teacher(pair, seen, active, maps) if active else None
+        # The teacher runs first, so that what it needed is freed.
+        theirs = run_teacher(pair, seen, active) if active else None
         del seen  # pixels of the teacher's own coding are freed before the student runs
-        maps = maps or student.maps(batch.pixels)
+        maps = student.maps(batch.pixels)
         if any(method.watches_maps for method in active.values()):
             maps = between_graphs(maps)
         ours = DetectorTrace(student, batch, maps, {})
@@ -371,7 +383,13 @@ class Distiller(nn.Module):
         """
         teacher, student = self.pair.teacher, self.pair.student
         if self.teacher_view is not None:
-            return teacher.prepare(self.teacher_view(images, targets), None)
+            view = self.teacher_view(images, targets)
+            seen = teacher.prepare(view, None)
+            sizes = unpadded(view, images, seen, batch)
+            if sizes != seen.image_sizes:
+                seen = teacher.take(replace(seen, image_sizes=sizes))
+            check_same_scene(view, images, seen, batch)
+            return seen
         pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
         return teacher.take(Batch(pixels, batch.image_sizes))
 

@@ -33,6 +33,7 @@ __all__ = [
     "require_heads",
     "require_predictions_alike",
     "require_same_anchors",
+    "require_same_bins",
     "require_same_boxes",
     "require_same_regions",
 ]
@@ -55,7 +56,7 @@ class Pair:
         scale: the teacher's strides over the student's. Other than 1 where the teacher sees the images at
             another resolution.
         class_map: the teacher's column of the logits for each of the student's, where the user gave one.
-        resize_levels: the teacher's towers' outputs are resized to the student's levels.
+        resize_levels: the teacher's predictions are resized to the student's levels.
     """
 
     teacher: Adapter
@@ -82,7 +83,7 @@ class Pair:
 
 
 def match_levels(
-    teacher: Sequence[float], student: Sequence[float], *, rescaled: bool = False
+    teacher: Sequence[float], student: Sequence[float], *, rescaled: bool = False, scale: float | None = None
 ) -> tuple[tuple[tuple[int, int], ...], float]:
     """Matches levels of equal strides; each detector may have levels that the other lacks.
 
@@ -91,6 +92,7 @@ def match_levels(
         student: likewise.
         rescaled: the teacher sees images of its own, maybe at another resolution, so that all strides may
             differ by one factor. The factor that matches most levels is taken, 1 before any other.
+        scale: that factor, where it is known.
 
     Returns:
         (student's level, teacher's level) of each match, and the teacher's strides over the student's.
@@ -100,11 +102,15 @@ def match_levels(
         (((0, 1), (1, 2)), 1.0)
         >>> match_levels([32, 64], [16, 32], rescaled=True)
         (((0, 0), (1, 1)), 2.0)
+        >>> match_levels([16, 32, 64], [16, 32], scale=2.0)
+        (((0, 1), (1, 2)), 2.0)
     """
     factors = [1.0]
     if rescaled:
         factors += [theirs / ours for ours in student for theirs in teacher]
-    best: tuple[tuple[tuple[int, int], ...], float] = ((), 1.0)
+    if scale is not None:
+        factors = [scale]
+    best: tuple[tuple[tuple[int, int], ...], float] = ((), factors[0])
     for factor in factors:
         found: list[tuple[int, int]] = []
         for level, stride in enumerate(student):
@@ -300,7 +306,7 @@ def anchors_agree(step: Step) -> bool:
     if teacher.head.head_type != student.head.head_type:
         return False
     theirs, ours = teacher.anchors, student.anchors
-    if theirs.per_level != ours.per_level and not step.resized:
+    if theirs.per_level != ours.per_level:
         return False
     if theirs.boxes is None or ours.boxes is None or step.resized:
         return True
@@ -326,6 +332,18 @@ def require_same_anchors(step: Step) -> None:
         "different anchors can't be compared row by row: build both detectors with the same anchors and "
         "train the teacher with them, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
     )
+
+
+def require_same_bins(step: Step) -> None:
+    """Raises ``ValueError`` where the bins of the sides' distributions are other pixels to the teacher."""
+    if step.resized:
+        raise ValueError(
+            "the sides of boxes are compared as distributions over bins, but the teacher sees the images at "
+            f"another size, {list(step.teacher.batch.image_sizes)} against the student's "
+            f"{list(step.image_sizes)} as (height, width), where a bin is another length: give both images "
+            'of one size, or compare boxes, regression="giou" in PredictionMimicking, or choose '
+            "crosskd.CrossKD(), where the teacher's head judges both sides"
+        )
 
 
 def require_same_boxes(step: Step) -> None:

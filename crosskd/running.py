@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from crosskd.step import (
     space,
 )
 from crosskd.towers import Tapped, TapPoint
+from crosskd.views import Placement, lie_alike, place_level
 
 __all__ = [
     "points_of",
@@ -64,14 +65,13 @@ def points_of(head: Head, methods: Methods, side: int) -> dict[str, dict[str, Ta
 # -- the teacher ---------------------------------------------------------------------------------
 
 
-def run_teacher(pair: Pair, batch: Batch, methods: Methods, student_maps: Sequence[Tensor]) -> DetectorTrace:
+def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
     """The teacher's maps and its first head's run, as far as methods require them.
 
     Args:
         pair: the two detectors.
         batch: as the teacher takes it.
         methods: the active ones, one at least.
-        student_maps: the student's, where the teacher's levels are resized to them; else none.
     """
     adapter = pair.teacher
     # No decorator: the compiler doesn't follow a decorated function into no_grad and out again.
@@ -83,13 +83,7 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods, student_maps: Sequen
             levels = (
                 [level for _, level in pair.levels] if pair.levels is not None else list(range(len(maps)))
             )
-            sizes = None
-            if student_maps:
-                last = head.branches[0].towers[0].channels_last
-                sizes = [space(feature_map, channels_last=last) for feature_map in student_maps]
-            heads[head.name] = _observed(
-                pair, head, [maps[level] for level in levels], levels, methods, sizes
-            )
+            heads[head.name] = _observed(pair, head, [maps[level] for level in levels], levels, methods)
     kept = any("maps" in method.requires or method.head not in (None, *heads) for method in methods.values())
     batch = replace(batch, pixels=shape_only(batch.pixels))
     return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
@@ -101,7 +95,6 @@ def _observed(
     maps: Sequence[Tensor],
     levels: Sequence[int],
     methods: Methods,
-    sizes: Sequence[tuple[int, ...]] | None = None,
 ) -> HeadTrace:
     """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
 
@@ -109,7 +102,7 @@ def _observed(
         return methods[name].keep_of_teacher(tapped)
 
     points, columns = points_of(head, methods, 1), _columns(pair, head)
-    return run_head(head, maps, levels, points, keep, sizes=sizes, class_map=columns)
+    return run_head(head, maps, levels, points, keep, class_map=columns)
 
 
 def _columns(pair: Pair, head: Head) -> tuple[int, ...] | None:
@@ -201,26 +194,31 @@ def steps_of(
     """
     steps = {}
     unlabelled: dict[str, Assignment] = {}  # one per head: an assigner that samples does so once
+    placed: dict[str, tuple[HeadTrace, Placement | None]] = {}
     for name, method in methods.items():
         pair, theirs, ours = pairs[name], None, None
-        assignment, assign, resized = None, None, False
+        assignment, assign, placement = None, None, None
         if method.head is not None:
-            theirs, ours = teacher.heads[method.head], student.heads[method.head]
-            resized = _check_levels(pair, teacher, student, theirs)
-            theirs = teacher.heads[method.head] = _with_anchors(theirs, teacher, student, resized)
-            if student.batch.targets is None and method.head not in unlabelled:
-                unlabelled[method.head] = theirs.head.assign_unlabelled(
-                    theirs.predictions, unlabelled_threshold
-                )
-            assignment = unlabelled.get(method.head, ours.assignment)
-            assign = _teacher_assigner(pair, theirs, teacher, student, unlabelled.get(method.head))
+            head, ours = method.head, student.heads[method.head]
+            if head not in placed:
+                teacher.heads[head] = _with_anchors(teacher.heads[head], teacher)
+                placement = _placement(pair, teacher, student, teacher.heads[head])
+                placed[head] = _placed(pair, teacher, student, teacher.heads[head], placement), placement
+            theirs, placement = placed[head]
+            if student.batch.targets is None and head not in unlabelled:
+                unlabelled[head] = theirs.head.assign_unlabelled(theirs.predictions, unlabelled_threshold)
+            assignment = unlabelled.get(head, ours.assignment)
+            assign = _teacher_assigner(
+                pair, teacher.heads[head], teacher, student, unlabelled.get(head), placement
+            )
         required = frozenset(method.requires)
         steps[name] = Step(
             Side(teacher, theirs, required, name),
             Side(student, ours, required, name),
             class_map=pair.class_map,
             scale=pair.scale,
-            resized=resized,
+            alike=lie_alike(teacher.batch, student.batch, pair.scale),
+            resized=placement is not None and placement.mixes,
             assignment=assignment,
             assign_by_teacher=assign,
             found_by_teacher=partial(_found_by_teacher, pair, teacher, student),
@@ -228,38 +226,107 @@ def steps_of(
     return steps
 
 
-def _check_levels(pair: Pair, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace) -> bool:
-    """Whether levels of the teacher's were resized; raises ``ValueError`` where they had to be."""
-    if run.head.rows == "regions":
-        return False
-    last = run.head.branches[0].towers[0].channels_last
-    theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
-    ours = [space(feature_map, channels_last=last) for feature_map in student.maps]
-    if theirs == ours:
-        return False
-    if not (pair.resize_levels and len(theirs) == len(ours)):
-        raise ValueError(
-            f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width). Both need the same "
-            "strides, and images of the same size; build them with the same pyramid levels, or have the "
-            "teacher's resized by resize_levels=True"
-        )
-    return True
-
-
-def _with_anchors(run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, resized: bool) -> HeadTrace:
-    """A run of one of the teacher's heads with its anchors."""
+def _with_anchors(run: HeadTrace, teacher: DetectorTrace) -> HeadTrace:
+    """A run of one of the teacher's heads with its own anchors."""
     if run.anchors is not None:
         return run
-    maps = [shape_only(feature_map) for feature_map in teacher.maps]
-    if resized:
-        for place, level in enumerate(run.levels):
-            maps[level] = maps[level][:, :, :1, :1].expand(-1, -1, *student.maps[place].shape[2:])
-    anchors = run.head.anchors(teacher.batch, maps)
+    anchors = run.head.anchors(teacher.batch, [shape_only(feature_map) for feature_map in teacher.maps])
     return replace(run, anchors=anchors.of_levels(run.levels), all_anchors=anchors)
 
 
+def _placement(
+    pair: Pair, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace
+) -> Placement | None:
+    """Where the student's locations lie in the teacher's levels; ``None`` where they are the same.
+
+    Raises:
+        ValueError: the two lie otherwise than by the strides' factor, without ``resize_levels``.
+    """
+    if run.head.rows == "regions":
+        return None
+    last = run.head.branches[0].towers[0].channels_last
+    theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
+    ours = [space(feature_map, channels_last=last) for feature_map in student.maps]
+    alike = lie_alike(teacher.batch, student.batch, pair.scale)
+    if theirs == ours and (alike or pair.levels is None):  # without strides no factor is known
+        return None
+    batches, grids, exact = (teacher.batch, student.batch), [], True
+    if len(theirs) != len(ours) or any(len(size) != 2 for size in (*theirs, *ours)):
+        _refuse_levels(pair, batches, theirs, ours)
+    for place, level in enumerate(run.levels):
+        strides = (_stride(pair.teacher, level), _stride(pair.student, place))
+        sizes = theirs[place], ours[place]
+        grid, fits = place_level(batches, sizes, strides, pair.scale, run.predictions.logits)
+        grids.append(grid)
+        exact = exact and fits
+    if not exact and not pair.resize_levels:
+        _refuse_levels(pair, batches, theirs, ours)
+    per_level = run.anchors.per_level
+    return Placement(tuple(theirs), per_level, tuple(grids), not exact, _factors(batches), run.head.copies)
+
+
+def _stride(adapter: Adapter, level: int) -> float | None:
+    return None if adapter.strides is None else adapter.strides[level]
+
+
+def _factors(batches: tuple[Batch, Batch]) -> Tensor:
+    """The student's pixels per pixel of the teacher's, shape (batch, 4), along x, y, x, y."""
+    theirs, ours = (torch.tensor(batch.image_sizes, dtype=torch.float64) for batch in batches)
+    return (ours / theirs).flip(1).repeat(1, 2)
+
+
+def _refuse_levels(
+    pair: Pair, batches: tuple[Batch, Batch], theirs: Sequence[Any], ours: Sequence[Any]
+) -> NoReturn:
+    """Raises ``ValueError`` for levels that don't lie on each other."""
+    images = [list(batch.image_sizes) for batch in batches]
+    raise ValueError(
+        f"the levels differ: {theirs} (teacher), {ours} (student) as (height, width), of images of "
+        f"{images[0]} (teacher), {images[1]} (student). The levels that belong together say by their strides "
+        f"that the teacher's images are {pair.scale:g} times as large as the student's. Give it such images; "
+        "pass the factor that they really have as view_scale=; build both with the same pyramid levels; or "
+        "have the teacher's resized by resize_levels=True, where they are maps"
+    )
+
+
+def _placed(
+    pair: Pair, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace, placement: Placement | None
+) -> HeadTrace:
+    """A run of one of the teacher's heads at the student's locations."""
+    if placement is None:
+        return run
+    maps = [shape_only(feature_map) for feature_map in teacher.maps]
+    last = run.head.branches[0].towers[0].channels_last
+    for place, level in enumerate(run.levels):
+        size = space(student.maps[place], channels_last=last)
+        whole = maps[level][:, :1, :1] if last else maps[level][:, :, :1, :1]
+        shape = (-1, *size, -1) if last else (-1, -1, *size)
+        maps[level] = whole.expand(*shape)
+    batch = teacher.batch
+    if not placement.mixes:  # the teacher's batch, padded as the student's is
+        padded = [round(pair.scale * pixels) for pixels in student.batch.size]
+        batch = replace(batch, pixels=batch.pixels[:, :, :1, :1].expand(-1, -1, *padded))
+    anchors = run.head.anchors(batch, maps)
+    boxes = None
+    if placement.mixes and run.head.decodes:
+        with torch.no_grad():
+            boxes = placement.boxes(run.head.decode(run.predictions, run.anchors))
+    return replace(
+        run,
+        predictions=placement.predictions(run.predictions),
+        anchors=anchors.of_levels(run.levels),
+        all_anchors=anchors,
+        boxes=boxes,
+    )
+
+
 def _teacher_assigner(
-    pair: Pair, run: HeadTrace, teacher: DetectorTrace, student: DetectorTrace, unlabelled: Assignment | None
+    pair: Pair,
+    run: HeadTrace,
+    teacher: DetectorTrace,
+    student: DetectorTrace,
+    unlabelled: Assignment | None,
+    placement: Placement | None,
 ) -> Callable[[], Assignment]:
     """What gives the teacher's own label assignment at the levels that are compared.
 
@@ -272,12 +339,12 @@ def _teacher_assigner(
             return unlabelled
         with torch.no_grad():
             batch = replace(teacher.batch, objects=_teacher_objects(pair, teacher, student))
-            whole = run.head.assign(run.predictions, run.all_anchors, batch)
-        if run.anchors is run.all_anchors:
-            return whole
-        rows = cast(Anchors, run.all_anchors).rows(run.levels).to(whole.positive.device)
-        weights = None if whole.label_weights is None else whole.label_weights[:, rows]
-        return Assignment(weights, whole.positive[:, rows], whole.normalizer)
+            found = run.head.assign(run.predictions, run.all_anchors, batch)
+        if run.anchors is not run.all_anchors:
+            rows = cast(Anchors, run.all_anchors).rows(run.levels).to(found.positive.device)
+            weights = None if found.label_weights is None else found.label_weights[:, rows]
+            found = Assignment(weights, found.positive[:, rows], found.normalizer)
+        return found if placement is None else placement.assignment(found)
 
     return assign
 

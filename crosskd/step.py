@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crosskd.adapters.base import Adapter, Batch, Head, Objects
 from crosskd.predictions import Assignment, Predictions, join_levels
-from crosskd.towers import Branch, Tapped, TapPoint
+from crosskd.towers import Tapped, TapPoint
 
 __all__ = [
     "DetectorTrace",
@@ -64,6 +63,8 @@ class HeadTrace:
         all_anchors: of all levels.
         losses: the student's own losses of this head.
         assignment: the student's own label assignment; ``None`` without targets.
+        boxes: of a teacher that was resized to the student's levels, its boxes at the student's locations, in
+            pixels of the student's batch.
     """
 
     head: Head
@@ -74,6 +75,7 @@ class HeadTrace:
     all_anchors: Any = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     assignment: Assignment | None = None
+    boxes: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +192,11 @@ class Side:
         self.require("predictions")
         return self._head_run.anchors
 
+    @property
+    def resized_boxes(self) -> Tensor | None:
+        """The teacher's, where they were brought to the student's locations: `Step.teacher_boxes`."""
+        return self._head_run.boxes
+
 
 class Step:
     """One training step, as a method sees it.
@@ -200,7 +207,9 @@ class Step:
         class_map: the teacher's column of the logits for each of the student's, where the user gave one: the
             teacher's predictions are of those columns alone.
         scale: the teacher's pixels per pixel of the student's, by their strides.
-        resized: the teacher's towers' outputs were resized to the student's levels.
+        alike: every image of the teacher's is ``scale`` times the student's.
+        resized: the teacher saw the images at a size that is no multiple of the student's by the strides'
+            factor, and its predictions were brought to the student's locations.
         assignment: the student's own label assignment; without targets that which the teacher's predictions
             give.
     """
@@ -212,13 +221,14 @@ class Step:
         *,
         class_map: tuple[int, ...] | None = None,
         scale: float = 1.0,
+        alike: bool = True,
         resized: bool = False,
         assignment: Assignment | None = None,
         assign_by_teacher: Callable[[], Assignment] | None = None,
         found_by_teacher: Callable[[float], tuple[Objects, ...]] | None = None,
     ) -> None:
         self.teacher, self.student = teacher, student
-        self.class_map, self.scale, self.resized = class_map, scale, resized
+        self.class_map, self.scale, self.alike, self.resized = class_map, scale, alike, resized
         self._assignment, self._assign_by_teacher = assignment, assign_by_teacher
         self._found_by_teacher = found_by_teacher
 
@@ -264,6 +274,18 @@ class Step:
         assert self._assignment is not None
         return self._assignment
 
+    def teacher_boxes(self) -> Tensor:
+        """The teacher's boxes at the student's anchors (``"predictions"``).
+
+        Returns:
+            Shape (batch, anchors, 4), or (batch, anchors, classes, 4): xyxy in pixels of the student's batch.
+        """
+        self.student.require("predictions")
+        if self.teacher.resized_boxes is not None:
+            return self.teacher.resized_boxes
+        # A teacher of the same coding at another resolution needs no rescaling.
+        return self.student.head.decode(self.teacher.predictions, self.student.anchors)
+
     def teacher_assignment(self) -> Assignment:
         """Likewise of the teacher's, by its own label assignment on the objects (``"predictions"``)."""
         self.teacher.require("predictions")
@@ -277,7 +299,6 @@ def run_head(
     levels: Sequence[int],
     points: Points | None = None,
     keep: Callable[[str, Tapped], Any] | None = None,
-    sizes: Sequence[tuple[int, ...]] | None = None,
     class_map: tuple[int, ...] | None = None,
 ) -> HeadTrace:
     r"""Runs a head's towers and predictors, tapping the towers on the way.
@@ -288,7 +309,6 @@ def run_head(
         levels: which levels those are.
         points: where to tap.
         keep: makes of a method's name and features what is kept of them; the features themselves without it.
-        sizes: resizes the towers' outputs to these spaces, one per level.
         class_map: keeps these columns of the logits.
     """
     taps: Taps = {}
@@ -304,8 +324,6 @@ def run_head(
             for method, point in wanted.items():
                 kept = tapped[point] if keep is None else keep(method, tapped[point])
                 taps.setdefault(method, {}).setdefault(branch.name, []).append(kept)
-            if sizes is not None:
-                output = _resized(output, sizes[place], branch)
             towers[branch.name] = output
         predictions.append(head.predict(level, towers).of_classes(class_map))
     return HeadTrace(head, join_levels(predictions), tuple(levels), taps)
@@ -314,21 +332,6 @@ def run_head(
 def space(feature_map: Tensor, *, channels_last: bool) -> tuple[int, ...]:
     """A map's shape without batch and channels: (height, width), (locations,) or ()."""
     return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
-
-
-def _resized(output: Tensor, size: tuple[int, ...], branch: Branch) -> Tensor:
-    """A tower's output, resized where its (height, width) is another."""
-    channels_last = branch.towers[0].channels_last
-    if space(output, channels_last=channels_last) == size:
-        return output
-    if output.ndim != 4 or len(size) != 2:
-        raise ValueError(
-            f"resize_levels=True, but the teacher's features {tuple(output.shape)} are no map of (height, "
-            "width): what the student predicts at must be given to the teacher as it is"
-        )
-    features = output.movedim(-1, 1) if channels_last else output
-    features = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
-    return features.movedim(1, -1) if channels_last else features
 
 
 def shape_only(tensor: Tensor) -> Tensor:

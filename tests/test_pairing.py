@@ -255,7 +255,8 @@ def step_of(
         (Anchors(None, (4,)), {}, False),
         (anchors_of(4, 8), {"scale": 2.0}, True),
         (anchors_of(8, 16), {"scale": 2.0}, False),
-        (anchors_of(8, 17, count=3), {"resized": True}, True),
+        (anchors_of(8, 17), {"resized": True}, True),
+        (anchors_of(8, 17, count=3), {"resized": True}, False),
     ],
 )
 def test_anchors_of_one_type_of_head(student, fields, agree):

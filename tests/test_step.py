@@ -188,14 +188,11 @@ def test_methods_tap_where_they_ask_and_keep_what_they_choose():
     assert kept == {name: {"both": [(name, (2, 3, 4, 4))]} for name in ("one", "two")}
 
 
-def test_outputs_are_resized_and_classes_chosen():
+def test_classes_are_chosen():
     head, feature_map = head_of_levels(), torch.randn(2, 3, 4, 4)
-    run = run_head(head, [feature_map], [0], sizes=[(2, 5)], class_map=(2, 0))
-    assert run.predictions.logits.shape == (2, 10, 2)
-    same = run_head(head, [feature_map], [0], sizes=[(4, 4)]).predictions.logits
-    assert torch.equal(same, run_head(head, [feature_map], [0]).predictions.logits)
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) are no map"):
-        run_head(head, [feature_map], [0], sizes=[(16,)])
+    run = run_head(head, [feature_map], [0], class_map=(2, 0))
+    whole = run_head(head, [feature_map], [0]).predictions.logits
+    assert torch.equal(run.predictions.logits, whole[..., [2, 0]])
 
 
 def test_shapes_without_memory():

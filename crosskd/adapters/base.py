@@ -169,6 +169,8 @@ class Head(ABC):
         branches: the head's towers with their predictors.
         rows: what a row of predictions stands for. Rows of ``"queries"`` have no order, and methods that
             compare row by row refuse them.
+        copies: the rows of a level are so many copies of its locations, one behind the other; of a location
+            its anchors follow each other.
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
         times_batch: the detector's own losses are means over a batch times the number of its images, so the
             losses of methods that distil into it are multiplied by it too.
@@ -182,6 +184,7 @@ class Head(ABC):
     background: int | None = None
     branches: tuple[Branch, ...]
     rows: Rows = "grid"
+    copies: int = 1
     bins: int = 1
     times_batch: bool = False
     decodes: bool = True

@@ -56,6 +56,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         unlabelled_threshold: as for `Distiller`.
         class_map: likewise, for a teacher that knows more classes, or the same in another order.
         teacher_view: likewise: the teacher's images, as its own data preprocessor would make them.
+        view_scale: likewise.
         resize_levels: likewise.
         prove: likewise.
 
@@ -88,6 +89,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         unlabelled_threshold: float = 0.5,
         class_map: Sequence[int] | None = None,
         teacher_view: Callable[[Any, Any], Any] | None = None,
+        view_scale: float | None = None,
         resize_levels: bool = False,
         prove: bool = True,
     ) -> None:
@@ -105,6 +107,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
             unlabelled_threshold=unlabelled_threshold,
             class_map=class_map,
             teacher_view=teacher_view,
+            view_scale=view_scale,
             resize_levels=resize_levels,
             prove=prove,
         )

@@ -33,7 +33,7 @@ __all__ = ["CrossKDTrainer", "trainer"]
 # What is trained or counted beside the student: its name in the student while that is trained, and the
 # stem of the file beside the checkpoints.
 _EXTRAS = "distillation"
-_OPTIONS = ("teacher_adapter", "class_map", "teacher_view", "resize_levels", "prove")
+_OPTIONS = ("teacher_adapter", "class_map", "teacher_view", "view_scale", "resize_levels", "prove")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def trainer(
             of one of ultralytics' checkpoints.
         methods: `CrossKD` unless given.
         options: further arguments of `Distiller`: ``teacher_adapter``, ``class_map``, ``teacher_view``,
-            ``resize_levels``, ``prove``.
+            ``view_scale``, ``resize_levels``, ``prove``.
 
     Raises:
         TypeError: a teacher that no adapter understands, or another option.
@@ -108,8 +108,8 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
     written to ``distillation.pt`` beside the checkpoints, from which a resumed run goes on.
 
     Raises:
-        ValueError: ``compile=`` or ``distill_model=``, a pair that can't be distilled, a run to resume
-            whose ``distillation.pt`` is gone.
+        ValueError: ``compile=``, ``distill_model=`` or ``classes=``, a pair that can't be distilled, a run to
+            resume whose ``distillation.pt`` is gone.
         TypeError: a teacher or student that is no detection model.
     """
 
@@ -129,6 +129,12 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
                     f"{name}={getattr(self.args, name)!r} can't go together with crosskd's trainer: leave it "
                     "out"
                 )
+        if self.args.classes is not None:
+            raise ValueError(
+                f"classes={self.args.classes} leaves labels out, while the teacher goes on teaching all of "
+                "its classes: leave it out, or train on data of those classes alone and pass class_map=, the "
+                "teacher's class index for each of the student's"
+            )
 
     def set_model_attributes(self) -> None:
         """Puts the teacher beside the student, once that is built and on its device."""
@@ -139,7 +145,10 @@ class CrossKDTrainer(DetectionTrainer):  # type: ignore[misc, unused-ignore]
             teacher = _load(teacher)
         _distil(self.model, teacher, self.settings, self.device)
         methods = ", ".join(self._distilled().distiller.methods)
-        LOGGER.info(f"crosskd: {methods} from {_title(self.settings.teacher)}")
+        LOGGER.info(
+            f"crosskd: {methods} from {_title(self.settings.teacher)}. To resume, pass trainer= again: "
+            "without it the run goes on undistilled"
+        )
 
     def train(self) -> None:
         """Trains; whatever happens, the model is left as the plain student."""

@@ -140,7 +140,7 @@ class BCKD(Method):
             head, anchors = step.student.head, step.student.anchors
             losses["kd_bckd_box"] = self.reg_weight * giou_loss(
                 head.decode(student, anchors),
-                head.decode(teacher, anchors),
+                step.teacher_boxes(),
                 weight=_box_weight(step),
                 normalizer=assignment.normalizer,
             )

@@ -102,7 +102,12 @@ class Comparison:
         return tuple(name for name, weight in weights.items() if weight)
 
     def losses(
-        self, predictions: Predictions, teacher: Side, side: Side, assignment: Assignment
+        self,
+        predictions: Predictions,
+        teacher: Side,
+        side: Side,
+        assignment: Assignment,
+        teacher_boxes: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weighted losses of predictions against the teacher's; those of weight 0 are left out.
 
@@ -111,6 +116,8 @@ class Comparison:
             teacher: the teacher's side of the step.
             side: whose head decodes the predictions into boxes.
             assignment: which anchors count, and the normalizer.
+            teacher_boxes: what the predicted boxes are compared with; what ``side`` makes of the teacher's
+                predictions unless given.
         """
         losses: dict[str, Tensor] = {}
         if self.cls_weight:
@@ -124,13 +131,20 @@ class Comparison:
                 normalizer=assignment.normalizer,
             )
         if self.reg_weight:
-            losses["kd_reg"] = self.reg_weight * self._regression_loss(predictions, teacher, side, assignment)
+            losses["kd_reg"] = self.reg_weight * self._regression_loss(
+                predictions, teacher, side, assignment, teacher_boxes
+            )
         if self.quality_weight:
             losses["kd_quality"] = self.quality_weight * _quality_loss(predictions, teacher, assignment)
         return losses
 
     def _regression_loss(
-        self, predictions: Predictions, teacher: Side, side: Side, assignment: Assignment
+        self,
+        predictions: Predictions,
+        teacher: Side,
+        side: Side,
+        assignment: Assignment,
+        teacher_boxes: Tensor | None,
     ) -> Tensor:
         # Where the teacher sees no object its boxes mean nothing, hence its confidence as the weight.
         weight = teacher.predictions.box_confidence()  # (batch, anchors), or (batch, anchors, classes)
@@ -146,7 +160,8 @@ class Comparison:
                 normalizer=4 * mean_over_ranks(weight.sum()).clamp(min=_SMALLEST_CONFIDENCE),
             )
         boxes = side.head.decode(predictions, side.anchors)
-        teacher_boxes = side.head.decode(teacher.predictions, side.anchors)
+        if teacher_boxes is None:
+            teacher_boxes = side.head.decode(teacher.predictions, side.anchors)
         loss = giou_loss if self.regression == "giou" else iou_loss
         return loss(boxes, teacher_boxes, weight=weight, normalizer=assignment.normalizer)
 

@@ -20,6 +20,7 @@ from crosskd.pairing import (
     require_heads,
     require_predictions_alike,
     require_same_anchors,
+    require_same_bins,
     require_same_boxes,
 )
 from crosskd.predictions import mean_over_ranks
@@ -173,6 +174,8 @@ class LD(Method):
         """Demands the same anchors and the same box coding; for the region, anchors that are known."""
         require_same_anchors(step)
         require_same_boxes(step)
+        if self.main_weight or self.region_weight:
+            require_same_bins(step)
         if self.region_weight:
             _anchor_boxes(step, self.anchor_size)
 
@@ -327,7 +330,7 @@ def _boxes_of_objects(step: Step) -> list[Tensor]:
             "the student's adapter decodes none: pass it decode=, or set region_weight=0"
         )
     found = []
-    boxes = head.decode(teacher, step.student.anchors)
+    boxes = step.teacher_boxes()
     scores, labels = teacher.probabilities().max(dim=-1)
     for image, sure in enumerate(step.assignment.positive):
         of_image = clip_boxes_to_image(boxes[image][sure], step.image_sizes[image])

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosskd.align import ChannelProjection
 from crosskd.methods.base import Method, Requirement
 from crosskd.pairing import Pair
 from crosskd.schedule import Schedule
-from crosskd.step import Step
+from crosskd.step import Step, outside_graph
+from crosskd.views import place_level, sample
 
 __all__ = ["MapMethod"]
 
@@ -171,9 +171,8 @@ class MapMethod(Method):
         compared = []
         trains = next(self.parameters(), None) is not None
         for level, teacher_level in self.matches:
-            student, teacher = self.of_student(step.student.maps[level]), step.teacher.maps[teacher_level]
-            if student.shape[2:] != teacher.shape[2:]:
-                teacher = self._resized(teacher, student, level)
+            student = self.of_student(step.student.maps[level])
+            teacher = self._placed(step, level, teacher_level)
             if trains:
                 student = _trained(student, level)
             if f"level{level}" in self.projections:
@@ -181,14 +180,33 @@ class MapMethod(Method):
             compared.append((level, student, teacher))
         return compared
 
-    def _resized(self, teacher: Tensor, student: Tensor, level: int) -> Tensor:
-        if not self.resize:
+    def _placed(self, step: Step, level: int, teacher_level: int) -> Tensor:
+        """The teacher's map at the locations of the student's."""
+        teacher, student = step.teacher.maps[teacher_level], step.student.maps[level]
+        if teacher.shape[2:] == student.shape[2:] and step.alike:
+            return teacher
+        strides = tuple(
+            None if of_side is None else of_side[at]
+            for of_side, at in ((step.teacher.strides, teacher_level), (step.student.strides, level))
+        )
+        return self._resized(step, level, (teacher, student.detach()), strides)
+
+    # The sizes of images change from batch to batch.
+    @outside_graph
+    def _resized(
+        self, step: Step, level: int, maps: tuple[Tensor, Tensor], strides: Sequence[float | None]
+    ) -> Tensor:
+        batches = step.teacher.batch, step.student.batch
+        sizes = [tuple(of_side.shape[2:]) for of_side in maps]
+        grid, exact = place_level(batches, sizes, strides, step.scale, maps[0])
+        if not (exact or self.resize):
+            images = [list(batch.image_sizes) for batch in batches]
             raise ValueError(
-                f"the maps of the student's level {level} differ in size: {tuple(teacher.shape[2:])} "
-                f"(teacher), {tuple(student.shape[2:])} (student) as (height, width). Give both images of "
-                f"the same size, or have the teacher's maps resized by resize=True"
+                f"the maps of the student's level {level} differ in size: {sizes[0]} (teacher), {sizes[1]} "
+                f"(student) as (height, width), of images of {images[0]} (teacher), {images[1]} (student). "
+                "Give both images of the same size, or have the teacher's maps resized by resize=True"
             )
-        return F.interpolate(teacher, size=student.shape[2:], mode="bilinear", align_corners=False)
+        return sample(maps[0], grid, mixes=not exact)
 
 
 def _trained(features: Tensor, level: int) -> Tensor:

@@ -15,6 +15,7 @@ from crosskd.pairing import (
     require_heads,
     require_predictions_alike,
     require_same_anchors,
+    require_same_bins,
     require_same_boxes,
 )
 from crosskd.schedule import Schedule
@@ -91,6 +92,8 @@ class PredictionMimicking(Method):
         """Demands the same anchors and the same box coding."""
         require_same_anchors(step)
         require_same_boxes(step)
+        if self.comparison.reg_weight and self.comparison.regression == "distribution_kl":
+            require_same_bins(step)
 
     def loss_names(self) -> tuple[str, ...]:
         """The losses whose weight is not 0."""
@@ -98,4 +101,10 @@ class PredictionMimicking(Method):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Compares the student's own predictions with the teacher's."""
-        return self.comparison.losses(step.student.predictions, step.teacher, step.student, step.assignment)
+        return self.comparison.losses(
+            step.student.predictions,
+            step.teacher,
+            step.student,
+            step.assignment,
+            step.teacher.resized_boxes,
+        )

@@ -145,10 +145,8 @@ class ResponseDistillation(Method):
         # (batch, anchors), or (batch, anchors, classes) where each class has a box
         weight = probabilities if teacher.box_per_class else probabilities.sum(dim=-1)
         counts = weight > self.threshold
-        # The student's head decodes both, so that a teacher of another resolution needs no rescaling.
         boxes = head.decode(student, step.student.anchors)
-        teacher_boxes = head.decode(teacher, step.student.anchors)
-        return giou_loss(boxes, teacher_boxes, weight=weight * counts, normalizer=_number_of(counts))
+        return giou_loss(boxes, step.teacher_boxes(), weight=weight * counts, normalizer=_number_of(counts))
 
 
 def _number_of(counts: Tensor) -> Tensor:

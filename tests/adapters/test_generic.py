@@ -458,7 +458,7 @@ def test_a_map_with_its_channels_last_is_resized_where_asked_for():
         losses_of(teacher, student, fully_adapter())
     losses = losses_of(teacher, student, fully_adapter(), resize_levels=True)
     assert all(loss.isfinite() for loss in losses.values())
-    with pytest.raises(ValueError, match=r"features \(2, 7, 8\) are no map of \(height, width\)"):
+    with pytest.raises(ValueError, match=r"levels differ: \[\(7,\)\] \(teacher\), .*where they are maps"):
         losses_of(Fully(space=(7,)), Fully(space=(5,)), fully_adapter(), resize_levels=True)
 
 

@@ -121,7 +121,12 @@ def test_teachers_and_options_that_are_refused():
 
 def test_options_of_ultralytics_that_do_not_go_together(tmp_path, data):
     kind = trainer_of(model_of("yolo11n"))
-    for option in ({"compile": True}, {"distill_model": "yolo11s.pt"}):
+    reasons = {
+        "compile": "can't go together",
+        "distill_model": "can't go together",
+        "classes": "the teacher goes on teaching all",
+    }
+    for option in ({"compile": True}, {"distill_model": "yolo11s.pt"}, {"classes": [0]}):
         overrides = {
             "model": "yolo11n.yaml",
             "data": str(data),
@@ -129,7 +134,8 @@ def test_options_of_ultralytics_that_do_not_go_together(tmp_path, data):
             **SETTINGS,
             **option,
         }
-        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* can't go together"):
+        name = next(iter(option))
+        with pytest.raises(ValueError, match=f"{name}=.* {reasons[name]}"):
             kind(overrides=overrides)
 
 

@@ -94,6 +94,7 @@ class DetectHead(Head):
         self.head_type = "YOLO with distributions" if self.bins > 1 else "YOLO with distances"
         end_to_end = getattr(self.detect, _ONE_TO_ONE.boxes, None) is not None
         self.halves = (_ONE_TO_MANY, _ONE_TO_ONE) if end_to_end else (_ONE_TO_MANY,)
+        self.copies = len(self.halves)
         branches = []
         for half in self.halves:
             branches.append(_branch(f"{half.prefix}classification", half.classes, self.detect))
