@@ -72,6 +72,9 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
 def prove_teacher(adapter: Adapter, batch: Batch) -> None:
     """Raises ``ValueError`` where the teacher's pieces predict something else than its own forward.
 
+    Buffers that the teacher writes even in eval mode become the frozen copy's own, so that the user's teacher
+    keeps its numbers.
+
     Args:
         adapter: the frozen teacher's.
         batch: as the teacher takes it.
@@ -80,6 +83,7 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
     with _proving(adapter.detector) as own_outputs, _own_forward(name):
         own = adapter.own_outputs(batch)
     runs = []
+    before = {id(buffer): buffer.clone() for buffer in adapter.detector.buffers()}
     with _proving(adapter.detector) as outputs:
         maps = adapter.maps(batch.pixels)
         for head, given in zip(adapter.heads, own, strict=False):
@@ -88,6 +92,8 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
             else:
                 feed, levels = maps, list(range(len(maps)))
             runs.append((head, given, run_head(head, feed, levels).predictions))
+        written = {id(b) for b in adapter.detector.buffers() if not _same(b, before.get(id(b)))}
+    _unshare(adapter.detector, written)
     _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
     for head, given, predictions in runs:
@@ -99,6 +105,18 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
                 raise ValueError(_message(name, place, f"{which}: {_difference(theirs, ours)}"))
     if place is not None and any(given.predictions is None for _, given, _ in runs):
         raise ValueError(_message(name, place, "its layers give other numbers"))
+
+
+def _unshare(frozen: nn.Module, written: set[int]) -> None:
+    """Gives a frozen copy memory of its own for some buffers."""
+    for module in frozen.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) in written:
+                module._buffers[name] = buffer.clone()
+
+
+def _same(buffer: Tensor, before: Tensor | None) -> bool:
+    return before is not None and torch.equal(buffer, before)
 
 
 def _check_types(who: str, own: Outputs, pieces: Outputs) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from crosskd import CrossKD, Distiller, PredictionMimicking
+from crosskd import PKD, CrossKD, Distiller, PredictionMimicking
+from crosskd.adapters import backbone
 from crosskd.frozen import frozen_copy
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 
@@ -78,3 +79,38 @@ def test_moving_and_casting_the_distiller_leaves_the_teacher_where_it_was():
     Distiller(teacher, tiny_retinanet(seed=1), CrossKD()).double().to(memory_format=torch.channels_last)
     assert digest(teacher) == before
     assert teacher.head.classification_head.cls_logits.weight.is_contiguous()
+
+
+class Counting(nn.Module):
+    """Counts its calls in eval mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, features):
+        self.calls += 1
+        return features
+
+
+def test_buffers_that_the_teacher_writes_in_eval_mode_are_the_copys_own():
+    teacher, student = tiny_retinanet(batch_norm=True), tiny_retinanet(seed=1)
+    teacher.backbone.stem.append(Counting())
+    distiller = Distiller(teacher, student, CrossKD())
+    for _ in range(2):
+        distiller(*tiny_batch())
+    assert teacher.backbone.stem[-1].calls == 0
+    assert distiller.teacher.backbone.stem[-1].calls == 2
+    # All others are shared as before.
+    norms = (detector.backbone.stem[0][1] for detector in (teacher, distiller.teacher))
+    assert len({norm.running_mean.data_ptr() for norm in norms}) == 1
+
+
+def test_making_an_adapter_of_a_backbone_writes_nothing():
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3, stride=8, padding=1), Counting())
+    distiller = Distiller(
+        teacher, tiny_retinanet(seed=1), PKD(levels=(0,)), teacher_adapter=backbone(image_size=(64, 64))
+    )
+    assert teacher[1].calls == 0
+    distiller(*tiny_batch())
+    assert teacher[1].calls == 0

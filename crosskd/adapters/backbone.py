@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, Batch, OwnOutput, PixelCoding, recoded
 from crosskd.adapters.generic import sizes_of, stacked_images
 from crosskd.frozen import frozen_copy
@@ -98,7 +99,7 @@ class BackboneAdapter(Adapter):
         parameter = next(self.detector.parameters(), torch.empty(0))
         pixels = parameter.new_zeros(1, len(self.pixel_coding.mean), *self.image_size)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unchanged(self.detector):  # the copy shares its buffers
                 outputs = self._outputs(frozen_copy(self.detector), pixels)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 __all__ = ["check_boxes", "check_images", "check_targets"]
 
@@ -56,6 +57,11 @@ def check_targets(targets: Any, images: int, classes: int, first_label: int) -> 
                     f"torch.as_tensor({name}) makes one of a list or an array"
                 )
         boxes, labels = target["boxes"], target["labels"]
+        if isinstance(boxes, BoundingBoxes) and boxes.format != BoundingBoxFormat.XYXY:
+            raise ValueError(
+                f"targets[{index}] has boxes that say they are {boxes.format.value}, but the detectors read "
+                'xyxy: transform them by torchvision.transforms.v2.ConvertBoundingBoxFormat("XYXY")'
+            )
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
                 f"targets[{index}] must hold boxes of shape (objects, 4) and labels of shape "

@@ -15,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.tv_tensors import BoundingBoxes
 
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking
 from crosskd.adapters import find_adapter
@@ -483,6 +484,10 @@ FIT = target([1.0, 1.0, 30.0, 30.0])
         (
             [FIT, target([1.0, 1, 9, 9], 4)],
             r"targets\[1\] has labels from 4 to 4, .* 4 classes, labelled 0 to 3",
+        ),
+        (
+            [FIT, {**FIT, "boxes": BoundingBoxes([[8.0, 8, 4, 4]], format="CXCYWH", canvas_size=(64, 64))}],
+            r'targets\[1\] has boxes that say they are CXCYWH, .* xyxy.*"XYXY"',
         ),
         ([FIT, target([1.0, 1, 9, 9], -1)], r"targets\[1\] has labels from -1 to -1"),
         ([target([9.0, 1, 9, 9]), FIT], r"targets\[0\] has 1 box\(es\) without .* \[9.0, 1.0, 9.0, 9.0\]"),
