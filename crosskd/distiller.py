@@ -277,7 +277,8 @@ class Distiller(nn.Module):
         memo.update(sharing_memo(self.teacher))
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        state = {name: deepcopy(value, memo) for name, value in vars(self).items()}
+        copied.__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         return copied
 
     def forward(self, images: Any, targets: Any = None) -> Any:
