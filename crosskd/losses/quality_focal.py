@@ -109,6 +109,10 @@ class _QualityFocalRows(torch.autograd.Function):
         return gradient, None, None
 
 
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+
+
 def quality_focal_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -158,8 +162,9 @@ def quality_focal_loss(
     teacher_logits = teacher_logits.detach()
     # The compiler fuses the plain composition by itself and chooses what to keep for backward; what
     # torch.func and torch.jit.trace transform are operators.
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
-    if torch.compiler.is_compiling() or tracing or _are_functorch_transforms_active():
+    # The compiler is asked first: it can't follow the other two.
+    compiling = torch.compiler.is_compiling()
+    if compiling or _is_tracing() or _are_functorch_transforms_active():
         dtype = compute_dtype(student_logits, teacher_logits)
         value = _quality_focal_value(student_logits.to(dtype), teacher_logits.to(dtype), beta)
         return weighted(value.sum(-1), weight, normalizer)
