@@ -105,9 +105,8 @@ def test_step_cost_has_a_row_for_each_method(tmp_path):
     arguments = [*options.split(), "--families", "gfl", "--methods", *names, "--output", str(output)]
     load("step_cost").main(arguments)
     times, memories = tables(output)
-    assert (
-        [row["method"] for row in times] == [row["method"] for row in memories] == ["CrossKD", "PKD", "BCKD"]
-    )
+    for rows in (times, memories):
+        assert [row["method"] for row in rows] == ["PKD", "BCKD"]
     assert all(float(row[f"{letter}, ms"]) > 0 for row in times for letter in "abcd")
     read = {row["method"]: float(row["the teacher's that it reads, MiB"]) for row in memories}
     # Maps of 64, 16, 4, 1 and 1 locations and 256 channels; 86 anchors, 3 logits and 4 distributions of 17.
