@@ -28,6 +28,7 @@ PAGES = (
     "docs/methods/bckd.md",
     "docs/methods/cosine.md",
     "docs/methods/crosskd.md",
+    "docs/methods/drkd.md",
     "docs/methods/imitation.md",
     "docs/methods/inherit.md",
     "docs/methods/fgd.md",
