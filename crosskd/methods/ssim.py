@@ -30,8 +30,8 @@ class StructuralKD(MapMethod):
     The strides of the levels must agree and nothing else.
 
     Published: the window, its deviation, and the weights 2 and 4. Ours: what has one minimum and maximum,
-    that the gradient passes through them, the window that is cut at the border of a map (coarse levels are
-    smaller than it), and 4 of the two weights.
+    that the gradient passes through them, maps that are mirrored at their border (coarse levels are smaller
+    than the window), and 4 of the two weights.
 
     Args:
         weight: of ``kd_ssim``; 4 unless given.
