@@ -1,11 +1,15 @@
-"""Draws what each method compares, on one image, as PNG files beside this script.
+r"""Draws what each method compares, on one image, as PNG files beside this script.
 
 Teacher and student are files of ``examples/train_torchvision.py``, two GFLs unless ``--teacher-model`` and
 ``--student-model`` say otherwise; ``benchmarks/bccd.py`` trains them all, and with its output folder in
-``--distilled`` pictures show beside the student that was trained alone the one that the method has taught::
+``--distilled`` pictures show beside the student that was trained alone the one that the method has taught.
+Those of the documentation, on an image of BCCD (MIT licence, copyright 2017 shenggan)::
 
-    python docs/pictures/draw_methods.py --root data/bccd --distilled runs/bccd \
-        --teacher runs/bccd/teacher/none.pt --student runs/bccd/none_seed0/none.pt
+    python benchmarks/bccd.py --root data/bccd --output runs/gfl --results runs/gfl/table \
+        --teacher gfl_resnet50 --student gfl_resnet18 --short-side 96 --width 96 --anchor-scale 0.3 \
+        --teacher-epochs 18 --epochs 4 --seeds 0 --ablate-tap --methods none crosskd pkd cwd ssim bckd
+    python docs/pictures/draw_methods.py --root data/bccd --distilled runs/gfl \
+        --teacher runs/gfl/teacher/none.pt --student runs/gfl/none_seed0/none.pt
 
 Each picture is a function that returns a figure. What it shows comes from the methods themselves or from the
 library's losses, as a step of training would have it, but for the student, which is in eval mode. Where a
@@ -38,6 +42,7 @@ from models import MODEL_NAMES, build_detector, load_weights
 from crosskd import (
     BCKD,
     CWD,
+    DRKD,
     FGD,
     LD,
     MGD,
@@ -45,6 +50,7 @@ from crosskd import (
     CosineAlignment,
     CrossKD,
     Distiller,
+    FeatureImitation,
     Method,
     StructuralKD,
 )
@@ -54,6 +60,7 @@ from crosskd.losses import valuable_region
 from crosskd.losses.fgd import attention, object_masks
 from crosskd.losses.ssim import min_max_scaled, ssim_map
 from crosskd.methods.cwd import class_maps
+from crosskd.methods.drkd import levels_of, pool
 from crosskd.predictions import Predictions
 from crosskd.step import Step
 
@@ -358,6 +365,34 @@ def fgd(scene: Scene) -> Figure:
     return figure
 
 
+def drkd(scene: Scene) -> Figure:
+    """Each object's similarity to the others of the image, on both sides."""
+    method, step = scene.step(DRKD())
+    boxes = step.foreground(method.threshold)[0].boxes
+    strides, image = step.student.strides, torch.zeros(len(boxes))
+    levels = levels_of(boxes, dict(enumerate(strides)))
+    sides = []
+    for maps in (step.teacher.maps, step.student.maps):
+        vectors = torch.zeros(len(boxes), maps[0].shape[1])
+        for level, stride in enumerate(strides):
+            here = levels == level
+            vectors[here] = pool(maps[level], boxes[here], image[here], stride).mean(dim=(2, 3))
+        vectors = F.normalize(vectors)
+        # As the relation begins, before its filter and its linear maps have learned anything.
+        sides.append((vectors @ vectors.mT / method.relations["all"].temperature).softmax(dim=0))
+    figure, ((first, *row),) = canvas(1, 4, 2.3, width_ratios=(1.5, 1, 1, 1))
+    show_image(first, scene, step, numbered=True)
+    related = list(zip(("relation, teacher", "relation, student"), sides, strict=True))
+    show_maps(figure, row[:2], related, norm=LogNorm(1e-3, 1))
+    show_maps(figure, row[2:], [("squared difference", (sides[0] - sides[1]).square())], colours="magma")
+    for axes in row:
+        axes.set_axis_on()
+        axes.set_xticks(range(len(boxes)), range(1, len(boxes) + 1))
+        axes.set_yticks(range(len(boxes)), range(1, len(boxes) + 1))
+        axes.tick_params(length=0)
+    return figure
+
+
 def cosine(scene: Scene) -> Figure:
     """The cosine of both maps at each position, with the projection as it begins and after training."""
     # A backbone teaches: the detector's own, without its pyramid and its head.
@@ -447,12 +482,32 @@ def crosskd(scene: Scene) -> Figure:
     return figure
 
 
+def imitation(scene: Scene) -> Figure:
+    """How much each location counts, and the student's map through its block against the teacher's."""
+    method, step = train_own_layers(scene, FeatureImitation(active_above=0.5))
+    ours, theirs = (side[0] for side in method.compared(step)[0][1:])
+    size = theirs.abs().mean(dim=0)
+    counts = torch.where(size > method.active_above * size.max(), 1.0, method.inactive_weight)
+    channel = telling_channel(theirs)
+    figure, rows = canvas(2, 3, 4.5)
+    show_maps(figure, rows[0, :1], [("teacher, mean magnitude", size)])
+    show_maps(figure, rows[0, 1:2], [("weight", counts)], norm=UNIT)
+    show_image(rows[0, 2], scene, step)
+    both = [("student, behind its block", ours[channel]), ("teacher", theirs[channel])]
+    show_maps(figure, rows[1, :2], both, "feature")
+    apart = counts * (ours - theirs)[channel].square()
+    show_maps(figure, rows[1, 2:], [("squared difference, weighted", apart)], colours="magma")
+    return figure
+
+
 PICTURES: dict[str, Callable[[Scene], Figure]] = {
     "bckd.png": bckd,
     "cosine.png": cosine,
     "crosskd.png": crosskd,
     "cwd.png": cwd,
+    "drkd.png": drkd,
     "fgd.png": fgd,
+    "imitation.png": imitation,
     "ld.png": ld,
     "mgd.png": mgd,
     "pkd.png": pkd,
