@@ -25,6 +25,7 @@ PAGES = (
     "README.md",
     "docs/adapters.md",
     "docs/backbones.md",
+    "docs/cross_modality.md",
     "docs/methods/bckd.md",
     "docs/methods/cosine.md",
     "docs/methods/crosskd.md",

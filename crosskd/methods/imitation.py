@@ -17,7 +17,7 @@ __all__ = ["FeatureImitation"]
 
 # Ours, for all students: nothing published is known to hold for a pyramid's maps.
 _WEIGHT = 1.0
-# Published.
+# Of the published implementation.
 _INACTIVE_WEIGHT = 0.05
 
 
@@ -34,8 +34,9 @@ class FeatureImitation(MapMethod):
     is not active. The strides of the levels must agree and nothing else.
 
     The feature part of CMKD, made for a teacher that sees another modality of the scene by
-    ``Distiller(teacher_view=…)``. The squared error, the block and the weight 0.05 are published, for maps
-    that are views from above; the block's form, the weight of the loss and the share are ours.
+    ``Distiller(teacher_view=…)``. The squared error, the block and the weight 0.05 are those of the published
+    implementation, which differs from the paper, for maps that are views from above; the block's form, the
+    weight of the loss and the share are ours.
 
     Args:
         weight: of ``kd_imitation``; 1 unless given.

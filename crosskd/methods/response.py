@@ -22,7 +22,7 @@ from crosskd.step import Step
 
 __all__ = ["ResponseDistillation"]
 
-# Published, for every type of head.
+# Of the published implementation, for every type of head.
 _CLS_WEIGHT, _REG_WEIGHT = 2.0, 2.0
 _BETA = 2.0
 _THRESHOLD = 0.1
@@ -43,9 +43,10 @@ class ResponseDistillation(Method):
     loss is the softmax's own; where each class has a box, :math:`P` is its class's probability.
 
     The response part of CMKD, made for a teacher that sees another modality of the scene by
-    ``Distiller(teacher_view=…)``, to follow the feature part, `crosskd.FeatureImitation`. Published are the
-    quality focal loss with its exponent, what it is divided by, which boxes count and how much, and both
-    weights. GIoU, and what the boxes are divided by, are ours.
+    ``Distiller(teacher_view=…)``, to follow the feature part, `crosskd.FeatureImitation`. The quality
+    focal loss with its exponent, what it is divided by, which boxes count and how much, and both weights are
+    those of the published implementation, which differs from the paper. GIoU, and what the boxes are divided
+    by, are ours.
 
     The student's predictors then have two targets at once where there are labels, as in
     `crosskd.PredictionMimicking`: don't combine it with `crosskd.CrossKD`. Classes (or a ``class_map``),
