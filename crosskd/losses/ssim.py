@@ -104,8 +104,8 @@ def ssim_map(student_features: Tensor, teacher_features: Tensor, *, window_size:
         \qquad C_1 = 0.01^2, \; C_2 = 0.03^2
 
     Means, variances and the covariance are weighted by a Gaussian window. Beyond its border a map is
-    mirrored, the outermost cells not repeated, as kornia does; a map smaller than the window is mirrored to
-    and fro. Of a single cell only its value is left to compare.
+    mirrored, the outermost cells not repeated, as kornia does; a map smaller than the window is mirrored over
+    and over. Of a single cell only its value is left to compare.
 
     Args:
         student_features: shape (batch, channels, height, width), values from 0 to 1.

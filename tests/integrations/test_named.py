@@ -51,7 +51,7 @@ def test_a_name_may_stand_elsewhere_too():
         ("Unknown", ValueError, "'Unknown' is no method .* CrossKD, .*, or pass an object"),
         ("MapMethod", ValueError, "'MapMethod' is no method"),
         ({"position": 3}, ValueError, "type None is no method"),
-        ({"type": "PKD", "wieght": 3}, TypeError, "wieght"),
+        ({"type": "PKD", "mass": 3}, TypeError, "mass"),
         ([3], TypeError, "expected a method, the name of one, or a dict .*, got 3"),
     ],
 )
