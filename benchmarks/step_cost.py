@@ -457,10 +457,11 @@ step. No optimizer step in any of them. Times are medians over rounds that run a
 round by round, with their quartiles in brackets."""
 
 FLOOR_EXPLANATION = """\
-Peak memory is what is allocated above the weights. The floor is the student's plain step and the teacher's
-maps or predictions that the method reads, which have to be there as long as the student's step lasts. Above
-it are the method's own intermediate results and the gradients of what it trains. The last column: all that
-is alive of the teacher's forward when the student's begins."""
+Peak memory is what is allocated above the weights. The floor is the student's plain step and beside it the
+teacher's maps or predictions that the method reads, which have to outlive the student's forward. Above it
+are the method's own intermediate results and the gradients of what it trains. (A step can come out just
+below: where the plain step's peak is late in the backward pass, the teacher's are freed by then.) The last
+column: all that is alive of the teacher's forward when the student's begins."""
 
 
 if __name__ == "__main__":
