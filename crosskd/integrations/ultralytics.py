@@ -82,6 +82,7 @@ def trainer(
 
     Example:
         >>> from ultralytics import YOLO
+        >>> from crosskd import CrossKD
         >>> kind = trainer(teacher=YOLO("yolo11s.yaml"), methods=CrossKD(reg_weight=3.0))
         >>> # YOLO("yolo11n.yaml").train(data="coco.yaml", trainer=kind)
         >>> kind.__mro__[2].__name__
