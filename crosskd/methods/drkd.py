@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from crosskd._checks import compute_dtype
+from crosskd._checks import compute_dtype, require_not_negative
 from crosskd.losses.drkd import InstanceRelation, PixelRelation, spread_of
 from crosskd.methods.base import Requirement
 from crosskd.methods.maps import MapMethod
 from crosskd.pairing import Pair
 from crosskd.schedule import Schedule
-from crosskd.step import Step, outside_graph
+from crosskd.step import Step, outside_graph, resized_boxes
 
 __all__ = ["DRKD", "Pooled", "levels_of", "pool"]
 
@@ -105,9 +104,7 @@ class DRKD(MapMethod):
     ) -> None:
         super().__init__(weight, levels, resize=resize, schedule=schedule, name=name)
         weights = {"pixel": pixel_weight, "relation": relation_weight, "instance": instance_weight}
-        for part, value in weights.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{part}_weight must be 0 or more, got {value}")
+        require_not_negative(**{f"{part}_weight": value for part, value in weights.items()})
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}")
         if most_objects < 1:
@@ -213,7 +210,7 @@ class DRKD(MapMethod):
             of_image = _spread(objects.boxes, self.most_objects)
             boxes.append(of_image)
             # The teacher may see the images at another size.
-            their_boxes.append(of_image * of_image.new_tensor([theirs[1] / own[1], theirs[0] / own[0]] * 2))
+            their_boxes.append(resized_boxes(of_image, own, theirs))
             images.append(torch.full((len(of_image),), image, device=of_image.device))
         return torch.cat(boxes), torch.cat(their_boxes), torch.cat(images)
 

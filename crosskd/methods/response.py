@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from crosskd._checks import require_not_negative
 from crosskd.losses import giou_loss, quality_focal_loss, softmax_focal_loss
 from crosskd.methods.base import Method, Taught
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
-    require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
     require_same_boxes,
 )
@@ -88,9 +85,7 @@ class ResponseDistillation(Method):
         head: str | None = None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
-        for argument, value in {"cls_weight": cls_weight, "reg_weight": reg_weight, "beta": beta}.items():
-            if not value >= 0:
-                raise ValueError(f"{argument} must be 0 or more, got {value}")
+        require_not_negative(cls_weight=cls_weight, reg_weight=reg_weight, beta=beta)
         if cls_weight == 0 and reg_weight == 0:
             raise ValueError(
                 "cls_weight and reg_weight are both 0: there is nothing to distil; raise one of them"
@@ -102,11 +97,7 @@ class ResponseDistillation(Method):
 
     def setup(self, pair: Pair) -> None:
         """Demands predictions that can be compared row by row, and boxes."""
-        teacher, _ = require_heads(pair)
-        require_grid(pair)
-        require_all_levels(pair)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        teacher, _ = require_rows_alike(pair)
         if self.reg_weight and not teacher.decodes:
             raise ValueError(
                 "boxes are to be compared, but the teacher's adapter decodes none: pass it decode=, or set "

@@ -26,7 +26,7 @@ class StructuralKD(MapMethod):
     .. math::
         w \sum_l \frac{1}{M_l} \sum \tfrac{1}{2} \bigl(1 - \mathrm{SSIM}(\hat{s}_l, \hat{t}_l)\bigr)
 
-    over all :math:`M_l` elements of a level, where the hat scales a map from 0, its minimum, to 1, its
+    over all :math:`M_l` elements of level l, where the hat scales a map from 0, its minimum, to 1, its
     maximum. Means, variances and covariance of the SSIM are those of a Gaussian window around each location.
     The strides of the levels must agree and nothing else.
 
