@@ -250,8 +250,9 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, options: argparse
         axes.spines[["top", "right"]].set_visible(False)
     curves.set(xlabel="epoch", ylabel=f"AP on BCCD {options.split}, mean over seeds")
     curves.set_title(f"{options.student} from {options.teacher}")
+    curves.set_xticks(epochs)
     curves.legend(frameon=False, loc="lower right")
-    finals.set(title="after the last epoch: every seed, and their mean", xlabel="AP")
+    finals.set(title="last epoch: every seed, and the mean", xlabel="AP")
     finals.set_yticks(range(len(names)), [label_of(name) for name in names])
     for tick, name in zip(finals.get_yticklabels(), names, strict=True):
         tick.set_color(colour[name])

@@ -2,16 +2,19 @@
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --device cuda --amp bfloat16 --size 800x1333 --batch 8 --channels-last
+    python benchmarks/step_cost.py --families gfl --methods crosskd pkd fgd
 
 The parts, each bit of work in one of them only:
 
 * a: the student's plain step: preprocessing, forward, its own losses, backward;
 * b: the teacher's forward: backbone and head, without gradients;
 * c: the tail: the teacher's statistics, alignment, the rest of its towers, predictors, decoding, the
-  distillation losses, and backward to the student's tapped features;
+  distillation losses, and backward to the student's tapped features; of another method than CrossKD all
+  that it does, and backward to the student's maps or predictions;
 * d: the whole distillation step: what `Distiller` does, and backward.
 
-An optimizer's step is the same with and without distillation and is left out.
+An optimizer's step is the same with and without distillation and is left out. With ``--methods`` there is a
+row for each method; the teacher's head is part of b only where the method needs it.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ import torch
 from measure import MIB
 from torch import Tensor, nn
 
-from crosskd import CrossKD, Distiller
+from crosskd import CrossKD, Distiller, Method
+from crosskd.methods import MapMethod
+from crosskd.predictions import Predictions
+from crosskd.running import steps_of
 from crosskd.step import Side, Step, Trace
 from crosskd.towers import Tapped
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from dense_heads import adapter_of
+from methods_table import METHODS
 from models import FAMILIES, build_detector
 
 TIME_HEADER = ("detector", "a, ms", "b, ms", "c, ms", "d, ms", "d / (a + b + c)", "d / a")
@@ -49,6 +56,19 @@ MEMORY_HEADER = (
     "d / a",
     "teacher's predictions, MiB",
     "alive after the teacher, MiB",
+)
+METHOD_MEMORY_HEADER = (
+    "method",
+    "a, MiB",
+    "the teacher's that it reads, MiB",
+    "floor, MiB",
+    "d, MiB",
+    "d / floor",
+    "alive after the teacher, MiB",
+)
+# What the table of methods makes them of: nothing is set.
+_DEFAULTS = argparse.Namespace(
+    position=None, tap="post", cls_weight=None, reg_weight=None, stop_distilling=None
 )
 
 
@@ -111,25 +131,78 @@ class Tail:
         return self.method(step)
 
 
-class Pieces:
-    """A student, its teacher, a batch, and the parts of a step as functions without arguments."""
+class MethodTail:
+    """The work of a method that reads maps and predictions, not what is inside a head.
 
-    def __init__(self, family: str, options: argparse.Namespace) -> None:
+    Args:
+        distiller: with that method alone.
+        trace: of one of its steps.
+    """
+
+    def __init__(self, distiller: Distiller, trace: Trace) -> None:
+        ((self.name, self.method),) = distiller.methods.items()
+        self.distiller, self.trace = distiller, trace
+
+    def losses(self) -> dict[str, Tensor]:
+        """The distillation losses, with a gradient into leaves in the place of what the student gave."""
+        student = self.trace.student
+        maps = [feature_map.detach().requires_grad_() for feature_map in student.maps]
+        heads = {
+            name: replace(run, predictions=_as_leaves(run.predictions)) for name, run in student.heads.items()
+        }
+        leaves = replace(student, maps=maps, heads=heads)
+        methods = {self.name: self.method}
+        steps = steps_of(self.distiller._pairs, self.trace.teacher, leaves, methods, 0.5)
+        losses: dict[str, Tensor] = self.method(steps[self.name])
+        return losses
+
+
+def _as_leaves(predictions: Predictions) -> Predictions:
+    constants = predictions.detach()
+    for tensor in (constants.logits, constants.regression, constants.quality):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return constants
+
+
+class Pieces:
+    """A student, its teacher, a batch, and the parts of a step as functions without arguments.
+
+    Args:
+        family: of both detectors.
+        options: the script's.
+        method: its name in the training script's table.
+    """
+
+    def __init__(self, family: str, options: argparse.Namespace, method: str = "crosskd") -> None:
         torch.manual_seed(options.seed)
         self.device, self.amp = options.device, options.amp
         self.images, self.targets = make_batch(options)
         self.teacher = self._build(f"{family}_{options.teacher}", options)
         self.student = self._build(f"{family}_{options.student}", options).train()
         self._settle_statistics()
+        self.distiller = Distiller(self.teacher, self.student, METHODS[method].make(_DEFAULTS), adapter_of)
+        with self._autocast():
+            self.distiller(self.images, self.targets)  # the first step compares the pieces with the detectors
+        self.tail = self._tail()
+        self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
+        self.pixels = self._pixels()
+
+    @property
+    def method(self) -> Method:
+        """What is distilled by."""
+        (method,) = self.distiller.methods.children()
+        assert isinstance(method, Method)
+        return method
+
+    def _tail(self) -> Tail | MethodTail:
+        if not isinstance(self.method, CrossKD):
+            with self._autocast():
+                return MethodTail(self.distiller, self.distiller.trace(self.images, self.targets))
         recording = Distiller(self.teacher, self.student, RecordingCrossKD(), adapter_of)
         with self._autocast():
             trace = recording.trace(self.images, self.targets)
-        self.tail = Tail(trace, recording.methods["crosskd"])  # type: ignore[arg-type]
-        self.distiller = Distiller(self.teacher, self.student, CrossKD(), adapter_of)
-        with self._autocast():
-            self.distiller(self.images, self.targets)  # the first step compares the pieces with the detectors
-        self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
-        self.pixels = self._pixels()
+        return Tail(trace, recording.methods["crosskd"])  # type: ignore[arg-type]
 
     def _build(self, name: str, options: argparse.Namespace) -> nn.Module:
         height, width = options.size
@@ -156,7 +229,7 @@ class Pieces:
         return measure.autocast(self.device, self.amp)
 
     def _forward_backward(self, forward: Callable[[], dict[str, Tensor]]) -> None:
-        self.student.zero_grad()
+        self.distiller.zero_grad()
         with self._autocast():
             loss = torch.stack(list(forward().values())).sum()
         loss.backward()
@@ -167,9 +240,11 @@ class Pieces:
 
     @torch.no_grad()
     def teacher_forward(self) -> list[Tensor]:
-        """The teacher's predictions."""
+        """The teacher's predictions, or its maps where the method doesn't distil a head."""
         with self._autocast():
             features = list(self.teacher.backbone(self.pixels).values())
+            if not self.method.distils_heads():
+                return features
             predictions = self.teacher.head(features)
         named = isinstance(predictions, dict)  # torchvision's are, those of examples/dense_heads a tuple
         return [p for p in (predictions.values() if named else predictions) if p is not None]
@@ -191,9 +266,16 @@ class Pieces:
             "d": self.distillation_step,
         }
 
+    def read_of_teacher(self) -> int:
+        """Bytes of the teacher's maps and predictions that the method reads."""
+        results = self.teacher_forward()
+        if isinstance(self.method, MapMethod) and not self.method.distils_heads():
+            results = [results[level] for _, level in self.method.matches]
+        return sum(result.untyped_storage().nbytes() for result in results)
+
     def alive_after_teacher(self) -> int:
         """Bytes of tensors that a distillation step has made when the student's forward begins."""
-        self.student.zero_grad()
+        self.distiller.zero_grad()
         alive = []
         before = measure.tensor_bytes_alive()
         with (
@@ -232,23 +314,28 @@ def make_batch(options: argparse.Namespace) -> tuple[list[Tensor], list[dict[str
     return images, targets
 
 
-def time_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
+def time_row(label: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
     """Medians, and the ratios' spread over the rounds."""
     seconds = measure.timed_rounds(pieces.parts(), options.rounds, options.device, clock=options.clock)
     apart = [sum(parts) for parts in zip(seconds["a"], seconds["b"], seconds["c"], strict=True)]
     medians = [f"{1000 * measure.Spread.of(values).median:.0f}" for values in seconds.values()]
     ratios = measure.ratios(seconds["d"], apart), measure.ratios(seconds["d"], seconds["a"])
-    return [family, *medians, *(ratio.text() for ratio in ratios)]
+    return [label, *medians, *(ratio.text() for ratio in ratios)]
+
+
+def peaks_of(pieces: Pieces, letters: str, device: torch.device) -> dict[str, int]:
+    """The peak memory of some of a step's parts."""
+    peaks = {}
+    for letter in letters:
+        pieces.distiller.zero_grad()
+        peaks[letter] = measure.memory(pieces.parts()[letter], device).peak
+    return peaks
 
 
 def memory_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
     """Peaks, and what the teacher's forward leaves behind."""
-    peaks = {}
-    for letter, function in pieces.parts().items():
-        pieces.student.zero_grad()
-        peaks[letter] = measure.memory(function, options.device).peak
-    predictions = sum(p.untyped_storage().nbytes() for p in pieces.teacher_forward())
-    alive = pieces.alive_after_teacher()
+    peaks = peaks_of(pieces, "abcd", options.device)
+    predictions, alive = pieces.read_of_teacher(), pieces.alive_after_teacher()
     return [
         family,
         *(f"{peak / MIB:.0f}" for peak in peaks.values()),
@@ -256,6 +343,15 @@ def memory_row(family: str, pieces: Pieces, options: argparse.Namespace) -> list
         f"{predictions / MIB:.2f}",
         f"{alive / MIB:.2f}",
     ]
+
+
+def method_memory_row(label: str, pieces: Pieces, options: argparse.Namespace) -> list[str]:
+    """The peak of a step beside the least that it can be."""
+    peaks = peaks_of(pieces, "ad", options.device)
+    read, alive = pieces.read_of_teacher(), pieces.alive_after_teacher()
+    floor = peaks["a"] + read
+    sizes = [f"{size / MIB:.1f}" for size in (peaks["a"], read, floor, peaks["d"])]
+    return [label, *sizes, f"{peaks['d'] / floor:.2f}", f"{alive / MIB:.1f}"]
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -274,6 +370,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     measure.add_options(parser)
     parser.add_argument("--families", choices=FAMILIES, nargs="+", default=["retinanet", "fcos"])
+    parser.add_argument(
+        "--methods", choices=METHODS, nargs="+", default=[], help="a row each, for the first family"
+    )
     parser.add_argument("--teacher", default="resnet50", help="the teacher's backbone")
     parser.add_argument("--student", default="resnet18", help="the student's backbone")
     parser.add_argument("--size", type=size_of, default=(256, 320), help="height x width of the images")
@@ -286,17 +385,44 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_options(arguments)
-    torch.set_num_threads(options.threads)
-    load = os.getloadavg()
+def family_tables(options: argparse.Namespace) -> list[str]:
+    """CrossKD's cost, a row for each family of detectors."""
     times, memories = [], []
     for family in options.families:
         pieces = Pieces(family, options)
         times.append(time_row(family, pieces, options))
         memories.append(memory_row(family, pieces, options))
+    return [
+        EXPLANATION,
+        measure.table(TIME_HEADER, times),
+        MEMORY_EXPLANATION,
+        measure.table(MEMORY_HEADER, memories),
+    ]
+
+
+def method_tables(options: argparse.Namespace) -> list[str]:
+    """A family's cost, a row for each method."""
+    times, memories = [], []
+    for name in options.methods:
+        pieces = Pieces(options.families[0], options, name)
+        times.append(time_row(METHODS[name].label, pieces, options))
+        memories.append(method_memory_row(METHODS[name].label, pieces, options))
+    return [
+        METHODS_EXPLANATION,
+        measure.table(("method", *TIME_HEADER[1:]), times),
+        FLOOR_EXPLANATION,
+        measure.table(METHOD_MEMORY_HEADER, memories),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    torch.set_num_threads(options.threads)
+    load = os.getloadavg()
+    parts = method_tables(options) if options.methods else family_tables(options)
     height, width = options.size
     settings = [
+        f"{' and '.join(options.families[:1] if options.methods else options.families)}, "
         f"{options.student} from {options.teacher}, untrained, batch {options.batch} of {height}x{width}, "
         f"{options.classes} classes, {options.objects} boxes per image",
         f"amp {options.amp}",
@@ -307,10 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"# Cost of a distillation step, {options.device.type}, amp {options.amp}",
             measure.environment("benchmarks/step_cost.py", options, load)
             + f"\n- setting: {', '.join(settings)}",
-            EXPLANATION,
-            measure.table(TIME_HEADER, times),
-            MEMORY_EXPLANATION,
-            measure.table(MEMORY_HEADER, memories),
+            *parts,
         ]
     )
     measure.write(text, options.output)
@@ -326,6 +449,19 @@ MEMORY_EXPLANATION = """\
 Peak memory is what is allocated above the weights (for c also above the tapped features). The last two
 columns: the teacher's predictions, and all that is alive of the teacher's forward when the student's
 begins. The difference is the statistics of its channels."""
+
+METHODS_EXPLANATION = """\
+a: the student's plain step; b: the teacher's forward, without its head where the method compares maps; c:
+what the method does, forward and backward to the student's maps or predictions; d: the whole distillation
+step. No optimizer step in any of them. Times are medians over rounds that run all four; ratios are taken
+round by round, with their quartiles in brackets."""
+
+FLOOR_EXPLANATION = """\
+Peak memory is what is allocated above the weights. The floor is the student's plain step and beside it the
+teacher's maps or predictions that the method reads, which have to outlive the student's forward. Above it
+are the method's own intermediate results and the gradients of what it trains. (A step can come out just
+below: where the plain step's peak is late in the backward pass, the teacher's are freed by then.) The last
+column: all that is alive of the teacher's forward when the student's begins."""
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, PredictionMimicking, StructuralKD
 from crosskd.methods.cosine import CosineAlignment
+from crosskd.methods.drkd import DRKD
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.schedule import Schedule
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BCKD",
     "CWD",
+    "DRKD",
     "FGD",
     "LD",
     "MGD",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,13 @@ def require_rows(name: str, tensor: Tensor) -> None:
     """Raises ``ValueError`` unless a tensor has at least the dimension that a row runs along."""
     if tensor.ndim == 0:
         raise ValueError(f"{name} must have shape (..., classes), got a tensor without dimensions")
+
+
+def require_not_negative(**numbers: float | None) -> None:
+    """Raises ``ValueError`` for the first argument that is below 0 or not finite; ``None`` is not given."""
+    for name, number in numbers.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

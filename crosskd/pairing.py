@@ -32,6 +32,7 @@ __all__ = [
     "require_grid",
     "require_heads",
     "require_predictions_alike",
+    "require_rows_alike",
     "require_same_anchors",
     "require_same_bins",
     "require_same_boxes",
@@ -290,6 +291,20 @@ def require_predictions_alike(pair: Pair) -> None:
             f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
             "alike, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
         )
+
+
+def require_rows_alike(pair: Pair) -> tuple[Head, Head]:
+    """The (teacher's, student's) head; raises ``ValueError`` where their rows can't be compared one by one.
+
+    For methods of the student's own predictions: rows on a grid, all levels, equal classes, one kind of
+    numbers. What only a batch shows, `require_same_anchors` and `require_same_boxes`, is left.
+    """
+    heads = require_heads(pair)
+    require_grid(pair)
+    require_all_levels(pair)
+    require_classes(pair)
+    require_predictions_alike(pair)
+    return heads
 
 
 # -- on the first step ---------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
 from crosskd.methods.base import Method
@@ -20,7 +19,9 @@ from crosskd.step import (
     HeadTrace,
     Side,
     Step,
+    distinct_objects,
     outside_graph,
+    resized_boxes,
     run_head,
     shape_only,
     space,
@@ -359,16 +360,13 @@ def _teacher_objects(pair: Pair, teacher: DetectorTrace, student: DetectorTrace)
     same = classes_agree(pair.teacher.heads[-1], pair.student.heads[-1])
     objects = []
     sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
-    for of_image, ((height, width), (own_height, own_width)) in zip(
-        student.batch.objects, sizes, strict=True
-    ):
-        factors = of_image.boxes.new_tensor([width / own_width, height / own_height] * 2)
+    for of_image, (size, own) in zip(student.batch.objects, sizes, strict=True):
         labels = of_image.labels
         # With a class map the teacher's predictions are of the student's classes, in the student's order.
         if pair.class_map is None and not same:
             # Most assigners look at places alone; those that look at classes refuse this.
             labels = torch.full_like(labels, -1)
-        objects.append(Objects(of_image.boxes * factors, labels))
+        objects.append(Objects(resized_boxes(of_image.boxes, own, size), labels))
     return tuple(objects)
 
 
@@ -394,8 +392,6 @@ def _found_by_teacher(
         zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
     ):
         sure = scores[index] >= threshold
-        of_image, label = clip_boxes_to_image(boxes[index][sure], size), labels[index][sure]
-        kept = batched_nms(of_image, scores[index][sure], label, iou_threshold=0.5)
-        factors = of_image.new_tensor([own[1] / size[1], own[0] / size[0]] * 2)
-        found.append(Objects(of_image[kept] * factors, label[kept]))
+        of_image = distinct_objects(boxes[index][sure], scores[index][sure], labels[index][sure], size)
+        found.append(replace(of_image, boxes=resized_boxes(of_image.boxes, size, own)))
     return tuple(found)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from crosskd.adapters.base import Adapter, Batch, Head, Objects
 from crosskd.predictions import Assignment, Predictions, join_levels
@@ -24,7 +25,9 @@ __all__ = [
     "Step",
     "Trace",
     "between_graphs",
+    "distinct_objects",
     "outside_graph",
+    "resized_boxes",
     "run_head",
     "shape_only",
     "space",
@@ -332,6 +335,26 @@ def run_head(
 def space(feature_map: Tensor, *, channels_last: bool) -> tuple[int, ...]:
     """A map's shape without batch and channels: (height, width), (locations,) or ()."""
     return tuple(feature_map.shape[1:-1] if channels_last else feature_map.shape[2:])
+
+
+def resized_boxes(boxes: Tensor, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Boxes (objects, 4), xyxy in pixels, of an image of one (height, width) as they are at another."""
+    (height, width), (wanted_height, wanted_width) = size, wanted
+    return boxes * boxes.new_tensor([wanted_width / width, wanted_height / height] * 2)
+
+
+def distinct_objects(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> Objects:
+    """What is left of an image's boxes where of those of a class that overlap by half the surest are kept.
+
+    Args:
+        boxes: shape (boxes, 4), xyxy in pixels, cut to the image first.
+        scores: shape (boxes,).
+        labels: likewise.
+        size: (height, width) of the image.
+    """
+    boxes = clip_boxes_to_image(boxes, size)
+    kept = batched_nms(boxes, scores, labels, iou_threshold=0.5)
+    return Objects(boxes[kept], labels[kept])
 
 
 def shape_only(tensor: Tensor) -> Tensor:

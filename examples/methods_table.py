@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from crosskd import (
     BCKD,
     CWD,
+    DRKD,
     FGD,
     LD,
     MGD,
@@ -57,6 +58,7 @@ METHODS: dict[str, Entry] = {
     "ssim": Entry("SSIM", lambda o: StructuralKD(schedule=schedule(o))),
     "mgd": Entry("MGD", lambda o: MGD(schedule=schedule(o))),
     "fgd": Entry("FGD", lambda o: FGD(schedule=schedule(o))),
+    "drkd": Entry("DRKD", lambda o: DRKD(schedule=schedule(o))),
     "cosine": Entry("cosine alignment", lambda o: CosineAlignment(schedule=schedule(o))),
     "imitation": Entry("feature imitation", lambda o: FeatureImitation(schedule=schedule(o))),
     "bckd": Entry("BCKD", lambda o: BCKD(schedule=schedule(o))),

@@ -555,7 +555,11 @@ def test_wrapped_detectors_are_refused(side):
         Distiller(**detectors, methods=CrossKD())
 
 
-@pytest.mark.parametrize("compiled", [torch.compile, lambda d: d.compile() or d], ids=["wrapped", "in place"])
+@pytest.mark.parametrize(
+    "compiled",
+    [lambda d: torch.compile(d, backend="eager"), lambda d: d.compile(backend="eager") or d],
+    ids=["wrapped", "in place"],
+)
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_detectors_compiled_as_a_whole_are_unwrapped_with_a_warning(side, compiled):
     detectors = {"teacher": tiny_fcos(), "student": tiny_fcos(seed=1)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "docs/pictures"
 PICTURES = runpy.run_path(str(FOLDER / "draw.py"))["PICTURES"]
@@ -37,3 +40,27 @@ def test_running_the_script_writes_the_pictures(tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == set(PICTURES)
     for name in PICTURES:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def of_methods():
+    """The pictures that draw_methods.py draws; it finds the examples by their folder on the path."""
+    path = list(sys.path)
+    yield runpy.run_path(str(FOLDER / "draw_methods.py"))["PICTURES"]
+    sys.path[:] = path
+
+
+def test_each_picture_of_a_method_is_committed_and_small(of_methods):
+    assert {path.name for path in FOLDER.glob("*.png")} == set(of_methods)
+    for name in of_methods:
+        assert (FOLDER / name).stat().st_size < 60_000
+        with Image.open(FOLDER / name) as picture:
+            assert picture.width == 900
+
+
+def test_each_picture_of_a_method_is_on_its_page_and_described(of_methods):
+    for name in of_methods:
+        page = (FOLDER.parent / "methods" / name).with_suffix(".md").read_text(encoding="utf-8")
+        shown = re.findall(r"^!\[(.+)\]\(../pictures/(.+\.png)\)$", page, flags=re.MULTILINE)
+        assert [file for _, file in shown] == [name]
+        assert len(shown[0][0].split()) >= 8, "what is to be seen, for those who can't"

@@ -64,7 +64,7 @@ def _at_path(detector: nn.Module, path: str, name: str) -> list[nn.Module]:
 
 
 def of_level(modules: Sequence[nn.Module], level: int) -> nn.Module:
-    """The module of a level, of one for all levels or one per level."""
+    """The module for one level, where there is one module for all levels or one per level."""
     return modules[level if len(modules) > 1 else 0]
 
 

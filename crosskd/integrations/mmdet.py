@@ -16,12 +16,10 @@ from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-import crosskd.integrations.mmdet_resume  # registers its loader with mmengine
-import crosskd.methods
+import crosskd.integrations.mmdet_resume  # noqa: F401, registers its loader with mmengine
 from crosskd.checkpoints import read_mmdet_checkpoint
 from crosskd.distiller import Distiller
-from crosskd.methods import CrossKD, Method
-from crosskd.schedule import Schedule
+from crosskd.integrations.named import MethodConfig, named_methods
 
 __all__ = ["CrossKDDetector"]
 
@@ -49,9 +47,9 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         student: likewise.
         teacher_checkpoint: path or http(s) address of the teacher's weights. ``None`` leaves them as
             the teacher's own config initialises them (``init_cfg``), and must be said.
-        methods: a config or several, ``dict(type="CrossKD", position=3)``: the type is the name of a class
-            in `crosskd.methods`, a class, or one registered in mmdet's ``MODELS``; a ``schedule`` is a
-            dict of `Schedule`'s arguments. CrossKD as published unless given.
+        methods: one or several, ``"FGD"`` or ``dict(type="CrossKD", position=3)``: the name of a class in
+            `crosskd.methods`, a class, or the name of one registered in mmdet's ``MODELS``; a ``schedule`` is
+            a dict of `crosskd.Schedule`'s arguments. CrossKD as published unless given.
         data_preprocessor: for a student whose config has none.
         unlabelled_threshold: as for `Distiller`.
         class_map: likewise, for a teacher that knows more classes, or the same in another order.
@@ -84,7 +82,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         teacher: Mapping[str, Any] | str | Path,
         student: Mapping[str, Any] | str | Path,
         teacher_checkpoint: str | Path | None = _NOT_GIVEN,
-        methods: Mapping[str, Any] | Method | Sequence[Mapping[str, Any] | Method] | None = None,
+        methods: MethodConfig | Sequence[MethodConfig] | None = None,
         data_preprocessor: Mapping[str, Any] | None = None,
         unlabelled_threshold: float = 0.5,
         class_map: Sequence[int] | None = None,
@@ -103,7 +101,9 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         distiller = Distiller(
             _load_teacher(teacher, teacher_checkpoint),
             built,
-            _methods(methods),
+            named_methods(
+                methods, MODELS.get, "register a class derived from crosskd.Method in mmdet's MODELS"
+            ),
             unlabelled_threshold=unlabelled_threshold,
             class_map=class_map,
             teacher_view=teacher_view,
@@ -227,31 +227,3 @@ def _load_teacher(source: Mapping[str, Any] | str | Path, checkpoint: str | Path
         )
     teacher.load_state_dict(state)
     return teacher
-
-
-def _methods(configs: Any) -> list[Method]:
-    if configs is None:
-        return [CrossKD()]
-    listed = [configs] if isinstance(configs, Mapping | Method) else configs
-    return [config if isinstance(config, Method) else _method(config) for config in listed]
-
-
-def _method(config: Mapping[str, Any]) -> Method:
-    settings = dict(config)
-    kind = settings.pop("type", None)
-    found = kind
-    if isinstance(kind, str):
-        found = getattr(crosskd.methods, kind, None) or MODELS.get(kind)
-    if not (isinstance(found, type) and issubclass(found, Method) and found is not Method):
-        known = [name for name in crosskd.methods.__all__ if _is_method(getattr(crosskd.methods, name))]
-        raise ValueError(
-            f"methods: type {kind!r} is no method of distillation: choose from {', '.join(known)}, or "
-            "register a class derived from crosskd.Method in mmdet's MODELS"
-        )
-    if isinstance(settings.get("schedule"), Mapping):
-        settings["schedule"] = Schedule(**settings["schedule"])
-    return found(**settings)
-
-
-def _is_method(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Method) and value is not Method

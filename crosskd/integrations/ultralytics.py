@@ -25,7 +25,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Anchors
 from crosskd.distiller import Distiller
-from crosskd.methods import CrossKD, Method
+from crosskd.integrations.named import MethodConfig, named_methods
+from crosskd.methods import Method
 from crosskd.predictions import Predictions
 
 __all__ = ["CrossKDTrainer", "trainer"]
@@ -52,7 +53,9 @@ class Settings:
 
 
 def trainer(
-    teacher: nn.Module | str | Path, methods: Method | Sequence[Method] | None = None, **options: Any
+    teacher: nn.Module | str | Path,
+    methods: MethodConfig | Sequence[MethodConfig] | None = None,
+    **options: Any,
 ) -> type[CrossKDTrainer]:
     """A trainer class for ``YOLO(…).train(trainer=…)`` that distils a teacher into the model it trains.
 
@@ -68,15 +71,18 @@ def trainer(
     Args:
         teacher: a ``YOLO`` object, a detector or backbone that an adapter understands, or the path
             of one of ultralytics' checkpoints.
-        methods: `CrossKD` unless given.
+        methods: one or several: methods, the names of their classes, ``"FGD"``, or dicts of a class as
+            ``type`` and its arguments, ``dict(type="CrossKD", position=2)``. `CrossKD` unless given.
         options: further arguments of `Distiller`: ``teacher_adapter``, ``class_map``, ``teacher_view``,
             ``view_scale``, ``resize_levels``, ``prove``.
 
     Raises:
         TypeError: a teacher that no adapter understands, or another option.
+        ValueError: the name of no method.
 
     Example:
         >>> from ultralytics import YOLO
+        >>> from crosskd import CrossKD
         >>> kind = trainer(teacher=YOLO("yolo11s.yaml"), methods=CrossKD(reg_weight=3.0))
         >>> # YOLO("yolo11n.yaml").train(data="coco.yaml", trainer=kind)
         >>> kind.__mro__[2].__name__
@@ -91,7 +97,7 @@ def trainer(
     if isinstance(teacher, nn.Module):
         given = _model_in(teacher)
         (options.get("teacher_adapter") or find_adapter)(given)  # to be refused now, not after the data
-    settings = Settings(given, CrossKD() if methods is None else methods, options)
+    settings = Settings(given, named_methods(methods), options)
     # A class of its own for these settings. For several GPUs ultralytics pickles it as a whole, settings
     # included, for the processes that it starts.
     return cast(type[CrossKDTrainer], type("CrossKDTrainer", (CrossKDTrainer,), {"settings": settings}))

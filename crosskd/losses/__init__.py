@@ -18,6 +18,7 @@ from crosskd.losses.boxes import giou_loss, iou_loss
 from crosskd.losses.cosine import cosine_loss
 from crosskd.losses.cwd import cwd_loss
 from crosskd.losses.distributions import distribution_kl_loss
+from crosskd.losses.drkd import InstanceRelation, PixelRelation
 from crosskd.losses.features import pkd_loss
 from crosskd.losses.fgd import GlobalContext, fgd_loss
 from crosskd.losses.imitation import imitation_loss
@@ -29,6 +30,8 @@ from crosskd.losses.valuable_region import valuable_region
 
 __all__ = [
     "GlobalContext",
+    "InstanceRelation",
+    "PixelRelation",
     "cosine_loss",
     "cwd_loss",
     "distribution_kl_loss",

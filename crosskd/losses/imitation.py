@@ -58,12 +58,7 @@ def imitation_loss(
         raise ValueError(
             f"features must have shape (batch, channels, *space), got {shape_text(student_features)}"
         )
-    if active_above is not None and not 0 <= active_above < 1:
-        raise ValueError(
-            f"active_above must be a share of the largest magnitude, 0 to below 1, got {active_above}"
-        )
-    if not 0 <= inactive_weight <= 1:
-        raise ValueError(f"inactive_weight must be 0 to 1, got {inactive_weight}")
+    check_active(active_above, inactive_weight)
     dtype = compute_dtype(student_features, teacher_features)
     student, teacher = student_features.to(dtype), teacher_features.detach().to(dtype)
     rows = (student - teacher).square().mean(dim=1)  # (batch, *space)
@@ -73,3 +68,10 @@ def imitation_loss(
     largest = magnitude.flatten(1).amax(dim=1).reshape(-1, *[1] * (magnitude.ndim - 1))
     active = magnitude > active_above * largest
     return weighted(rows, torch.where(active, 1.0, inactive_weight), None)
+
+
+def check_active(active_above: float | None, inactive_weight: float) -> None:
+    if active_above is not None and not 0 <= active_above < 1:
+        raise ValueError(f"active_above must be 0 to below 1, or None for all alike, got {active_above}")
+    if not 0 <= inactive_weight <= 1:
+        raise ValueError(f"inactive_weight must be 0 to 1, got {inactive_weight}")

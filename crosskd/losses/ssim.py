@@ -103,9 +103,9 @@ def ssim_map(student_features: Tensor, teacher_features: Tensor, *, window_size:
         {(\mu_s^2 + \mu_t^2 + C_1) (\sigma_s^2 + \sigma_t^2 + C_2)}
         \qquad C_1 = 0.01^2, \; C_2 = 0.03^2
 
-    Means, variances and the covariance are weighted by a Gaussian window. At the border the window is cut and
-    its weights are divided by their sum: nothing is made up beyond the map, and a map smaller than the window
-    is compared by what it has. Of a single cell only its value is left to compare.
+    Means, variances and the covariance are weighted by a Gaussian window. Beyond its border a map is
+    mirrored, the outermost cells not repeated, as kornia does; a map smaller than the window is mirrored over
+    and over. Of a single cell only its value is left to compare.
 
     Args:
         student_features: shape (batch, channels, height, width), values from 0 to 1.
@@ -151,12 +151,16 @@ def ssim_map(student_features: Tensor, teacher_features: Tensor, *, window_size:
 
 
 def _window(length: int, window_size: int, sigma: float, like: Tensor) -> Tensor:
-    """Each cell's weights (length, length) for the cells of one axis; what lies beyond it has none."""
-    cells = torch.arange(length, device=like.device)
-    distance = (cells[:, None] - cells).abs()
-    weights = torch.exp(-0.5 * (distance.to(like.dtype) / sigma).square())
-    weights = weights.masked_fill(distance > window_size // 2, 0.0)
-    return weights / weights.sum(dim=1, keepdim=True)
+    """Each cell's weights (length, length) for the cells of one axis, which is mirrored at its ends."""
+    offsets = torch.arange(window_size, device=like.device) - window_size // 2
+    gaussian = torch.exp(-0.5 * (offsets.to(like.dtype) / sigma).square())
+    gaussian = gaussian / gaussian.sum()
+    places = torch.arange(length, device=like.device)[:, None] + offsets
+    period = max(2 * (length - 1), 1)
+    places = places.remainder(period)
+    places = torch.where(places < length, places, period - places)
+    weights = gaussian.new_zeros(length, length)
+    return weights.scatter_add(1, places, gaussian.expand(length, -1))
 
 
 def min_max_scaled(features: Tensor, minmax: MinMax) -> Tensor:

@@ -5,6 +5,7 @@ from crosskd.methods.bckd import BCKD
 from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.crosskd import CrossKD
 from crosskd.methods.cwd import CWD
+from crosskd.methods.drkd import DRKD
 from crosskd.methods.fgd import FGD
 from crosskd.methods.imitation import FeatureImitation
 from crosskd.methods.ld import LD
@@ -19,6 +20,7 @@ from crosskd.step import Step
 __all__ = [
     "BCKD",
     "CWD",
+    "DRKD",
     "FGD",
     "LD",
     "MGD",

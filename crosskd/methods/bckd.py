@@ -7,16 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from crosskd._checks import require_not_negative
 from crosskd.adapters.base import Head
 from crosskd.losses import giou_loss, quality_focal_loss
 from crosskd.methods.base import Method, Taught
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
     require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
     require_same_boxes,
 )
@@ -85,9 +83,7 @@ class BCKD(Method):
         head: str | None = None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
-        for argument, value in (("cls_weight", cls_weight), ("reg_weight", reg_weight), ("beta", beta)):
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{argument} must be 0 or more, got {value}")
+        require_not_negative(cls_weight=cls_weight, reg_weight=reg_weight, beta=beta)
         if cls_weight == 0 and reg_weight == 0:
             raise ValueError("cls_weight and reg_weight are both 0: there is nothing to distil")
         self.cls_weight, self.reg_weight, self.beta = cls_weight, reg_weight, beta
@@ -99,12 +95,9 @@ class BCKD(Method):
     def setup(self, pair: Pair) -> None:
         """Demands a sigmoid per class and predictions of one kind, settles the weights."""
         teacher, student = require_heads(pair)
-        require_grid(pair)
-        require_all_levels(pair)
         for side, head in (("teacher", teacher), ("student", student)):
             _require_sigmoid(side, head)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        require_rows_alike(pair)
         known = _WEIGHTS.get(teacher.head_type, _WEIGHTS["GFL"])
         self.cls_weight = known[0] if self.cls_weight is None else self.cls_weight
         self.reg_weight = known[1] if self.reg_weight is None else self.reg_weight

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from crosskd._checks import require_not_negative
 from crosskd.adapters.base import Head
 from crosskd.losses import (
     distribution_kl_loss,
@@ -48,10 +49,8 @@ class Comparison:
     temperature: float
 
     def __post_init__(self) -> None:
-        for name in ("cls_weight", "reg_weight", "quality_weight", "beta"):
-            value: float | None = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {value}: choose a finite number")
+        weights = {"cls_weight": self.cls_weight, "reg_weight": self.reg_weight}
+        require_not_negative(**weights, quality_weight=self.quality_weight, beta=self.beta)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {self.temperature}: choose a finite number")
         if self.regression not in (None, "giou", "log_iou", "distribution_kl"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from crosskd._checks import compute_dtype
 from crosskd.losses import cosine_loss
 from crosskd.methods.maps import MapMethod
 from crosskd.pairing import Pair
@@ -223,5 +224,5 @@ class GradientShare(nn.Module):
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=compute_dtype(gradient))
     return norm

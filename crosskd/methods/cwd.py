@@ -16,11 +16,8 @@ from crosskd.losses import cwd_loss
 from crosskd.methods.maps import MapMethod
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
     require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
 )
 from crosskd.predictions import Predictions
@@ -130,10 +127,7 @@ class CWD(MapMethod):
                 'over the image: choose the head of a grid, head="rpn" in torchvision\'s detectors, or '
                 'feature maps, on="maps"'
             )
-        require_grid(pair)
-        require_all_levels(pair)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        require_rows_alike(pair)
         self.matches = self._matched(pair)
         if self.weight is None:
             self.weight = self.weight_for(student.head_type)

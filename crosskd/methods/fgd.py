@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from crosskd._checks import require_not_negative
 from crosskd.losses.fgd import GlobalContext, fgd_terms, object_masks
 from crosskd.methods.base import Requirement
 from crosskd.methods.maps import MapMethod
@@ -120,9 +122,7 @@ class FGD(MapMethod):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is a probability between 0 and 1, got {threshold}")
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "lambda_": lambda_}
-        for key, value in weights.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{key} must be 0 or more, got {value}")
+        require_not_negative(**weights)
         if not any(value is None or value for value in weights.values()):
             raise ValueError("all four weights are 0: there is nothing to distil; raise one of them")
         self.threshold = threshold

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from crosskd.losses import imitation_loss
+from crosskd.losses.imitation import check_active
 from crosskd.methods.maps import MapMethod
-from crosskd.pairing import Pair
 from crosskd.schedule import Schedule
 from crosskd.step import Step
 
@@ -17,12 +17,12 @@ __all__ = ["FeatureImitation"]
 
 # Ours, for all students: nothing published is known to hold for a pyramid's maps.
 _WEIGHT = 1.0
-# Published.
+# Of the published implementation.
 _INACTIVE_WEIGHT = 0.05
 
 
 class FeatureImitation(MapMethod):
-    r"""Plain squared error of the feature pyramids, behind an adaptation block a level.
+    r"""Plain squared error of the feature pyramids, behind one adaptation block per level.
 
     .. math::
         w \sum_l \frac{1}{M_l} \sum_{n, c, x} a_{nx} \, (\phi_l(s_l) - t_l)_{ncx}^2
@@ -34,8 +34,9 @@ class FeatureImitation(MapMethod):
     is not active. The strides of the levels must agree and nothing else.
 
     The feature part of CMKD, made for a teacher that sees another modality of the scene by
-    ``Distiller(teacher_view=…)``. The squared error, the block and the weight 0.05 are published, for maps
-    that are views from above; the block's form, the weight of the loss and the share are ours.
+    ``Distiller(teacher_view=…)``. The squared error, the block and the weight 0.05 are those of the published
+    implementation, which differs from the paper, for maps that are views from above; the block's form, the
+    weight of the loss and the share are ours.
 
     Args:
         weight: of ``kd_imitation``; 1 unless given.
@@ -77,10 +78,7 @@ class FeatureImitation(MapMethod):
         name: str = "imitation",
     ) -> None:
         super().__init__(weight, levels, resize=resize, schedule=schedule, name=name)
-        if active_above is not None and not 0 <= active_above < 1:
-            raise ValueError(f"active_above must be 0 to below 1, or None for all alike, got {active_above}")
-        if not 0 <= inactive_weight <= 1:
-            raise ValueError(f"inactive_weight must be 0 to 1, got {inactive_weight}")
+        check_active(active_above, inactive_weight)
         self.adapt, self.active_above, self.inactive_weight = adapt, active_above, inactive_weight
 
     def extra_repr(self) -> str:
@@ -92,17 +90,15 @@ class FeatureImitation(MapMethod):
         """1 for every type."""
         return _WEIGHT
 
-    def setup(self, pair: Pair) -> None:
-        """Matches the levels, makes the adaptation blocks."""
-        super().setup(pair)
+    def projection(self, width: int, teacher_width: int) -> nn.Module | None:
+        """The adaptation block; without ``adapt`` a 1x1 projection where the widths differ."""
         if not self.adapt:
-            return
-        for level, width, teacher_width in self.widths(pair):
-            self.projections[f"level{level}"] = nn.Sequential(
-                nn.Conv2d(width, teacher_width, kernel_size=3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(teacher_width, teacher_width, kernel_size=1),
-            )
+            return super().projection(width, teacher_width)
+        return nn.Sequential(
+            nn.Conv2d(width, teacher_width, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(teacher_width, teacher_width, kernel_size=1),
+        )
 
     def loss_names(self) -> tuple[str, ...]:
         """The only loss."""

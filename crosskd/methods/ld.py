@@ -7,25 +7,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from crosskd._checks import compute_dtype
+from crosskd._checks import compute_dtype, require_not_negative
 from crosskd.losses import distribution_kl_loss, valuable_region
 from crosskd.methods.base import Method, Requirement, Taught
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
     require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
     require_same_bins,
     require_same_boxes,
 )
 from crosskd.predictions import mean_over_ranks
 from crosskd.schedule import Schedule
-from crosskd.step import Step, outside_graph
+from crosskd.step import Step, distinct_objects, outside_graph
 
 __all__ = ["LD", "Reduction"]
 
@@ -112,9 +108,7 @@ class LD(Method):
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
         weights = {"main_weight": main_weight, "region_weight": region_weight, "cls_weight": cls_weight}
-        for argument, value in weights.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{argument} must be 0 or more, got {value}")
+        require_not_negative(**weights)
         if all(value == 0 for value in weights.values()):
             raise ValueError("all three weights are 0: there is nothing to distil")
         positive = {
@@ -143,8 +137,6 @@ class LD(Method):
     def setup(self, pair: Pair) -> None:
         """Demands distributions that can be compared row by row, settles reduction and weights."""
         teacher, student = require_heads(pair)
-        require_grid(pair)
-        require_all_levels(pair)
         for side, head in (("teacher", teacher), ("student", student)):
             if head.bins == 1:
                 raise ValueError(
@@ -152,8 +144,7 @@ class LD(Method):
                     "head predicts plain numbers: choose crosskd.CrossKD(), or crosskd.BCKD() for the "
                     "student's own predictions"
                 )
-        require_classes(pair)
-        require_predictions_alike(pair)
+        require_rows_alike(pair)
         if self.reduction is None:
             self.reduction = "sum" if student.head_type in _PUBLISHED_WITH_SUMS else "mean"
         main, region, classes = _WEIGHTS[self.reduction]
@@ -333,7 +324,6 @@ def _boxes_of_objects(step: Step) -> list[Tensor]:
     boxes = step.teacher_boxes()
     scores, labels = teacher.probabilities().max(dim=-1)
     for image, sure in enumerate(step.assignment.positive):
-        of_image = clip_boxes_to_image(boxes[image][sure], step.image_sizes[image])
-        kept = batched_nms(of_image, scores[image][sure], labels[image][sure], iou_threshold=0.5)
-        found.append(of_image[kept])
+        of_image = boxes[image][sure], scores[image][sure], labels[image][sure]
+        found.append(distinct_objects(*of_image, step.image_sizes[image]).boxes)
     return found

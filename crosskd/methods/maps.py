@@ -92,8 +92,12 @@ class MapMethod(Method):
         return f"weight={self.weight}, levels={self.levels}, resize={self.resize}"
 
     def weight_for(self, head_type: str) -> float:
-        """The weight where none was given, for the type of the student's first head, such as ``"GFL"``."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight of its own: pass weight=")
+        """The weight where none was given, for the type of the student's first head, such as ``"GFL"``.
+
+        Raises:
+            ValueError: a method that doesn't answer this, so that ``weight`` must be given.
+        """
+        raise ValueError(f"{type(self).__name__} has no weight of its own: pass weight=")
 
     def setup(self, pair: Pair) -> None:
         """Matches the levels by stride, settles the weight, makes projections where widths differ."""
@@ -101,9 +105,15 @@ class MapMethod(Method):
         if self.weight is None:
             self.weight = self.weight_for(pair.student.heads[0].head_type if pair.student.heads else "")
         for level, width, teacher_width in self.widths(pair):
-            if width != teacher_width:
-                projection = ChannelProjection(width, teacher_width, bias=self.projection_bias)
+            projection = self.projection(width, teacher_width)
+            if projection is not None:
                 self.projections[f"level{level}"] = projection
+
+    def projection(self, width: int, teacher_width: int) -> nn.Module | None:
+        """What one of the student's maps goes through first: a 1x1 projection where the widths differ."""
+        if width == teacher_width:
+            return None
+        return ChannelProjection(width, teacher_width, bias=self.projection_bias)
 
     def widths(self, pair: Pair) -> list[tuple[int, int, int]]:
         """(level, the student's channels, the teacher's) of each level that is compared.

@@ -9,11 +9,7 @@ from crosskd.methods.comparison import Comparison
 from crosskd.methods.settings import RegressionLoss
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
-    require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
     require_same_bins,
     require_same_boxes,
@@ -81,11 +77,7 @@ class PredictionMimicking(Method):
 
     def setup(self, pair: Pair) -> None:
         """Demands predictions that can be compared row by row, settles the weights."""
-        teacher, _ = require_heads(pair)
-        require_grid(pair)
-        require_all_levels(pair)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        teacher, _ = require_rows_alike(pair)
         self.comparison = self.comparison.settled(teacher)
 
     def check(self, step: Step) -> None:

@@ -25,7 +25,7 @@ class PKD(MapMethod):
     .. math::
         w \sum_l \frac{1}{M_l} \sum \tfrac{1}{2} (\mathrm{norm}(s_l) - \mathrm{norm}(t_l))^2
 
-    over all :math:`M_l` elements of a level, where norm takes away each channel's mean over batch and space
+    over all :math:`M_l` elements of level l, where norm takes away each channel's mean over batch and space
     and divides by its standard deviation. The strides of the levels must agree and nothing else: an FCOS
     teaches a RetinaNet, a Faster R-CNN or a plain backbone teaches anything. Levels are matched by stride;
     those without a counterpart are left out and named once. Where widths differ, a 1x1 projection of the

@@ -6,15 +6,12 @@ import math
 
 from torch import Tensor
 
+from crosskd._checks import require_not_negative
 from crosskd.losses import giou_loss, quality_focal_loss, softmax_focal_loss
 from crosskd.methods.base import Method, Taught
 from crosskd.pairing import (
     Pair,
-    require_all_levels,
-    require_classes,
-    require_grid,
-    require_heads,
-    require_predictions_alike,
+    require_rows_alike,
     require_same_anchors,
     require_same_boxes,
 )
@@ -24,7 +21,7 @@ from crosskd.step import Step
 
 __all__ = ["ResponseDistillation"]
 
-# Published, for every type of head.
+# Of the published implementation, for every type of head.
 _CLS_WEIGHT, _REG_WEIGHT = 2.0, 2.0
 _BETA = 2.0
 _THRESHOLD = 0.1
@@ -45,9 +42,10 @@ class ResponseDistillation(Method):
     loss is the softmax's own; where each class has a box, :math:`P` is its class's probability.
 
     The response part of CMKD, made for a teacher that sees another modality of the scene by
-    ``Distiller(teacher_view=…)``, to follow the feature part, `crosskd.FeatureImitation`. Published are the
-    quality focal loss with its exponent, what it is divided by, which boxes count and how much, and both
-    weights. GIoU, and what the boxes are divided by, are ours.
+    ``Distiller(teacher_view=…)``, to follow the feature part, `crosskd.FeatureImitation`. The quality
+    focal loss with its exponent, what it is divided by, which boxes count and how much, and both weights are
+    those of the published implementation, which differs from the paper. GIoU, and what the boxes are divided
+    by, are ours.
 
     The student's predictors then have two targets at once where there are labels, as in
     `crosskd.PredictionMimicking`: don't combine it with `crosskd.CrossKD`. Classes (or a ``class_map``),
@@ -89,9 +87,7 @@ class ResponseDistillation(Method):
         head: str | None = None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
-        for argument, value in {"cls_weight": cls_weight, "reg_weight": reg_weight, "beta": beta}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{argument} must be 0 or more, got {value}")
+        require_not_negative(cls_weight=cls_weight, reg_weight=reg_weight, beta=beta)
         if cls_weight == 0 and reg_weight == 0:
             raise ValueError(
                 "cls_weight and reg_weight are both 0: there is nothing to distil; raise one of them"
@@ -103,11 +99,7 @@ class ResponseDistillation(Method):
 
     def setup(self, pair: Pair) -> None:
         """Demands predictions that can be compared row by row, and boxes."""
-        teacher, _ = require_heads(pair)
-        require_grid(pair)
-        require_all_levels(pair)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        teacher, _ = require_rows_alike(pair)
         if self.reg_weight and not teacher.decodes:
             raise ValueError(
                 "boxes are to be compared, but the teacher's adapter decodes none: pass it decode=, or set "

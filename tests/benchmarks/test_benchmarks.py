@@ -99,6 +99,24 @@ def test_step_cost_table(tmp_path, families):
     assert str(tmp_path) not in text
 
 
+def test_step_cost_has_a_row_for_each_method(tmp_path):
+    output, names = tmp_path / "methods.md", ["pkd", "bckd"]
+    options = "--teacher resnet18 --size 64x64 --batch 1 --classes 3 --objects 2 --rounds 1 --threads 1"
+    arguments = [*options.split(), "--families", "gfl", "--methods", *names, "--output", str(output)]
+    load("step_cost").main(arguments)
+    times, memories = tables(output)
+    for rows in (times, memories):
+        assert [row["method"] for row in rows] == ["PKD", "BCKD"]
+    assert all(float(row[f"{letter}, ms"]) > 0 for row in times for letter in "abcd")
+    read = {row["method"]: float(row["the teacher's that it reads, MiB"]) for row in memories}
+    # Maps of 64, 16, 4, 1 and 1 locations and 256 channels; 86 anchors, 3 logits and 4 distributions of 17.
+    assert read == pytest.approx({"PKD": 0.1, "BCKD": 0.02}, abs=0.06)
+    for row in memories:
+        assert float(row["floor, MiB"]) >= float(row["a, MiB"]) > 0
+        assert float(row["d, MiB"]) >= float(row["floor, MiB"]) - 0.2
+        assert float(row["alive after the teacher, MiB"]) < read[row["method"]] + 0.2
+
+
 def test_memory_counts_what_is_allocated_and_what_is_kept():
     measure = load("measure")
     tensor = torch.ones(100_000)

@@ -82,20 +82,23 @@ def test_slow_emulated_types_are_said(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_main_job_writes_everything(tmp_path, capsys):
-    metrics = main(["--output", str(tmp_path), "--method", "none", "mimic", "crosskd", *SMALL])
-    assert list(metrics["results"]) == ["teacher", "none", "mimic", "crosskd"]
+    together = "crosskd+pkd+inherit"
+    metrics = main(["--output", str(tmp_path), "--method", "none", "mimic", together, *SMALL])
+    assert list(metrics["results"]) == ["teacher", "none", "mimic", together]
     assert all(result["images"] == 3 for result in metrics["results"].values())
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"teacher.pt", "none.pt", "crosskd.pt", "metrics.json", "curves.png", "detections.png"} <= written
+    weights = {f"{name}.pt" for name in metrics["results"]}
+    assert {*weights, "metrics.json", "curves.png", "detections.png"} <= written
     for picture in ("curves.png", "detections.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
     printed = capsys.readouterr().out
-    for row in ("teacher ", "student alone ", "prediction mimicking ", "CrossKD "):
+    for row in ("teacher ", "student alone ", "prediction mimicking ", "CrossKD + PKD, inherited "):
         assert f"\n{row}" in printed
+    assert f"{together}: 33 of the student's 344 weights and statistics are the teacher's now" in printed
     plain = build_detector("retinanet_mobilenet_v3_large", 3, width=32, anchor_scale=0.5)
-    plain.load_state_dict(torch.load(tmp_path / "crosskd.pt", weights_only=True))
-    assert {"kd_cls", "kd_reg"} <= metrics["histories"]["crosskd"][0]["losses"].keys()
+    plain.load_state_dict(torch.load(tmp_path / f"{together}.pt", weights_only=True))
+    assert {"kd_cls", "kd_reg", "kd_pkd"} <= metrics["histories"][together][0]["losses"].keys()
 
 
 @pytest.mark.slow

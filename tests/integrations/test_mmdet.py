@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from crosskd import CrossKD, Method
+from crosskd import CrossKD, Method, Schedule
 from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
 pytestmark = pytest.mark.mmdet
@@ -243,6 +243,15 @@ def test_settings_reach_the_method():
     assert [m.position for m in build(config_of()).distiller.methods.values()] == [3]  # as published
 
 
+def test_methods_are_named_as_words_or_dicts():
+    methods = ["PKD", {"type": "CWD", "weight": 2.0, "schedule": {"stop": 1, "unit": "epoch"}}]
+    detector = build(config_of(methods=methods))
+    made = detector.distiller.methods
+    assert [type(method).__name__ for method in made.values()] == ["PKD", "CWD"]
+    assert made["cwd"].weight == 2.0
+    assert made["cwd"].schedule == Schedule(stop=1, unit="epoch")
+
+
 def test_a_method_of_ones_own_is_found_in_mmdets_registry():
     from mmdet.registry import MODELS
 
@@ -259,7 +268,7 @@ def test_a_method_of_ones_own_is_found_in_mmdets_registry():
         assert isinstance(detector.distiller.methods["nothing"], Nothing)
     finally:
         MODELS._module_dict.pop("Nothing")
-    with pytest.raises(ValueError, match="'FPN' is no method .* CrossKD, PredictionMimicking"):
+    with pytest.raises(ValueError, match="'FPN' is no method .* CrossKD, .*mmdet's MODELS"):
         build(config_of(methods={"type": "FPN"}))
     with pytest.raises(ValueError, match="'Unknown' is no method"):
         build(config_of(methods={"type": "Unknown"}))

@@ -160,6 +160,16 @@ def test_checkpoints_are_read_without_running_what_they_say(tmp_path, teacher_fi
     assert next(model.parameters()).dtype == torch.float32
 
 
+def test_methods_are_named_as_words_or_dicts():
+    teacher = model_of("yolo11n")
+    pkd, cwd = trainer_of(teacher, "PKD", {"type": "CWD", "schedule": {"stop": 9}}).settings.methods
+    assert [type(method).__name__ for method in (pkd, cwd)] == ["PKD", "CWD"]
+    assert cwd.schedule == Schedule(stop=9)
+    assert [type(method) for method in trainer_of(teacher).settings.methods] == [CrossKD]
+    with pytest.raises(ValueError, match="'Unknown' is no method"):
+        trainer_of(teacher, "Unknown")
+
+
 # -- the model while it is trained ----------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crosskd import CrossKD, Distiller, Method
-from crosskd.methods import Step
+from crosskd.methods import MapMethod, Step
 from crosskd.towers import Tapped, TapPoint
 from tests.helpers.tiny import tiny_batch, tiny_retinanet
 
@@ -81,3 +81,15 @@ def test_methods_compose():
 def test_a_method_without_forward_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         Method(name="nothing")
+
+
+def test_a_method_of_maps_without_a_weight_says_so():
+    class Distance(MapMethod):
+        def forward(self, step: Step) -> dict[str, Tensor]:
+            losses = [(student - teacher).abs().mean() for _, student, teacher in self.compared(step)]
+            return {"kd_distance": self.weight * torch.stack(losses).sum()}
+
+    with pytest.raises(ValueError, match="Distance has no weight of its own: pass weight="):
+        distil(Distance(name="distance"))
+    _, losses = distil(Distance(2.0, name="distance"))
+    assert losses["kd_distance"] > 0

@@ -222,6 +222,16 @@ def test_a_scale_of_the_gradients_does_not_matter():
     assert scaled.factor == pytest.approx(plain.factor, rel=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-5), (torch.bfloat16, 0.01)])
+def test_maps_of_another_type(dtype, rel):
+    plain, other = Toy(0.4), Toy(0.4)
+    other.sources = [source.to(dtype) for source in other.sources]
+    for toy in (plain, other):
+        for _ in range(3):
+            toy.step()
+    assert other.factor == pytest.approx(plain.factor, rel=rel)
+
+
 def test_the_factor_is_applied_from_the_next_step_on():
     toy = Toy(0.4)
     first = toy.losses(toy.maps())

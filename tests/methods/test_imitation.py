@@ -145,3 +145,17 @@ def test_error_settings(settings, message):
 def test_printing_shows_the_settings():
     assert "adapt=True, active_above=0.1, inactive_weight=0.05" in repr(FeatureImitation(active_above=0.1))
     assert FeatureImitation().loss_names() == ("kd_imitation",)
+
+
+def test_the_teachers_images_may_have_another_number_of_channels():
+    sees_depth = tiny_fcos(seed=1, image_mean=[0.5] * 4, image_std=[0.5] * 4)
+    first = sees_depth.backbone.stem[0][0]
+    sees_depth.backbone.stem[0][0] = nn.Conv2d(4, first.out_channels, 3, stride=2, padding=1)
+    images, targets = tiny_batch()
+
+    def view(images, targets):
+        return [torch.cat([image, image[:1]]) for image in images]
+
+    student = tiny_retinanet(seed=2)
+    losses = Distiller(sees_depth, student, FeatureImitation(), teacher_view=view)(images, targets)
+    assert losses["kd_imitation"] > 0

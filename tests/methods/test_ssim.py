@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from crosskd import Distiller, StructuralKD
 from tests.helpers.slow_crosskd import float64_batch
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.losses.test_ssim import mirrored
 
 
 def plain_scaled(features: Tensor, minmax: str) -> Tensor:
@@ -27,13 +29,15 @@ def plain_scaled(features: Tensor, minmax: str) -> Tensor:
 
 
 def plain_loss(student: Tensor, teacher: Tensor, window_size: int, sigma: float) -> Tensor:
-    """Location by location, of maps (any, height, width), with the cells of the window that there are."""
+    """Location by location, of maps (any, height, width) that are mirrored at their border."""
     height, width = student.shape[1:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    offsets = range(-(window_size // 2), window_size // 2 + 1)
     total = student.new_zeros(())
     for row, column in product(range(height), range(width)):
-        near = ((y - row).abs() <= window_size // 2) & ((x - column).abs() <= window_size // 2)
-        weights = torch.exp(-((y - row) ** 2 + (x - column) ** 2).double() / (2 * sigma**2)) * near
+        weights = student.new_zeros(height, width)
+        for down, right in product(offsets, offsets):
+            cell = mirrored(row + down, height), mirrored(column + right, width)
+            weights[cell] += math.exp(-(down**2 + right**2) / (2 * sigma**2))
         weights = weights / weights.sum()
         mean_s, mean_t = ((weights * of).sum(dim=(1, 2)) for of in (student, teacher))
         off_s, off_t = student - mean_s[:, None, None], teacher - mean_t[:, None, None]

@@ -81,7 +81,7 @@ class Criterion(NamedTuple):
 class DetectHead(Head):
     """The head of a `UltralyticsDetect`; of a head end to end, the one-to-one half's rows come second.
 
-    Rows stand level by level; within a level, one half behind the other.
+    Rows stand level by level; in each level one half stands behind the other.
     """
 
     times_batch = True
