@@ -72,10 +72,13 @@ def test_the_page_keeps_what_it_promises():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_the_pages_detectors_on_blood_cells():
+@pytest.mark.parametrize(
+    ("detector", "adapter"), [("SmallDetector", "adapter"), ("ObjectnessDetector", "with_objectness")]
+)
+def test_the_pages_detectors_on_blood_cells(detector, adapter):
     """A teacher of 48 channels and students of 16, with and without it: docs/runs.md has these numbers."""
-    page = shown("adapter = generic(")
-    train, build = page["train"], page["SmallDetector"]
+    page = shown("adapter = generic(", "with_objectness = generic(")
+    train, build = page["train"], page[detector]
     _, images, targets = cells("train", 48)
     dataset, test_images, _ = cells("test", 36)
     torch.manual_seed(0)
@@ -87,7 +90,7 @@ def test_the_pages_detectors_on_blood_cells():
         start = build(3, width=16)
         alone, student = copy.deepcopy(start), copy.deepcopy(start)
         train(alone, images, targets, steps=80)
-        distiller = Distiller(teacher, student, CrossKD(position=1), page["adapter"])
+        distiller = Distiller(teacher, student, CrossKD(position=1), page[adapter])
         train(distiller, images, targets, steps=80)
         for name, detector in (("start", start), ("alone", alone), ("distilled", student)):
             metrics = average_precision(detector, dataset, test_images)

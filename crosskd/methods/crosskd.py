@@ -270,6 +270,8 @@ def _idle_branches(detector: nn.Module, head: Head, comparison: Comparison) -> f
     """
     known = {"kd_cls": "logits", "kd_reg": "regression", "kd_quality": "quality"}
     wanted = [output for name, output in known.items() if name in comparison.names]
+    if head.objectness and "kd_cls" in comparison.names:  # the product of the two
+        wanted.append("quality")
     if len(head.branches) == 1 or {"logits", "regression"} <= set(wanted):
         return frozenset()
     like, towers = next(detector.parameters()), {}
