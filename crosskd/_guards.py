@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Mapping
 
 import torch
+import torch.distributed.fsdp
 from torch import Tensor, nn
 
-from crosskd.adapters.base import Adapter
+from crosskd.adapters.base import Adapter, Batch
+from crosskd.pairing import Pair, match_levels
 from crosskd.step import DetectorTrace
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "check_devices",
     "check_effect",
     "check_same_pixels",
+    "check_scale",
+    "check_sharding",
     "check_shared",
     "check_strides",
 ]
@@ -91,6 +95,28 @@ def check_devices(teacher: nn.Module, student: nn.Module) -> None:
             f"the teacher's weights are {theirs.dtype} and the student's {ours.dtype}: cast both with "
             "distiller.to(dtype), or run the step under torch.autocast"
         )
+
+
+def check_sharding(student: Adapter) -> None:
+    """Raises ``ValueError`` where ``fully_shard`` gathers weights for a module that is never called."""
+    shards = getattr(torch.distributed.fsdp, "FSDPModule", None)  # since PyTorch 2.6
+    if shards is None or not any(isinstance(module, shards) for module in student.detector.modules()):
+        return
+    called: set[nn.Module] = set()
+    for head in student.heads:
+        for branch in head.branches:
+            blocks = [block for tower in branch.towers for block in tower.blocks]
+            called.update(layer for block in blocks for layer in block.layers)
+            called.update(branch.predictors.values())
+    for path, module in student.detector.named_modules():
+        inside = set(module.modules()) - {module}
+        if isinstance(module, shards) and module not in called and called & inside:
+            raise ValueError(
+                f"student: {path or type(module).__name__} was sharded by fully_shard, which gathers its "
+                "weights when it is called, but distillation calls the layers in it one by one. Shard the "
+                "backbone, if need be single layers of the head, and last the distiller as a whole: "
+                "fully_shard(distiller)"
+            )
 
 
 def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
@@ -174,6 +200,30 @@ def _equal(now: list[Tensor], before: list[Tensor]) -> bool:
     return len(now) == len(before) and all(
         a.device == b.device and torch.equal(a, b) for a, b in zip(now, before, strict=True)
     )
+
+
+def check_scale(pair: Pair, teacher: Batch, student: Batch) -> None:
+    """Raises ``ValueError`` where levels were matched by a factor that the images' sizes speak against.
+
+    Args:
+        pair: its levels matched by the strides alone, which allow several factors where a level is left out.
+        teacher: its batch of the view.
+        student: its batch.
+    """
+    theirs, ours = pair.teacher.strides, pair.student.strides
+    if pair.levels is None or theirs is None or ours is None:
+        return
+    found = teacher.image_sizes[0][0] / student.image_sizes[0][0]
+    factors = [a / b for a in theirs for b in ours]
+    nearest = min([pair.scale, *factors], key=lambda factor: abs(math.log(factor / found)))
+    levels, _ = match_levels(theirs, ours, scale=nearest)
+    if nearest != pair.scale and len(levels) >= len(pair.levels):
+        raise ValueError(
+            f"strides {list(theirs)} (teacher) and {list(ours)} (student) match with images of the teacher's "
+            f"that are {pair.scale:g} or {nearest:g} times as large as the student's, and these are "
+            f"{found:.3g} times: pass view_scale={nearest:g}, or view_scale={pair.scale:g} if levels are to "
+            "be matched so"
+        )
 
 
 def check_strides(side: str, trace: DetectorTrace) -> None:

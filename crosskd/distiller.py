@@ -19,6 +19,8 @@ from crosskd._guards import (
     check_devices,
     check_effect,
     check_same_pixels,
+    check_scale,
+    check_sharding,
     check_shared,
     check_strides,
 )
@@ -346,7 +348,7 @@ class Distiller(nn.Module):
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
             run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0))
-            ours.heads[head.name] = with_own_losses(run, batch, ours.maps)
+            ours.heads[head.name] = with_own_losses(run, batch, ours.maps, distilled=bool(active))
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
         steps = {} if theirs is None else self._steps(theirs, ours, active)
@@ -384,7 +386,7 @@ class Distiller(nn.Module):
         """
         teacher, student = self.pair.teacher, self.pair.student
         if self.teacher_view is not None:
-            view = self.teacher_view(images, targets)
+            view = self._view(images, targets)
             seen = teacher.prepare(view, None)
             sizes = unpadded(view, images, seen, batch)
             if sizes != seen.image_sizes:
@@ -393,6 +395,19 @@ class Distiller(nn.Module):
             return seen
         pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
         return teacher.take(Batch(pixels, batch.image_sizes))
+
+    def _view(self, images: Any, targets: Any) -> Any:
+        """What ``teacher_view`` makes of a batch; says so where it needs the targets and there are none."""
+        assert self.teacher_view is not None
+        try:
+            return self.teacher_view(images, targets)
+        except (TypeError, AttributeError) as error:
+            if targets is not None:
+                raise
+            raise TypeError(
+                f"teacher_view= failed on images without targets: {error}. It is called with (images, None) "
+                "there: let it do without targets, or give it what it needs in the images"
+            ) from error
 
     def _check_unchanged(self) -> None:
         """Raises ``ValueError`` where something has changed that the methods were set up by."""
@@ -414,6 +429,7 @@ class Distiller(nn.Module):
             )
         if not self._checked:
             check_devices(self.teacher, self.student)
+            check_sharding(self.student_adapter)
 
     def _read_again(self, path: str) -> None:
         """Reads the student once more, some of whose layers were replaced.
@@ -463,6 +479,8 @@ class Distiller(nn.Module):
         if not self._checked:
             check_strides("teacher", teacher)
             check_strides("student", student)
+            if self.teacher_view is not None and self.view_scale is None:
+                check_scale(self.pair, teacher.batch, student.batch)
         steps = steps_of(self._pairs, teacher, student, active, self.unlabelled_threshold)
         for name in steps.keys() - self._checked:
             active[name].check(steps[name])

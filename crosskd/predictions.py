@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from crosskd._checks import compute_dtype, shape_text
 
-__all__ = ["Assignment", "Predictions", "join_levels", "mean_over_ranks", "positives_of_teacher"]
+__all__ = [
+    "Assignment",
+    "Predictions",
+    "join_levels",
+    "mean_over_ranks",
+    "of_this_rank",
+    "positives_of_teacher",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,16 +221,44 @@ def positives_of_teacher(teacher: Predictions, threshold: float, *, sum_quality:
     return Assignment(label_weights=None, positive=positive, normalizer=normalizer)
 
 
+_alone = False
+
+
+@contextmanager
+def of_this_rank() -> Iterator[None]:
+    """Inside, `mean_over_ranks` takes this process for the only one: for what other processes may not run.
+
+    Example:
+        >>> with of_this_rank():
+        ...     mean_over_ranks(torch.tensor(2.0))
+        tensor(2.)
+    """
+    global _alone  # noqa: PLW0603  # a step is run by one thread of a process
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """A number averaged over the processes of a distributed run; itself where there is one process.
 
-    Every process must call it as often as the others.
+    Under `DistributedDataParallel` they are those of its group. Every process must call it as often as the
+    others; inside DDP's ``join()``, where a process may have run out of batches, each has its own number.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    ranks = torch.distributed.get_world_size()
+    group = None
+    # The one whose forward runs, which the compiler can't ask for.
+    parallel = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
+    if parallel is not None:
+        if parallel._join_config.enable:
+            return value
+        group = parallel.process_group
+    ranks = torch.distributed.get_world_size(group)
     if ranks == 1:
         return value
     value = value.detach().clone()
-    torch.distributed.all_reduce(value)
+    torch.distributed.all_reduce(value, group=group)
     return value / ranks

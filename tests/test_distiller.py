@@ -18,6 +18,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from crosskd import CrossKD, Distiller, Method, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionRetinaNet
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.two_stages import tiny_faster_rcnn
 
 OWN_LOSSES = {
     tiny_retinanet: {"classification", "bbox_regression"},
@@ -206,6 +207,37 @@ def test_without_targets_the_sum_over_anchors_is_that_with_targets():
 def test_a_threshold_that_is_no_probability_is_refused(threshold):
     with pytest.raises(ValueError, match=f"between 0 and 1, got {threshold}"):
         distiller_of(tiny_fcos, unlabelled_threshold=threshold)
+
+
+def test_a_view_that_reads_targets_says_so_on_images_without():
+    view = {"teacher_view": lambda images, targets: [image for image, _ in zip(images, targets, strict=True)]}
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), CrossKD(), **view)
+    images, targets = tiny_batch()
+    assert "kd_cls" in distiller(images, targets)
+    with pytest.raises(TypeError, match=r"teacher_view= failed .*\(images, None\)"):
+        distiller(images)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features):
+        return self.inner(features)
+
+
+@pytest.mark.parametrize("change", [torch.compile, Wrapped])
+@pytest.mark.parametrize("tower", ["head.classification_head.conv", "rpn.head.conv"])
+def test_towers_that_are_no_sequence_are_refused(change, tower):
+    build = tiny_retinanet if tower.startswith("head") else tiny_faster_rcnn
+    student = build(seed=2)
+    *path, name = tower.split(".")
+    parent = student.get_submodule(".".join(path))
+    setattr(parent, name, change(getattr(parent, name)))
+    what = r"was compiled .*torch.compile\(distiller\)" if change is torch.compile else "is a Wrapped"
+    with pytest.raises(ValueError, match=f"student: .*tower {what}"):
+        Distiller(build(seed=1), student, CrossKD())
 
 
 # -- what it holds --------------------------------------------------------------------------------

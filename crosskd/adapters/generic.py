@@ -550,7 +550,7 @@ def stacked_images(images: Any, instead: str) -> Tensor:
     """
     if isinstance(images, Tensor):
         return images
-    listed = list(images)
+    listed = list(images) if isinstance(images, Iterable) else [images]
     if not listed or not all(isinstance(image, Tensor) for image in listed):
         kinds = sorted({type(image).__name__ for image in listed})
         raise TypeError(f"images must be tensors, got {kinds or 'none'}: convert them, or pass {instead}")

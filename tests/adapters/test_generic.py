@@ -1307,6 +1307,7 @@ def test_what_functions_return_is_checked(options, message):
         ),
         (["a.jpg"], TypeError, r"images must be tensors, got \['str'\]: convert them, or pass prepare="),
         ([], TypeError, "images must be tensors, got none"),
+        (None, TypeError, r"images must be tensors, got \['NoneType'\]"),
     ],
 )
 def test_images_that_are_no_batch(images, error, message):
