@@ -414,7 +414,6 @@ def test_towers_of_linear_layers_of_other_widths(space):
     twin = Fully(space=space, seed=1)
     with torch.no_grad():
         projection.convolution.weight.copy_(torch.eye(8, 6)[..., None, None])
-        projection.convolution.bias.zero_()
         for layer in (twin.stem, twin.tower[0][0]):
             layer.weight.zero_()
             layer.bias.zero_()
