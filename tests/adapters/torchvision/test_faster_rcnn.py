@@ -934,7 +934,7 @@ def test_compiled_it_gives_the_same_losses():
     distiller = Distiller(teacher, student, CrossKD())
     expected = seeded(distiller, *two_stage_batch())
     torch._dynamo.reset()
-    losses = seeded(torch.compile(distiller, backend="aot_eager"), *two_stage_batch())
+    losses = seeded(torch.compile(distiller, backend="eager"), *two_stage_batch())
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-6, msg=name)
     sum(losses.values()).backward()
