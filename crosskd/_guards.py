@@ -17,6 +17,7 @@ __all__ = [
     "bare",
     "check_devices",
     "check_effect",
+    "check_gradient",
     "check_same_pixels",
     "check_shared",
     "check_strides",
