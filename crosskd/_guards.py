@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed.fsdp
@@ -19,6 +19,7 @@ __all__ = [
     "bare",
     "check_devices",
     "check_effect",
+    "check_gradient",
     "check_same_pixels",
     "check_scale",
     "check_sharding",
@@ -143,6 +144,29 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
                 f"{name}: {key} is exactly 0 on the first step. That is right if the student equals its "
                 "teacher; otherwise nothing is being distilled: an untrained teacher's features may vanish",
                 stacklevel=5,
+            )
+
+
+def check_gradient(name: str, losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
+    """Raises ``ValueError`` for a loss above 0 whose gradient is 0 at all of the student's feature maps.
+
+    Args:
+        name: of the method.
+        losses: its own.
+        maps: the student's, which the losses were calculated from.
+    """
+    reached = [feature_map for feature_map in maps if feature_map.requires_grad]
+    for key, loss in losses.items():
+        if not reached or float(loss.detach()) == 0:
+            continue
+        # Enlarged as a GradScaler does it, or float16 would round what is small to 0.
+        gradients = torch.autograd.grad(loss * 2.0**16, reached, retain_graph=True, allow_unused=True)
+        found = [gradient for gradient in gradients if gradient is not None]
+        if found and not any(bool(gradient.any()) for gradient in found):
+            raise ValueError(
+                f"{name}: {key} is {float(loss.detach()):.4g}, but its gradient is 0 at every feature map of "
+                "the student, so distilling it has no effect: a layer between the split and the teacher's "
+                "predictions passes no gradient on, as rounding and dynamically quantised layers do"
             )
 
 

@@ -18,6 +18,7 @@ from crosskd._guards import (
     bare,
     check_devices,
     check_effect,
+    check_gradient,
     check_same_pixels,
     check_scale,
     check_sharding,
@@ -312,7 +313,7 @@ class Distiller(nn.Module):
             )
         factors = self._advance()
         trace = self.trace(images, targets, _active(self._methods(), factors))
-        self._finish(trace.losses)
+        self._finish(trace, torch.compiler.is_compiling())
         return self.named_losses(trace, factors)
 
     def named_losses(self, trace: Trace, factors: Mapping[str, float] | None = None) -> dict[str, Tensor]:
@@ -487,12 +488,15 @@ class Distiller(nn.Module):
         return steps
 
     @outside_graph
-    def _finish(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _finish(self, trace: Trace, compiled: bool) -> None:
         """Refuses, on a method's first step, a distillation that would silently do nothing; counts steps."""
+        losses = trace.losses
         for name in losses.keys() - self._checked:
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
+                if not compiled:  # a compiled graph may be gone through once
+                    check_gradient(name, losses[name], trace.student.maps)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say

@@ -655,6 +655,20 @@ def test_frozen_student_features_are_refused(build):
             distiller(*tiny_batch())
 
 
+class Rounded(nn.Module):
+    """Its output requires a gradient, and the gradient is 0, as that of dynamically quantised layers."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.round()
+
+
+def test_a_teacher_that_passes_no_gradient_on_is_refused():
+    teacher, student = tiny_retinanet(), tiny_retinanet(seed=1)
+    teacher.head.classification_head.conv[3].append(Rounded())
+    with pytest.raises(ValueError, match=r"crosskd: kd_cls is .* gradient is 0 at every feature map"):
+        Distiller(teacher, student, CrossKD(position=3))(*tiny_batch())
+
+
 def test_frozen_features_are_found_after_a_step_without_gradients(build):
     distiller = Distiller(build(), build(seed=1), CrossKD())
     with torch.no_grad():

@@ -67,7 +67,7 @@ def small_bccd(root: Path, models: tuple[str, ...] = ("model.teacher", "model.st
             f"{model}.backbone.norm_eval": False,
             f"{model}.test_cfg.score_thr": 0.0,
         }
-    for part, images, resize in (("train", 24, 2), ("val", 8, 1), ("test", 8, 1)):
+    for part, images, resize in (("train", 24, 2), ("val", 4, 1), ("test", 4, 1)):
         loader, split = f"{part}_dataloader", "train" if part == "train" else "val"
         options |= {
             f"{loader}.batch_size": 4,

@@ -51,10 +51,7 @@ class TorchvisionAdapter(Adapter):
 
     def __init__(self, detector: Any) -> None:
         self.detector: Any = detector
-        transform = detector.transform
-        self.pixel_coding = PixelCoding(
-            tuple(map(float, transform.image_mean)), tuple(map(float, transform.image_std))
-        )
+        self.pixel_coding = _coding_of(detector.transform)
         self._read_levels()
 
     def _read_levels(self) -> None:
@@ -66,8 +63,7 @@ class TorchvisionAdapter(Adapter):
         parameter = next(backbone.parameters(), torch.empty(0))
         fixed = getattr(self.detector.transform, "fixed_size", None)
         width, height = (_PROBE_PIXELS, _PROBE_PIXELS) if fixed is None else map(int, fixed)
-        assert self.pixel_coding is not None
-        pixels = parameter.new_zeros(1, len(self.pixel_coding.mean), height, width)
+        pixels = parameter.new_zeros(1, len(self.detector.transform.image_mean), height, width)
         try:
             # Not on a copy: pruned or weight-normalised layers can't be copied.
             with torch.no_grad(), unchanged(backbone):
@@ -152,6 +148,20 @@ class AsGiven:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transform, name)
+
+
+def _coding_of(transform: Any) -> PixelCoding | None:
+    """How a transform codes pixels by its own ``normalize``; ``None`` where its mean and std don't say it."""
+    mean, std = (tuple(map(float, numbers)) for numbers in (transform.image_mean, transform.image_std))
+    image = torch.linspace(0.1, 0.9, 4 * len(mean)).view(len(mean), 2, 2)
+    with torch.no_grad():
+        found = transform.normalize(image)
+    for bgr in (False, True):
+        channels = image.flip(0) if bgr else image
+        expected = (channels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        if found.shape == expected.shape and torch.allclose(found.to(expected), expected, atol=1e-5):
+            return PixelCoding(mean, std, bgr)
+    return None
 
 
 def _named(maps: Any) -> Mapping[str, Tensor]:

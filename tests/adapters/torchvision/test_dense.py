@@ -14,6 +14,7 @@ from torchvision.models.detection import FCOS, RetinaNet, fcos_resnet50_fpn, ret
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.tv_tensors import BoundingBoxes
 
@@ -345,6 +346,33 @@ def test_each_detector_sees_the_same_pixels_under_its_own_normalisation(build):
     torch.testing.assert_close(theirs, teacher.transform(images)[0].tensors, rtol=1e-5, atol=1e-5)
     assert theirs[0, :, 40:].eq(0).all()
     assert theirs[1, :, :, 48:].eq(0).all()
+
+
+class BlueFirst(GeneralizedRCNNTransform):
+    def normalize(self, image):
+        return super().normalize(image.flip(0))
+
+
+class Squared(GeneralizedRCNNTransform):
+    def normalize(self, image):
+        return super().normalize(image.square())
+
+
+def test_a_teacher_whose_transform_takes_blue_first_gets_blue_first(build):
+    teacher, student = build(), build(seed=1)
+    teacher.transform.__class__ = BlueFirst
+    images = [torch.rand(3, 64, 64)]
+    theirs, _ = pixels_of(teacher, student, images)
+    torch.testing.assert_close(theirs, teacher.transform(images)[0].tensors)
+
+
+def test_a_teacher_whose_normalisation_is_not_its_mean_and_deviation_is_refused(build):
+    teacher, student = build(), build(seed=1)
+    teacher.transform.__class__ = Squared
+    with pytest.raises(ValueError, match=r"how the teacher's pixels are coded.*teacher_view="):
+        Distiller(teacher, student, CrossKD())
+    student.transform.__class__ = Squared  # both get the same pixels
+    Distiller(teacher, student, CrossKD())
 
 
 def test_pixels_are_resized_as_the_student_wants_them(build):

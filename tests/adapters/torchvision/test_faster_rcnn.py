@@ -911,11 +911,7 @@ def test_a_network_that_samples_in_its_own_way():
 def test_the_state_is_the_students_and_the_projections():
     student = tiny_faster_rcnn(seed=1)
     distiller = Distiller(tiny_faster_rcnn(width=32, vector=32), student, CrossKD())
-    projections = {
-        f"methods.crosskd_{head}.projections.{head}.convolution.{name}"
-        for head in ("rpn", "box")
-        for name in ("weight", "bias")
-    }
+    projections = {f"methods.crosskd_{head}.projections.{head}.convolution.weight" for head in ("rpn", "box")}
     state = distiller.state_dict()
     assert state.keys() == {*(f"student.{key}" for key in tiny_faster_rcnn().state_dict()), *projections}
     plain = tiny_faster_rcnn()
@@ -938,7 +934,7 @@ def test_compiled_it_gives_the_same_losses():
     distiller = Distiller(teacher, student, CrossKD())
     expected = seeded(distiller, *two_stage_batch())
     torch._dynamo.reset()
-    losses = seeded(torch.compile(distiller, backend="aot_eager"), *two_stage_batch())
+    losses = seeded(torch.compile(distiller, backend="eager"), *two_stage_batch())
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-6, msg=name)
     sum(losses.values()).backward()
