@@ -19,6 +19,7 @@ __all__ = [
     "bare",
     "check_devices",
     "check_effect",
+    "check_frozen",
     "check_gradient",
     "check_same_pixels",
     "check_scale",
@@ -117,6 +118,22 @@ def check_sharding(student: Adapter) -> None:
                 "weights when it is called, but distillation calls the layers in it one by one. Shard the "
                 "backbone, if need be single layers of the head, and last the distiller as a whole: "
                 "fully_shard(distiller)"
+            )
+
+
+def check_frozen(losses: Mapping[str, Mapping[str, Tensor]], checked: set[str]) -> None:
+    """Raises ``ValueError`` for a method that had an effect and has none any more.
+
+    Args:
+        losses: each method's.
+        checked: the methods that have trained the student.
+    """
+    for name in losses.keys() & checked:
+        still = [key for key, loss in losses[name].items() if not loss.requires_grad]
+        if still:
+            raise ValueError(
+                f"{name}: {', '.join(still)} depends on no trainable parameter of the student any more: what "
+                "it distils was frozen since the last step. Leave it trainable, or let a schedule stop it"
             )
 
 

@@ -516,6 +516,13 @@ def test_a_schedule_may_come_or_go_when_a_run_is_resumed(build):
     assert scheduled.progress.tolist() == [0, -1]
 
 
+def test_the_state_of_a_wrapped_distiller_is_refused_in_one_sentence(build):
+    distiller = distiller_of(build)
+    state = {f"module.{key}": value for key, value in distiller.state_dict().items()}
+    with pytest.raises(ValueError, match="DistributedDataParallel, whose keys start with module"):
+        distiller.load_state_dict(state)
+
+
 def test_a_students_file_is_refused_in_one_sentence(build):
     distiller = distiller_of(build)
     with pytest.raises(
@@ -640,6 +647,79 @@ def test_teachers_that_cannot_be_copied_are_refused(build):
     teacher.last_features = torch.ones(1, requires_grad=True) * 2
     with pytest.raises(TypeError, match=r"can't be copied .*: the teacher is held as a frozen copy"):
         Distiller(teacher, build(seed=1), CrossKD())
+
+
+# -- what changes after construction ---------------------------------------------------------------
+
+
+def test_a_students_layer_that_is_replaced_by_its_like_is_trained_from_the_first_step_on(build):
+    """Its classes and widths are as before."""
+    distiller = distiller_of(build)
+    distiller(*tiny_batch())
+    head = distiller.student.head.classification_head
+    head.cls_logits = nn.Conv2d(head.cls_logits.in_channels, head.cls_logits.out_channels, 3, padding=1)
+    sum(distiller(*tiny_batch()).values()).backward()
+    assert head.cls_logits.weight.grad.abs().max() > 0
+
+
+def test_a_students_head_of_other_classes_is_refused(build):
+    distiller = distiller_of(build)
+    distiller(*tiny_batch())
+    distiller.student.head = build(num_classes=7, width=distiller.student.backbone.out_channels).head
+    with pytest.raises(ValueError, match=r"student's head\S* was replaced .* differ now in classes"):
+        distiller(*tiny_batch())
+
+
+@pytest.mark.parametrize("change", ["assign", "layer"])
+def test_a_teacher_of_other_parameters_is_warned_of_once(build, change):
+    teacher, batch = build(seed=1), tiny_batch()
+    distiller = Distiller(teacher, build(seed=2), CrossKD())
+    before = distiller(*batch)
+    if change == "assign":
+        teacher.load_state_dict(build(seed=5).state_dict(), assign=True)
+    else:
+        teacher.head.classification_head.cls_logits = nn.Conv2d(1, 1, 1)
+    with pytest.warns(UserWarning, match=r"load_state_dict\(assign=True\).*goes on with those that it had"):
+        found = distiller(*batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller(*batch)
+    assert torch.equal(found["kd_cls"], before["kd_cls"])
+
+
+def test_a_teacher_that_is_loaded_in_place_is_followed_without_a_word(build):
+    teacher = build(seed=1)
+    distiller = Distiller(teacher, build(seed=2), CrossKD())
+    teacher.load_state_dict(build(seed=5).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = distiller(*tiny_batch())
+    expected = Distiller(build(seed=5), build(seed=2), CrossKD())(*tiny_batch())
+    assert torch.equal(found["kd_cls"], expected["kd_cls"])
+
+
+def test_a_student_frozen_after_the_first_step_is_refused(build):
+    distiller = Distiller(build(seed=1), build(seed=2), CrossKD())
+    distiller(*tiny_batch())
+    distiller.student.backbone.requires_grad_(False)
+    distiller(*tiny_batch())  # the towers train
+    distiller.requires_grad_(False)
+    with pytest.raises(ValueError, match="crosskd: kd_cls, kd_reg depends on .* frozen since the last step"):
+        distiller(*tiny_batch())
+    with torch.no_grad():
+        distiller(*tiny_batch())
+
+
+def test_losses_have_one_name_with_targets_and_without():
+    """Of the student's own loss of the same name images without targets tell nothing."""
+    student = tiny_retinanet(seed=2)
+    own = student.compute_loss
+    student.compute_loss = lambda *given: {"kd_cls": sum(own(*given).values())}
+    distiller = Distiller(tiny_retinanet(seed=1), student, CrossKD(), prove=False)
+    images, targets = tiny_batch()
+    labelled = distiller(images, targets)
+    assert set(labelled) == {"kd_cls", "crosskd_kd_cls", "kd_reg"}
+    assert set(distiller(images)) == {"crosskd_kd_cls", "kd_reg"}
 
 
 # -- what it refuses: distillation that would silently do nothing -----------------------------------
