@@ -338,8 +338,8 @@ def _tell_of_hidden_activation(teacher: Branch, point: TapPoint) -> None:
     if block.activation is None and not block.has_pre:
         _logger.info(
             "block %d of the teacher's %s tower (%s) may run an activation that can't be told from the "
-            "rest of it: aligned features don't pass it a second time. Let the block end in a module that is the "
-            "activation for CrossKD as published",
+            "rest of it: aligned features don't pass it a second time. Let the block end in a module that is "
+            "the activation for CrossKD as published",
             point.position,
             teacher.name,
             ", ".join(type(layer).__name__ for layer in block.layers),
