@@ -57,15 +57,18 @@ def coco_results(dataset: CocoFolder, image_id: int, output: dict[str, Tensor]) 
 def evaluate(
     detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """COCO's box metrics, from 0 to 100, and the number of images, the same on every process."""
+    """COCO's box metrics, from 0 to 100, and the numbers of images and of those that can't be read."""
+    before = dataset.broken
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = detect(detector, dataset, batch_size=batch_size, device=device, rank=rank, ranks=ranks)
+    unreadable = dataset.broken - before
     if ranks > 1:
         shares: list[Any] = [None] * ranks
-        dist.all_gather_object(shares, found)
-        found = {image_id: results for share in shares for image_id, results in share.items()}
+        dist.all_gather_object(shares, (found, unreadable))
+        found = {image_id: results for share, _ in shares for image_id, results in share.items()}
+        unreadable = sum(count for _, count in shares)
     results = [result for image_id in sorted(found) for result in found[image_id]]
-    return {**coco_metrics(dataset, results), "images": len(found)}
+    return {**coco_metrics(dataset, results), "images": len(found), "unreadable_images": unreadable}
 
 
 def coco_metrics(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
