@@ -41,6 +41,7 @@ def build_detector(
     num_classes: int,
     *,
     pretrained_backbone: bool = False,
+    fixed_norm: bool | None = None,
     width: int = 256,
     head_norm: str = "none",
     anchor_scale: float = 1.0,
@@ -54,6 +55,7 @@ def build_detector(
         name: one of ``MODEL_NAMES``.
         num_classes: how many labels there are, from 0 on; see ``first_label``.
         pretrained_backbone: ImageNet weights in the backbone.
+        fixed_norm: fixed batch statistics and a frozen first stage, as with these weights; for others.
         width: channels of the pyramid's levels and of the head's towers, a multiple of 32; Faster R-CNN's box
             head is four times as wide.
         head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
@@ -67,7 +69,7 @@ def build_detector(
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
     family, _, backbone_name = name.partition("_")
     style = "mmdet" if family in DENSE_HEADS else "two_stage" if family == "fasterrcnn" else "torchvision"
-    backbone = build_backbone(backbone_name, pretrained_backbone, width, style)
+    backbone = build_backbone(backbone_name, pretrained_backbone, width, style, fixed_norm=fixed_norm)
     sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
     if family in DENSE_HEADS:
         return DENSE_HEADS[family](backbone, num_classes, anchor_scale=8 * anchor_scale, **sizes)
@@ -163,7 +165,7 @@ def load_weights(detector: nn.Module, path: Path) -> None:
         ValueError: weights that don't fit, naming the keys or shapes that differ.
         FileNotFoundError: no such file.
     """
-    state = plain_state(read_weights(path), path)
+    state = read_state(path)
     difference = misfit(detector.state_dict(), state)
     if difference:
         raise ValueError(
@@ -173,8 +175,9 @@ def load_weights(detector: nn.Module, path: Path) -> None:
     detector.load_state_dict(state)
 
 
-def plain_state(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state of the plain detector in whatever a file held."""
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state of the plain detector in whatever a file holds."""
+    loaded: Any = read_weights(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a detector by name")
     for key in ("model", "state_dict"):

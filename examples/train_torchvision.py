@@ -53,6 +53,7 @@ from models import (
     load_published,
     load_weights,
     published_classes,
+    read_state,
     replace_classes,
 )
 from options import add_options, check_ranges, shaping
@@ -177,13 +178,19 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
     return train, val
 
 
-def new_detector(name: str, options: argparse.Namespace, classes: int) -> nn.Module:
-    """A detector with the weights that the seed gives."""
+def new_detector(
+    name: str, options: argparse.Namespace, classes: int, weights: Path | None = None
+) -> nn.Module:
+    """A detector with the weights of a file, or those that the seed gives."""
+    fixed_norm = options.pretrained_backbone
+    if weights is not None:  # batch norm that doesn't count its batches is fixed, as published detectors' is
+        fixed_norm |= not any(key.endswith("num_batches_tracked") for key in read_state(weights))
     torch.manual_seed(options.seed)
-    return build_detector(
+    detector = build_detector(
         name,
         classes,
-        pretrained_backbone=options.pretrained_backbone,
+        pretrained_backbone=options.pretrained_backbone and weights is None,
+        fixed_norm=fixed_norm,
         width=options.width,
         head_norm=options.head_norm,
         anchor_scale=options.anchor_scale,
@@ -191,6 +198,9 @@ def new_detector(name: str, options: argparse.Namespace, classes: int) -> nn.Mod
         short_side=options.short_side,
         long_side=options.long_side,
     )
+    if weights is not None:
+        load_weights(detector, weights)
+    return detector
 
 
 def make_teacher(
@@ -209,10 +219,8 @@ def make_teacher(
         return teacher, not data.is_published
     if options.teacher_weights is not None and is_of_mmdet(options.teacher, options.teacher_weights):
         return load_mmdet_teacher(options, data, processes), False
-    teacher = new_detector(options.teacher, options, data.num_classes)
-    if options.teacher_weights is not None:
-        load_weights(teacher, Path(options.teacher_weights))
-    return teacher, options.teacher_weights is None
+    weights = None if options.teacher_weights is None else Path(options.teacher_weights)
+    return new_detector(options.teacher, options, data.num_classes, weights), weights is None
 
 
 def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes: Processes) -> nn.Module:
@@ -234,10 +242,7 @@ def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes:
 
 def make_student(options: argparse.Namespace, classes: int) -> nn.Module:
     """The student, the same for every method."""
-    student = new_detector(options.student, options, classes)
-    if options.student_weights is not None:
-        load_weights(student, options.student_weights)
-    return student
+    return new_detector(options.student, options, classes, options.student_weights)
 
 
 def with_method(
