@@ -432,7 +432,8 @@ def write_report(
     print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():
         model = options.teacher if name == TEACHER else options.student
-        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{result[m]:>11.1f}" for m in METRICS))
+        values = [f"{result[m]:.1f}" if m in result else "-" for m in METRICS]
+        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{value:>11}" for value in values))
     print(f"\n{metrics['seconds']:.0f} s; weights, metrics, curves and pictures are in {options.output}/")
 
 
