@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from coco_data import CocoFolder
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
@@ -72,14 +73,15 @@ def evaluate(
 
 
 def coco_metrics(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's box metrics of results, from 0 to 100; all 0 where nothing was detected."""
-    if not results:
-        return dict.fromkeys(METRICS, 0.0)
+    """COCO's box metrics of results, from 0 to 100, without those of sizes that no object has."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), "bbox")
+        # loadRes takes no empty list.
+        found = dataset.coco.loadRes(results) if results else COCO()
+        evaluation = COCOeval(dataset.coco, found, "bbox")
         evaluation.params.imgIds = dataset.ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # COCO answers -1 where there is no object of a size.
-    return {name: 100 * max(0.0, float(v)) for name, v in zip(METRICS, evaluation.stats, strict=False)}
+    # COCO answers -1 where there is no object of a size, or none at all.
+    metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))
+    return {name: 100 * max(0.0, v) for name, v in metrics.items() if v >= 0 or name in METRICS[:3]}

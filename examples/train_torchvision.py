@@ -74,13 +74,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "student": "retinanet_mobilenet_v3_large",
         "head_norm": "group",
         "width": 64,
-        "anchor_scale": 0.5,
-        "short_side": [80],
-        "teacher_epochs": 7,
-        "epochs": 5,
-        "batch_size": 4,
+        "anchor_scale": 0.75,
+        "short_side": [96],
+        "teacher_epochs": 8,
+        "epochs": 6,
+        "batch_size": 8,
         "optimizer": "adamw",
-        "learning_rate": 1.5e-3,
+        "learning_rate": 2e-3,
         "weight_decay": 0.02,
         "schedule": "cosine",
         "warmup_steps": 50,
@@ -393,7 +393,8 @@ def write_report(
     print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():
         model = options.teacher if name == TEACHER else options.student
-        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{result[m]:>11.1f}" for m in METRICS))
+        values = [f"{result[m]:.1f}" if m in result else "-" for m in METRICS]
+        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{value:>11}" for value in values))
     print(f"\n{metrics['seconds']:.0f} s; weights, metrics, curves and pictures are in {options.output}/")
 
 

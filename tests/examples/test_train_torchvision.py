@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -103,6 +104,9 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
     printed = capsys.readouterr().out
+    # No object of the three images is larger than 96 x 96.
+    assert "AP_large" not in metrics["results"]["teacher"]
+    assert re.search(r"^teacher .* -$", printed, flags=re.MULTILINE)
     for row in ("teacher ", "student alone ", "prediction mimicking ", "CrossKD + PKD, inherited "):
         assert f"\n{row}" in printed
     assert f"{together}: 33 of the student's 344 weights and statistics are the teacher's now" in printed
