@@ -74,30 +74,33 @@ def collect_detections(
     results: list[dict[str, Any]] = []
     seconds: list[float] = []
     image_ids: dict[int, None] = {}
-    for images, targets in loader:
-        batch = [image if device is None else image.to(device) for image in images]
-        begun = time.perf_counter()
-        outputs = detector(batch)
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append((time.perf_counter() - begun) / max(1, len(batch)))
-        if len(outputs) != len(batch) or len(targets) != len(batch):
-            raise ValueError(
-                f"{len(batch)} images came with {len(targets)} targets and {len(outputs)} answers, expected one "
-                "target and one dict of detections for each image"
-            )
-        for target, output in zip(targets, outputs, strict=True):
-            image_id = _image_id(target)
-            if image_id in image_ids:
-                raise ValueError(f"the loader shows image {image_id} twice: its detections would count twice")
-            image_ids[image_id] = None
-            results += _coco_results(image_id, output, categories)
-    for part, mode in was_training.items():
-        part.training = mode
+    try:
+        for images, targets in loader:
+            batch = [image if device is None else image.to(device) for image in images]
+            begun = time.perf_counter()
+            outputs = detector(batch)
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append((time.perf_counter() - begun) / max(1, len(batch)))
+            if len(outputs) != len(batch) or len(targets) != len(batch):
+                raise ValueError(
+                    f"{len(batch)} images came with {len(targets)} targets and {len(outputs)} answers, "
+                    "expected one target and one dict of detections for each image"
+                )
+            for target, output in zip(targets, outputs, strict=True):
+                image_id = _image_id(target)
+                if image_id in image_ids:
+                    raise ValueError(
+                        f"the loader shows image {image_id} twice: what is found would count twice"
+                    )
+                image_ids[image_id] = None
+                results += _coco_results(image_id, output, categories)
+    finally:
+        for part, mode in was_training.items():
+            part.training = mode
     parameters = sum(parameter.numel() for parameter in module.parameters()) if module is detector else None
-    return Detections(
-        results, tuple(image_ids), parameters, statistics.median(seconds) if seconds else float("nan")
-    )
+    median = statistics.median(seconds) if seconds else float("nan")
+    return Detections(results, tuple(image_ids), parameters, median)
 
 
 def _image_id(target: Any) -> int:

@@ -116,8 +116,8 @@ def _check_ids(part: str, entries: Sequence[Mapping[str, Any]]) -> None:
     repeated = [key for key, times in Counter(entry["id"] for entry in entries).items() if times > 1]
     if repeated:
         raise ValueError(
-            f"the ground truth's {part} repeat {len(repeated)} ids, such as {repeated[0]!r}, which makes COCO's "
-            "metrics wrong. Give each entry an id of its own, or delete the copy of an entry"
+            f"the ground truth's {part} repeat {len(repeated)} ids, such as {repeated[0]!r}, which makes "
+            "COCO's metrics wrong. Give each entry an id of its own, or delete the copy of an entry"
         )
 
 
@@ -135,8 +135,8 @@ def _check_known(name: str, kind: str, found: Sequence[Any], known: Mapping[Any,
     if unknown:
         advice = "turn labels into category ids first" if kind == "category" else "is it another split?"
         raise ValueError(
-            f"{len(unknown)} of the {len(found)} detections of {name!r} have a {kind}_id that isn't in the "
-            f"ground truth, such as {unknown[0]!r}; it starts with {list(known)[:5]}: {advice}"
+            f"{len(unknown)} of the {len(found)} detections of {name!r} have an unknown {kind}_id, such as "
+            f"{unknown[0]!r}; the ground truth's start with {list(known)[:5]}: {advice}"
         )
 
 
@@ -154,7 +154,7 @@ def _check_images(
         return
     with_objects = {a["image_id"] for a in ground_truth.anns.values() if not a["iscrowd"]}
     empty = with_objects - {result["image_id"] for result in results}
-    if 10 * len(empty) > len(with_objects):
+    if 5 * len(empty) > len(with_objects):
         warnings.warn(
             f"{name!r} has no detection on {len(empty)} of the {len(with_objects)} images that show objects, "
             f"such as {min(empty)!r}: if it was never shown them, the comparison is wrong",

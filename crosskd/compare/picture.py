@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from crosskd.compare.images import ImageResults
 _GREEN, _RED, _YELLOW = "#2ecc40", "#ff4136", "#ffdc00"
 _WIDTH, _MARGIN, _CAPTION = 360, 8, 20  # pixels of a column, between columns, and of a line of text
 
-Box = tuple[Sequence[float], str]
+Box = tuple[Mapping[str, Any], str]  # an annotation or detection, and its colour
 
 
 def draw_changes(
-    rows: Sequence[tuple[str, Sequence[Any]]],
+    rows: Sequence[tuple[str, str, Sequence[Any]]],
     students: Mapping[str, tuple[COCO, ImageResults]],
     ground_truth: COCO,
     folder: Path,
@@ -28,8 +29,8 @@ def draw_changes(
     """Draws images, a row each: the ground truth, the first student, and another.
 
     Args:
-        rows: the other student's name and image ids, of which the first that can be read are drawn.
-        students: by name, detections and the scores of the images.
+        rows: the other student's name, a title, and image ids, of which the first that can be read are drawn.
+        students: by name, detections and what is made of them in each image.
         ground_truth: the objects.
         folder: of the images.
         path: the PNG file.
@@ -41,27 +42,18 @@ def draw_changes(
     first = next(iter(students))
     number_of = {image: number for number, image in enumerate(sorted(ground_truth.imgs))}
     drawn = []
-    for name, image_ids in rows:
-        left = pictures
-        for image_id in image_ids:
-            image = _read(folder, ground_truth.imgs[image_id]) if left else None
-            if image is None:
-                continue
-            left -= 1
+    for name, title, image_ids in rows:
+        readable = ((i, _read(folder, ground_truth.imgs[i])) for i in image_ids)
+        for image_id, image in islice(((i, image) for i, image in readable if image is not None), pictures):
             objects = [a for a in ground_truth.imgToAnns[image_id] if not a["iscrowd"]]
-            title = f"image {image_id}: {len(objects)} objects"
-            tiles = [_tile(image, [(a["bbox"], _YELLOW) for a in objects], title)]
+            truth = [(annotation, _YELLOW) for annotation in objects]
+            tiles = [_tile(image, truth, f"{title}: image {image_id}, {len(objects)} objects", ground_truth)]
             for student in (first, name):
-                detections, scores = students[student]
-                boxes = _boxes(detections.imgToAnns[image_id], objects, scores)
-                n = number_of[image_id]
-                tiles.append(
-                    _tile(
-                        image,
-                        boxes,
-                        f"{student}: {scores.found[n]} of {len(objects)} found, {scores.false_alarms[n]} false",
-                    )
-                )
+                detections, results = students[student]
+                number = number_of[image_id]
+                text = f"{results.found[number]} found, {results.false_alarms[number]} false"
+                boxes = _boxes(detections.imgToAnns[image_id], objects, results)
+                tiles.append(_tile(image, boxes, f"{student}: {text}", ground_truth))
             drawn.append(tiles)
     if drawn:
         _paste(drawn).save(path)
@@ -77,29 +69,33 @@ def _read(folder: Path, entry: Mapping[str, Any]) -> Image.Image | None:
 
 
 def _boxes(
-    detections: Sequence[Mapping[str, Any]], objects: Sequence[Mapping[str, Any]], scores: ImageResults
+    detections: Sequence[Mapping[str, Any]], objects: Sequence[Mapping[str, Any]], results: ImageResults
 ) -> list[Box]:
-    boxes = [(a["bbox"], _YELLOW) for a in objects if a["id"] not in scores.found_ids]
+    boxes = [(a, _YELLOW) for a in objects if a["id"] not in results.found_ids]
     for detection in detections:
-        if detection["id"] in scores.true_ids:
-            boxes.append((detection["bbox"], _GREEN))
-        elif detection["id"] in scores.false_ids:
-            boxes.append((detection["bbox"], _RED))
+        if detection["id"] in results.true_ids:
+            boxes.append((detection, _GREEN))
+        elif detection["id"] in results.false_ids:
+            boxes.append((detection, _RED))
     return boxes
 
 
-def _tile(image: Image.Image, boxes: Sequence[Box], title: str) -> Image.Image:
-    """An image as wide as a column, with boxes xywh, below a line of text."""
+def _tile(image: Image.Image, boxes: Sequence[Box], title: str, ground_truth: COCO) -> Image.Image:
+    """An image as wide as a column, with boxes and their classes, below a line of text."""
     scale = _WIDTH / image.width
     height = max(1, round(image.height * scale))
     tile = Image.new("RGB", (_WIDTH, _CAPTION + height), "white")
     tile.paste(image.resize((_WIDTH, height)), (0, _CAPTION))
     draw = ImageDraw.Draw(tile)
-    for (x, y, width, high), colour in boxes:
-        left, top = x * scale, _CAPTION + y * scale
-        draw.rectangle((left, top, left + width * scale, top + high * scale), outline=colour, width=2)
+    for entry, colour in boxes:
+        x, y, width, high = (side * scale for side in entry["bbox"])
+        top = _CAPTION + y
+        draw.rectangle((x, top, x + width, top + high), outline=colour, width=2)
+        label = str(ground_truth.cats[entry["category_id"]].get("name", entry["category_id"]))
+        font = ImageFont.load_default(11)
+        draw.text((x + 3, top + 1), label, "white", font, stroke_width=1, stroke_fill="black")
     draw.rectangle((0, 0, _WIDTH, _CAPTION - 1), fill="white")
-    draw.text((0, 2), title, fill="black", font=ImageFont.load_default(13))
+    draw.text((0, 2), title, "black", ImageFont.load_default(13))
     return tile
 
 

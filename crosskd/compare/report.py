@@ -77,16 +77,16 @@ class Comparison:
             f"# {' and '.join(self.names)}, compared on {len(self.image_ids)} images",
             "\n".join(f"- {self._verdict(name)}" for name in others),
             _table(["", *self.names, *differences], self._rows(self.metrics, self.differences)),
-            f"In brackets: what 95 % of {self.resamples:,} resamplings of the images lie between, the same ones "
-            "for every student. That is how much depends on the choice of images, not how much another "
+            f"In brackets: what 95 % of {self.resamples:,} resamplings of the images lie between, the same "
+            "ones for every student. That is how much depends on the choice of images, not how much another "
             'training run would differ. "-": the ground truth has no such objects.',
             "## AP of each class",
             _table(["class", "objects", *self.names, *differences], self._class_rows()),
             "## Image by image",
             _table(["", *self.names], self._image_rows()),
             "Each student's detections count from the score on at which its F1 over all images is best. An "
-            "object is found if a detection of its class has an IoU of 0.5 with it. An image is better if there "
-            "are fewer mistakes, missed objects and false alarms, in the mean over AP's IoU thresholds.",
+            "object is found if a detection of its class has an IoU of 0.5 with it. An image is better if it "
+            "has fewer mistakes, missed objects and false alarms, in the mean over AP's IoU thresholds.",
         ]
         if self.costs:
             parts += ["## Cost", _table(["", *self.names], self._cost_rows())]
@@ -106,7 +106,8 @@ class Comparison:
         if self._folder is not None and self._draw(folder / "comparison.png", pictures):
             text += (
                 "\n## The largest changes\n\nGreen: an object found. Red: a false alarm. Yellow: an object "
-                "missed, or, in the first column, the ground truth.\n\n![The largest changes](comparison.png)\n"
+                "missed, or, in the first column, the ground truth.\n\n"
+                "![The largest changes](comparison.png)\n"
             )
         (folder / "comparison.md").write_text(text, encoding="utf-8")
 
@@ -176,7 +177,7 @@ class Comparison:
             changes = self.changes(name)
             gains = [image for image, change in changes if change > 1e-6]
             losses = [image for image, change in reversed(changes) if change < -1e-6]
-            rows += [(name, images) for images in (gains, losses)]
+            rows += [(name, "gain", gains), (name, "loss", losses)]
         columns = {name: (self._detections[name], self.images[name]) for name in self.names}
         return draw_changes(rows, columns, self._ground_truth, self._folder, path, pictures)
 
