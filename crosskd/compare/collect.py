@@ -25,13 +25,13 @@ class Detections:
             (x, y, width, height in pixels) and ``score``. ``json.dump`` writes them to a file.
         image_ids: every image that the detector was shown, with detections or without.
         parameters: how many the detector has; ``None`` where it is a function.
-        seconds_per_image: the median over the batches.
+        seconds_per_image: the median over the batches; ``None`` where it isn't known.
     """
 
     results: list[dict[str, Any]]
     image_ids: tuple[int, ...]
     parameters: int | None
-    seconds_per_image: float
+    seconds_per_image: float | None
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def collect_detections(
         for part, mode in was_training.items():
             part.training = mode
     parameters = sum(parameter.numel() for parameter in module.parameters()) if module is detector else None
-    median = statistics.median(seconds) if seconds else float("nan")
+    median = statistics.median(seconds) if seconds else None
     return Detections(results, tuple(image_ids), parameters, median)
 
 

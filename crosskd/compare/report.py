@@ -233,7 +233,9 @@ def compare(
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"images: there is no folder {folder}")
     truth = read_ground_truth(ground_truth)
-    found = {name: read_detections(name, source, truth) for name, source in detections.items()}
+    found: dict[str, COCO] = {}
+    for name, source in detections.items():
+        found[name] = read_detections(name, source, truth)
     number = len(truth.imgs)
     counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
     first, *others = found
@@ -292,12 +294,11 @@ def _all_costs(
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, source in detections.items():
-        measured = {}
+        measured: dict[str, float | None] = {}
         if isinstance(source, Detections):
-            measured["seconds per image"] = source.seconds_per_image
-            if source.parameters is not None:
-                measured["parameters"] = float(source.parameters)
-        found[name] = {**measured, **costs.get(name, {})}
+            measured = {"parameters": source.parameters, "seconds per image": source.seconds_per_image}
+        known = {key: float(value) for key, value in measured.items() if value is not None}
+        found[name] = {**known, **costs.get(name, {})}
     return found if any(found.values()) else {}
 
 

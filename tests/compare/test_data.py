@@ -152,5 +152,6 @@ def test_images_that_were_never_shown_are_refused_and_many_empty_ones_warned_of(
     with pytest.raises(ValueError, match="'student' was never shown 3 of the 20 images, such as 10"):
         read(Detections(some, tuple(ids[3:]), None, 0.1), truth)
     few = [result for result in weak if result["image_id"] > 20]
-    with pytest.warns(UserWarning, match=r"'student' has no detection on \d+ of the \d+ images"):
-        read(few, truth)
+    with pytest.warns(UserWarning, match=r"'a' has no detection on \d+ of the \d+ images") as caught:
+        compare(truth, {"a": few, "b": weak}, resamples=1)
+    assert [warning.filename for warning in caught] == [__file__]
