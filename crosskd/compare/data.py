@@ -51,11 +51,13 @@ def read_ground_truth(source: str | Path | Mapping[str, Any] | COCO) -> COCO:
         if image not in images or category not in categories:
             raise ValueError(f"{what} is of image {image!r} and category {category!r}, which must both exist")
         box = _box(annotation.get("bbox"), what)
-        area = float(annotation.get("area", box[2] * box[3]))
-        if not np.isfinite(area):
-            raise ValueError(f"{what} has the area {area}: a number of pixels is expected")
-        copy = {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": area}
-        annotations.append({**copy, "iscrowd": int(annotation.get("iscrowd", 0))})
+        area = annotation.get("area")
+        if area is None:
+            area = box[2] * box[3]
+        if not np.isfinite(_number(area)):
+            raise ValueError(f"{what} has the area {area!r}: a number of pixels is expected")
+        copy = {"id": number, "image_id": image, "category_id": category, "bbox": box, "area": _number(area)}
+        annotations.append({**copy, "iscrowd": int(annotation.get("iscrowd") or 0)})
     if all(annotation["iscrowd"] for annotation in annotations):
         raise ValueError(f"the ground truth has {len(images)} images, but no object to find")
     return _indexed(content["images"], content["categories"], annotations)
@@ -90,9 +92,11 @@ def read_detections(name: str, source: Source, ground_truth: COCO) -> COCO:
     _check_images(name, source, results, ground_truth)
     annotations = []
     for number, result in enumerate(results):
-        box, score = _box(result["bbox"], f"detection {number} of {name!r}"), float(result["score"])
+        box, score = _box(result["bbox"], f"detection {number} of {name!r}"), _number(result["score"])
         if not np.isfinite(score):
-            raise ValueError(f"detection {number} of {name!r} has the score {score}: it must be finite")
+            raise ValueError(
+                f"detection {number} of {name!r} has the score {result['score']!r}, expected a finite number"
+            )
         copy = {"id": number + 1, "image_id": result["image_id"], "category_id": result["category_id"]}
         annotations.append({**copy, "bbox": box, "score": score, "area": box[2] * box[3], "iscrowd": 0})
     sizes = [[images[a["image_id"]].get(side, np.inf) for side in ("width", "height")] for a in annotations]
@@ -121,8 +125,15 @@ def _check_ids(part: str, entries: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
 def _box(box: Any, what: str) -> list[float]:
-    numbers = [float(number) for number in box] if isinstance(box, (Sequence, np.ndarray)) else []
+    numbers = [_number(number) for number in box] if isinstance(box, (Sequence, np.ndarray)) else []
     if len(numbers) != 4 or not np.isfinite(numbers).all() or min(numbers[2:]) < 0:
         raise ValueError(
             f"{what} has the box {box!r}: four finite numbers are expected, x, y, width and height in pixels"

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 __all__ = ["ImageResults", "look_at_images"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageResults:
     """A student image by image, with its detections of at least ``threshold``.
 

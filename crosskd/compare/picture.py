@@ -61,8 +61,11 @@ def draw_changes(
 
 
 def _read(folder: Path, entry: Mapping[str, Any]) -> Image.Image | None:
+    path = folder / str(entry.get("file_name"))
     try:
-        with Image.open(folder / str(entry.get("file_name"))) as image:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            return None
+        with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
         return None
@@ -81,19 +84,19 @@ def _boxes(
 
 
 def _tile(image: Image.Image, boxes: Sequence[Box], title: str, ground_truth: COCO) -> Image.Image:
-    """An image as wide as a column, with boxes and their classes, below a line of text."""
-    scale = _WIDTH / image.width
-    height = max(1, round(image.height * scale))
+    """An image as wide as a column, or twice as high, with boxes and their classes, below a line of text."""
+    scale = min(_WIDTH / image.width, 2 * _WIDTH / image.height)
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     tile = Image.new("RGB", (_WIDTH, _CAPTION + height), "white")
-    tile.paste(image.resize((_WIDTH, height)), (0, _CAPTION))
+    tile.paste(image.resize((width, height)), (0, _CAPTION))
     draw = ImageDraw.Draw(tile)
     for entry, colour in boxes:
-        x, y, width, high = (side * scale for side in entry["bbox"])
-        top = _CAPTION + y
-        draw.rectangle((x, top, x + width, top + high), outline=colour, width=2)
+        left, top, across, down = (side * scale for side in entry["bbox"])
+        top += _CAPTION
+        draw.rectangle((left, top, left + across, top + down), outline=colour, width=2)
         label = str(ground_truth.cats[entry["category_id"]].get("name", entry["category_id"]))
         font = ImageFont.load_default(11)
-        draw.text((x + 3, top + 1), label, "white", font, stroke_width=1, stroke_fill="black")
+        draw.text((left + 3, top + 1), label, "white", font, stroke_width=1, stroke_fill="black")
     draw.rectangle((0, 0, _WIDTH, _CAPTION - 1), fill="white")
     draw.text((0, 2), title, "black", ImageFont.load_default(13))
     return tile

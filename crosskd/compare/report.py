@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """What `compare` found; ``print`` it, or `save` it. Precision is from 0 to 100.
 
@@ -66,7 +66,7 @@ class Comparison:
     _detections: dict[str, COCO]
     _folder: Path | None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.markdown()
 
     def markdown(self) -> str:
@@ -259,7 +259,7 @@ def compare(
         class_differences={name: _estimates(_minus(classes[name], classes[first])) for name in others},
         objects={label: objects[category] for category, label in labels.items()},
         images=scores,
-        image_ids=tuple(evaluation.params.imgIds),
+        image_ids=tuple(sorted(truth.imgs)),
         costs=_all_costs(detections, costs or {}),
         resamples=resamples,
         _ground_truth=truth,

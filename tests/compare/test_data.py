@@ -24,8 +24,11 @@ def test_area_and_crowd_are_filled_in_on_a_copy(scene):
     expected = compare(truth, {"a": weak, "b": strong}, resamples=20)
     bare = copy.deepcopy(truth)
     bare["annotations"] = [a for a in bare["annotations"] if not a["iscrowd"]]
-    for annotation in bare["annotations"]:
-        del annotation["area"], annotation["iscrowd"]
+    for number, annotation in enumerate(bare["annotations"]):
+        if number % 2:
+            annotation.update(area=None, iscrowd=None)
+        else:
+            del annotation["area"], annotation["iscrowd"]
     whole = {**truth, "annotations": [a for a in truth["annotations"] if not a["iscrowd"]]}
     before = copy.deepcopy((bare, weak))
     found = compare(bare, {"a": weak, "b": strong}, resamples=20)
@@ -62,7 +65,9 @@ def test_repeated_ids_are_refused(scene):
         ({"bbox": [1, 2, float("nan"), 3]}, "annotation 0 .*nan"),
         ({"bbox": [1, 2, -3, 3]}, "annotation 0 .*-3"),
         ({"bbox": None}, "annotation 0 .*None"),
+        ({"bbox": [1, 2, "3", None]}, r"annotation 0 .*\[1, 2, '3', None\]"),
         ({"area": float("inf")}, "annotation 0 .*area inf"),
+        ({"area": "large"}, "annotation 0 .*area 'large'"),
     ],
 )
 def test_annotations_that_are_none_are_refused(scene, change, facts):
@@ -95,6 +100,7 @@ def test_ground_truth_in_another_form_is_refused(scene, tmp_path):
         ({"category_id": 0}, r"unknown category_id, such as 0; .* \[3, 7, 9\]: .*labels"),
         ({"score": float("nan")}, "detection 2 of 'student' has the score nan"),
         ({"score": float("inf")}, "detection 2 .*inf"),
+        ({"score": None}, "detection 2 .*None"),
         ({"bbox": [0, 0, float("inf"), 3]}, "detection 2 .*inf"),
         ({"bbox": [0, 0, -1, 3]}, "detection 2 .*-1"),
     ],

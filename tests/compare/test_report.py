@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -124,8 +125,10 @@ def test_images_that_cannot_be_read_are_passed_over(tmp_path):
     truth, weak, strong = make_scene()
     comparison = compare(truth, {"alone": weak, "distilled": strong}, resamples=2)
     best = comparison.changes("distilled")[0][0]
-    images = write_images(tmp_path / "images", truth, skip=[best])
+    second = comparison.changes("distilled")[1][0]
+    images = write_images(tmp_path / "images", truth, skip=[best, second])
     (images / f"{best}.png").write_bytes(b"no picture")
+    os.mkfifo(images / f"{second}.png")
     compare(truth, {"alone": weak, "distilled": strong}, images=images, resamples=2).save(tmp_path / "out")
     assert (tmp_path / "out" / "comparison.png").exists()
     (tmp_path / "empty").mkdir()
@@ -150,3 +153,15 @@ def test_names_cannot_break_the_tables():
     text = str(compare(truth, {"a|b": weak, "c": strong}, resamples=2))
     assert r"a\|b" in text
     assert {"cat (3)", "cat (7)"} <= {cell.strip() for cell in text.split("|")}
+
+
+def test_narrow_images_do_not_become_long_pictures(tmp_path):
+    truth, weak, strong = make_scene()
+    images = write_images(tmp_path / "images", truth)
+    for file in images.iterdir():
+        Image.new("RGB", (2, 3000)).save(file)
+    compare(truth, {"alone": weak, "distilled": strong}, images=images, resamples=2).save(
+        tmp_path, pictures=1
+    )
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.height <= 2 * (2 * 360 + 20 + 8) + 8
