@@ -9,13 +9,17 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 
 from crosskd.compare.collect import Detections
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+__all__ = ["Source", "read_detections", "read_ground_truth"]
 
 Source = str | Path | Sequence[Mapping[str, Any]] | Detections
 
@@ -35,7 +39,7 @@ def read_ground_truth(source: str | Path | Mapping[str, Any] | COCO) -> COCO:
     Raises:
         ValueError: no COCO form, repeated ids, unknown images or categories, boxes that are none, no objects.
     """
-    content = source.dataset if isinstance(source, COCO) else _read_json(source, "the ground truth")
+    content = getattr(source, "dataset", None) or _read_json(source, "the ground truth")
     if not isinstance(content, Mapping) or any(not isinstance(content.get(part), list) for part in _PARTS):
         raise ValueError(
             "the ground truth must be in COCO form, with images, annotations and categories as lists, got "
@@ -192,6 +196,8 @@ def _check_format(name: str, boxes: NDArray[np.float64], sizes: NDArray[np.float
 
 
 def _indexed(images: Any, categories: Any, annotations: list[dict[str, Any]]) -> COCO:
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress

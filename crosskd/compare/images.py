@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval
+
+if TYPE_CHECKING:
+    from pycocotools.cocoeval import COCOeval
 
 __all__ = ["ImageResults", "look_at_images"]
 

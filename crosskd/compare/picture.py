@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools.coco import COCO
 
 from crosskd.compare.images import ImageResults
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+__all__ = ["draw_changes"]
 
 _GREEN, _RED, _YELLOW = "#2ecc40", "#ff4136", "#ffdc00"
 _WIDTH, _MARGIN, _CAPTION = 360, 8, 20  # pixels of a column, between columns, and of a line of text

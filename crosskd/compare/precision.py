@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+__all__ = ["METRICS", "class_precision", "evaluate", "over_classes", "resampled_precision"]
 
 # Which of COCO's IoU thresholds (0.5, 0.55 to 0.95) and which of its areas a metric is the mean over.
 METRICS = {
@@ -29,6 +33,8 @@ _CHUNK = 2**22  # numbers in memory at a time
 
 def evaluate(ground_truth: COCO, detections: COCO) -> COCOeval:
     """COCO's evaluation of boxes, at most 100 detections of a class and image."""
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(ground_truth, detections, "bbox")
         evaluation.params.maxDets = [100]

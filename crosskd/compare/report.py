@@ -6,18 +6,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 
 from crosskd.compare.collect import Detections
 from crosskd.compare.data import Source, read_detections, read_ground_truth
 from crosskd.compare.images import ImageResults, look_at_images
 from crosskd.compare.picture import draw_changes
 from crosskd.compare.precision import class_precision, evaluate, over_classes, resampled_precision
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 __all__ = ["Comparison", "Estimate", "compare"]
 
