@@ -59,6 +59,7 @@ from models import (
 from options import add_options, check_ranges, shaping
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
+from report import write_comparison
 from run_folder import claim, fingerprint, save_atomically
 from shapes_data import write_shapes
 from torch import nn
@@ -389,6 +390,7 @@ def write_report(
     for name, result in metrics["results"].items():
         if result["unreadable_images"]:
             print(f"{name}: {result['unreadable_images']} of {result['images']} images can't be read")
+    write_comparison(models, val, options.output, batch_size=options.eval_batch_size, device=processes.device)
     width = max(20, *(len(label_of(name)) + 2 for name in metrics["results"]))
     print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():
