@@ -68,7 +68,7 @@ def draw_detections(
     path: Path,
     *,
     device: torch.device,
-    threshold: float = 0.3,
+    threshold: float = 0.4,
     images: int = 4,
 ) -> None:
     """Draws the ground truth and each model's detections side by side, a row an image.
