@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosskd._checks import compute_dtype, shape_text
 
@@ -188,13 +189,22 @@ def positives_of_teacher(teacher: Predictions, threshold: float, *, sum_quality:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """A number averaged over the processes of a distributed run; itself where there is one process.
 
-    Every process must call it as often as the others.
+    Inside a ``DistributedDataParallel`` these are the processes of its own ``process_group``, else all. Every
+    one of them must call it as often as the others.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    ranks = torch.distributed.get_world_size()
+    group = _process_group()
+    ranks = torch.distributed.get_world_size(group)
     if ranks == 1:
         return value
     value = value.detach().clone()
-    torch.distributed.all_reduce(value)
+    torch.distributed.all_reduce(value, group=group)
     return value / ranks
+
+
+@torch.compiler.disable  # type: ignore[misc, untyped-decorator, unused-ignore]
+def _process_group() -> Any:
+    """That of the ``DistributedDataParallel`` whose forward runs; ``None``, which means all, elsewhere."""
+    running = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return None if running is None else running.process_group
