@@ -280,7 +280,7 @@ def _teacher_faults(pair: Pair, fit: Fit | None, confidence: Confidence | None) 
     wrong = _class_fault(pair, fit)
     if wrong and (fit.seen >= _MANY or fit.ap50 < _WORTHLESS_AP50):
         return [wrong]
-    if fit.ap50 < _WORTHLESS_AP50:
+    if not fit.found and fit.ap50 < _WORTHLESS_AP50:
         return [
             f"the teacher finds {fit.found or 'none'} of the {fit.objects} objects in the targets, "
             f"{fit.found_in_any_class} in any class, AP50 {fit.ap50:.1f}. Check its weights, that boxes are "

@@ -13,7 +13,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import crosskd
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule, check
-from crosskd.adapters import TorchvisionRetinaNet, backbone
+from crosskd.adapters import Objects, TorchvisionRetinaNet, backbone
+from crosskd.diagnostics._detections import Seen, fit_of
 from crosskd.towers import TapPoint
 from tests.helpers.tiny import STRIDES, TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet
 from tests.helpers.two_stages import POOLED, REGIONS, SomeLevels, tiny_faster_rcnn, two_stage_batch
@@ -243,6 +244,191 @@ def test_classes_that_are_mapped_are_looked_at_as_the_students():
     report = check(teacher, tiny_retinanet(seed=1), *tiny_batch(), class_map=[4, 5, 6, 7])
     assert not report.fit.classless
     assert report.fit.found_in_any_class > 0
+
+
+# -- a teacher that has learned ------------------------------------------------------------------
+
+
+def squares(count: int, seed: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Two red, green or blue squares, classes 0, 1 and 2, on grey."""
+    generator = torch.Generator().manual_seed(seed)
+    images, targets = [], []
+    for _ in range(count):
+        image, boxes = torch.full((3, 64, 64), 0.5), []
+        labels = torch.randint(0, 3, (2,), generator=generator)
+        for label, left in zip(labels.tolist(), (2, 36), strict=True):
+            x, y = (
+                left + int(torch.randint(0, 8, (), generator=generator)),
+                int(torch.randint(0, 40, (), generator=generator)),
+            )
+            image[:, y : y + 18, x : x + 18] = 0.05
+            image[label, y : y + 18, x : x + 18] = 0.95
+            boxes.append([x, y, x + 18, y + 18])
+        images.append(image)
+        targets.append({"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": labels})
+    return images, targets
+
+
+@pytest.fixture(scope="module")
+def learned() -> nn.Module:
+    """A RetinaNet that has learned eight images of squares by heart, in seconds."""
+    anchors = AnchorGenerator(((18,), (32,), (64,)), ((1.0,),) * 3)
+    teacher = tiny_retinanet(3, norm="group", blocks=1, hidden=16, anchor_generator=anchors)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=5e-3)
+    images, targets = squares(8, seed=0)
+    for _ in range(80):
+        losses = teacher.train()(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(teacher.parameters(), 5.0)
+        optimizer.step()
+    return teacher
+
+
+def beginner() -> nn.Module:
+    anchors = AnchorGenerator(((18,), (32,), (64,)), ((1.0,),) * 3)
+    return tiny_retinanet(3, norm="group", blocks=1, seed=1, anchor_generator=anchors)
+
+
+def judged(teacher: nn.Module, *batch, methods=None, **options) -> crosskd.diagnostics.CheckReport:
+    methods = CrossKD(position=0) if methods is None else methods
+    return check(teacher, beginner(), *batch, methods=methods, **options)
+
+
+def test_a_good_teacher_is_ready(learned):
+    report = judged(learned, *squares(8, seed=0))
+    fit = report.fit
+    assert (fit.images, fit.objects) == (8, 16)
+    assert fit.ap50 > 80
+    assert fit.ap50 > fit.ap > 20
+    assert min(fit.found, fit.found_in_any_class, fit.right) >= 15
+    assert max(fit.false_alarms, fit.duplicates) < 2
+    assert report.remarks == ()
+    first, *_, last = str(report).splitlines()
+    assert first == report.verdict == "ready: no fault found"
+    assert "distiller.parameters()" in last
+    assert "16 objects say little" in str(report)
+
+
+def test_its_average_precision_is_that_of_its_own_detections(learned):
+    images, targets = squares(8, seed=0)
+    own = copy.deepcopy(learned).eval()(images)
+    seen = [
+        Seen(1.0, 1, of["boxes"], of["scores"], of["labels"], Objects(**target), torch.full((2,), -1))
+        for of, target in zip(own, targets, strict=True)
+    ]
+    fit, alone = judged(learned, images, targets).fit, fit_of(seen, classless=False)
+    assert (fit.ap, fit.ap50) == (pytest.approx(alone.ap, abs=2), pytest.approx(alone.ap50, abs=2))
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+def test_every_class_in_another_place_is_refused_with_the_map_that_mends_it(learned, shift):
+    images, targets = squares(8, seed=0)
+    for target in targets:
+        target["labels"] = (target["labels"] + shift) % 3
+    mended = [(label - shift) % 3 for label in range(3)]
+    message = rf"over 16 objects .* class_map=\[{', '.join(map(str, mended))}\] would put these right"
+    with pytest.raises(ValueError, match=message):
+        judged(learned, images, targets)
+    assert judged(learned, images, targets, class_map=mended).remarks == ()
+
+
+def test_two_classes_that_are_swapped_are_refused(learned):
+    images, targets = squares(8, seed=0)
+    for target in targets:
+        target["labels"] = torch.tensor([1, 0, 2])[target["labels"]]
+    with pytest.raises(ValueError, match=r"class_map=\[1, 0, 2\] would put these right"):
+        judged(learned, images, targets)
+
+
+def test_a_weak_teacher_is_no_good_one(learned):
+    """On squares of other places it finds some: the verdict says how few, and what is usual."""
+    images, targets = squares(8, seed=0)
+    noisy = [
+        0.2 * image + 0.8 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+        for image in images
+    ]
+    report = judged(learned, noisy, targets, methods=PKD())
+    assert 0 <= report.fit.ap50 < 25
+    assert report.verdict.startswith("look at ")
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"), [(lambda p: 255 * p, "12.8 to 242"), (lambda p: p / 255, "0.000")]
+)
+def test_pixels_of_another_range(learned, change, numbers):
+    images, targets = squares(8, seed=0)
+    images = [change(image) for image in images]
+    try:
+        found = judged(learned, images, targets).remarks[0]
+    except ValueError as error:
+        found = str(error)
+    assert f"the images have pixels from {numbers}" in found
+    assert "255" in found
+
+
+def test_pixels_that_were_normalised_before():
+    images = [(image - 0.45) / 0.225 for image in squares(2, seed=0)[0]]
+    with pytest.raises(ValueError, match="pixels from -1.78 to 2.22, .* they look normalised already"):
+        check(tiny_retinanet(), tiny_retinanet(seed=1), images)
+
+
+def test_a_teacher_built_for_larger_images(learned):
+    larger = copy.deepcopy(learned)
+    larger.transform.min_size, larger.transform.max_size = (128,), 256
+    report = judged(larger, *squares(8, seed=0))
+    assert report.remarks[0].startswith("the teacher was built for images 2 times as large (")
+    assert "min_size=(128,)" in report.remarks[0]
+    assert "64 by 64" in report.remarks[0]
+
+
+# -- several batches -----------------------------------------------------------------------------
+
+
+class Counting:
+    """A loader that counts what was taken of it."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self):
+        for seed in range(9):
+            self.taken += 1
+            yield squares(2, seed=seed)
+
+
+@pytest.mark.parametrize(("limits", "expected"), [({}, 4), ({"batches": 2}, 2), ({"seconds": 0.0}, 1)])
+def test_a_loader(learned, limits, expected):
+    loader = Counting()
+    report = check(learned, beginner(), loader, methods=PKD(), **limits)
+    assert loader.taken == expected
+    assert report.images == report.fit.images == 2 * expected
+    assert report.fit.objects == 4 * expected
+    assert f"the teacher on {2 * expected} images" in str(report)
+    # The losses are the first batch's.
+    assert report.own_losses == check(learned, beginner(), *squares(2, seed=0), PKD()).own_losses
+
+
+def test_loaders_of_something_else():
+    pair = tiny_retinanet(), tiny_retinanet(seed=1)
+    with pytest.raises(TypeError, match="pairs .images, targets. in the student's own form, got a Tensor"):
+        check(*pair, iter(tiny_batch()[0]))
+    with pytest.raises(ValueError, match="the loader gives no batch"):
+        check(*pair, iter([]))
+    report = check(*pair, [(images, None) for images in (tiny_batch()[0], tiny_batch(seed=1)[0])])
+    assert (report.images, report.fit) == (4, None)
+
+
+def test_no_other_process_is_waited_for(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("a collective call, which other processes would have to make, too")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", asked)
+    monkeypatch.setattr(torch.distributed, "all_reduce", asked)
+    for build in BUILD.values():
+        check(build(), build(seed=1), *tiny_batch())
+    assert torch.distributed.is_initialized()
 
 
 # -- what is refused -----------------------------------------------------------------------------
