@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
+from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule, check
 from crosskd.predictions import mean_over_ranks
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
@@ -82,6 +82,40 @@ def mean_job(rank: int) -> Tensor:
 
 def test_mean_over_ranks(tmp_path):
     assert [mean.item() for mean in on_two_ranks(tmp_path, mean_job)] == [1.5, 1.5]
+
+
+class MeanOfRanks(nn.Module):
+    """A module whose forward averages its parameter over the processes."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self) -> Tensor:
+        return mean_over_ranks(self.value) + 0 * self.value
+
+
+def group_job(rank: int) -> Tensor:
+    groups = [dist.new_group([member]) for member in range(RANKS)]
+    alone = DistributedDataParallel(MeanOfRanks(rank + 1.0), process_group=groups[rank])
+    together = MeanOfRanks(
+        rank + 1.0
+    )  # in no DistributedDataParallel, which would give all the first's value
+    return torch.tensor([alone().item(), together().item()])
+
+
+def test_the_mean_is_that_of_the_process_group_of_ddp(tmp_path):
+    assert [means.tolist() for means in on_two_ranks(tmp_path, group_job)] == [[1, 1.5], [2, 1.5]]
+
+
+def check_job(rank: int) -> Tensor:
+    if rank == 0:
+        check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch())
+    return mean_over_ranks(torch.tensor(rank + 1.0))
+
+
+def test_one_process_may_check_alone(tmp_path):
+    assert [mean.item() for mean in on_two_ranks(tmp_path, check_job)] == [1.5, 1.5]
 
 
 def test_mean_over_one_process_is_the_value_itself(tmp_path):
