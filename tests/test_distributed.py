@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
+from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule, check
 from crosskd.predictions import mean_over_ranks, of_this_rank
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
@@ -83,6 +83,16 @@ def mean_job(rank: int) -> Tensor:
 
 def test_mean_over_ranks(tmp_path):
     assert [mean.item() for mean in on_two_ranks(tmp_path, mean_job)] == [1.5, 1.5]
+
+
+def check_job(rank: int) -> Tensor:
+    if rank == 0:
+        check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch())
+    return mean_over_ranks(torch.tensor(rank + 1.0))
+
+
+def test_one_process_may_check_alone(tmp_path):
+    assert [mean.item() for mean in on_two_ranks(tmp_path, check_job)] == [1.5, 1.5]
 
 
 def test_mean_over_one_process_is_the_value_itself(tmp_path):
