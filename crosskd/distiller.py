@@ -86,6 +86,8 @@ class Distiller(nn.Module):
 
     Attributes:
         pair: the two adapters, the levels that belong together, the class map.
+        unscheduled: the losses of the last training step by name, detached and before the schedules' factors;
+            0 for a method at rest, whose teacher was not run.
 
     Raises:
         ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
@@ -180,6 +182,7 @@ class Distiller(nn.Module):
         # Until an optimizer is seen to move what the methods train.
         trains = next(self.methods.parameters(), None) is not None
         self._watch: TrainingWatch | None = TrainingWatch() if trains else None
+        self.unscheduled: dict[str, Tensor] = {}
 
     def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
@@ -310,7 +313,7 @@ class Distiller(nn.Module):
             )
         factors = self._advance()
         trace = self.trace(images, targets, _active(self._methods(), factors))
-        self._finish(trace.losses)
+        self._finish(trace)
         return self.named_losses(trace, factors)
 
     def named_losses(self, trace: Trace, factors: Mapping[str, float] | None = None) -> dict[str, Tensor]:
@@ -469,8 +472,9 @@ class Distiller(nn.Module):
         return steps
 
     @outside_graph
-    def _finish(self, losses: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _finish(self, trace: Trace) -> None:
         """Refuses, on a method's first step, a distillation that would silently do nothing; counts steps."""
+        losses = trace.losses
         for name in losses.keys() - self._checked:
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
@@ -478,6 +482,7 @@ class Distiller(nn.Module):
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
+        self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1
         if self._watch is not None and self._watch.found(self.student, self._methods(), set(losses)):

@@ -433,6 +433,21 @@ def test_schedule_factor_multiplies(build):
         assert second[name].item() == pytest.approx(2 * first[name].item(), rel=1e-6)
 
 
+def test_unscheduled_losses_are_the_last_steps_without_factors(build):
+    images, targets = tiny_batch()
+    distiller = distiller_of(build, CrossKD(position=1, schedule=Schedule(warmup=2, stop=3)))
+    assert distiller.unscheduled == {}
+    full = distiller_of(build)(images, targets)
+    for factor in (0.5, 1.0, 1.0, 0.0):
+        losses = distiller(images, targets)
+        assert losses.keys() == distiller.unscheduled.keys()
+        for name, raw in distiller.unscheduled.items():
+            assert not raw.requires_grad
+            kd = name in DISTILLATION_LOSSES
+            assert raw.item() == (full[name].item() if factor or not kd else 0.0)
+            assert losses[name].item() == pytest.approx(raw.item() * (factor if kd else 1.0), rel=1e-6)
+
+
 def test_a_stopped_method_gives_its_projections_a_gradient_of_zero(build):
     """DistributedDataParallel waits for every parameter."""
     distiller = distiller_of(build, CrossKD(schedule=Schedule(stop=1)))
