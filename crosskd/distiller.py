@@ -337,8 +337,8 @@ class Distiller(nn.Module):
             methods: those that are active, by name; all of them unless given.
         """
         active = self._methods() if methods is None else methods
-        pair, student = self.pair, self.pair.student
         batch, seen = self._prepare(images, targets, active)
+        pair, student = self.pair, self.pair.student  # after it, for it may have read the student again
         # The teacher runs first, so that what it needed is freed.
         theirs = run_teacher(pair, seen, active) if active else None
         del seen  # pixels of the teacher's own coding are freed before the student runs
@@ -363,8 +363,8 @@ class Distiller(nn.Module):
     @outside_graph
     def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
-        teacher, student = self.pair.teacher, self.pair.student
         self._check_unchanged()
+        teacher, student = self.pair.teacher, self.pair.student
         batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)

@@ -723,6 +723,47 @@ def test_a_student_replaced_after_construction_is_refused(replace):
         distiller(*tiny_batch())
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_layer_replaced_by_one_of_its_form_is_followed(build, steps):
+    distiller = distiller_of(build)
+    for _ in range(steps):
+        distiller(*tiny_batch())
+    head = distiller.student.head.classification_head
+    head.cls_logits = copy.deepcopy(head.cls_logits)
+    nn.init.normal_(head.cls_logits.bias)
+    own = copy.deepcopy(distiller.student)(*tiny_batch())
+    losses = distiller(*tiny_batch())
+    for name, loss in own.items():
+        assert torch.equal(losses[name], loss)
+    losses["classification"].backward()
+    assert head.cls_logits.bias.grad is not None
+
+
+# What the quickstart says of changes to the teacher: the copy keeps the weights that it had.
+def load_by_assignment(teacher: nn.Module) -> None:
+    teacher.load_state_dict(tiny_retinanet(width=64, seed=9).state_dict(), assign=True)
+
+
+def replace_the_head(teacher: nn.Module) -> None:
+    teacher.head = tiny_retinanet(2, width=64).head
+
+
+@pytest.mark.parametrize("change", [load_by_assignment, replace_the_head, nn.Module.double, nn.Module.train])
+def test_changes_of_the_teacher_have_no_effect(change):
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller = Distiller(teacher, student, CrossKD(position=1))
+    before = distiller(*tiny_batch())
+    change(teacher)
+    assert_same(distiller(*tiny_batch()), before)
+
+
+def test_weights_loaded_into_the_teacher_are_followed():
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller, other = Distiller(teacher, student, CrossKD(position=1)), tiny_retinanet(width=64, seed=9)
+    teacher.load_state_dict(other.state_dict())
+    assert_same(distiller(*tiny_batch()), Distiller(other, student, CrossKD(position=1))(*tiny_batch()))
+
+
 def test_a_teacher_in_train_mode_is_refused(build):
     distiller = distiller_of(build)
     distiller.teacher.train()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -46,6 +48,7 @@ PAGES = (
 )
 # Pages that another test runs, with a framework of their own or on the examples' path.
 ELSEWHERE = (
+    "docs/in_your_loop.md",
     "docs/methods/ld.md",
     "docs/mmdet.md",
     "docs/two_stages.md",
@@ -153,6 +156,72 @@ def test_python_of_two_stages_runs(monkeypatch, tmp_path):
         losses.append({name for name in shown["losses"] if "kd" in name})
     rpn, box = ({f"kd_{head}_{kind}" for kind in ("cls", "reg")} for head in ("rpn", "box"))
     assert losses == [rpn | box, rpn | {f"{name}_{key}" for name in ("crosskd", "mimic") for key in box}]
+
+
+def sections(page: Path) -> dict[str, list[tuple[int, str]]]:
+    """A page's Python blocks by the heading that they stand under."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    found: dict[str, list[tuple[int, str]]] = {}
+    for line, block in python_blocks(page):
+        heading = next(text for text in reversed(lines[:line]) if text.startswith("#"))
+        found.setdefault(heading.lstrip("# "), []).append((line, block))
+    return found
+
+
+IN_YOUR_LOOP = sections(ROOT / "docs/in_your_loop.md")
+# What a snippet needs beside the library, and what the tests are installed without.
+NEEDS = {
+    "TensorBoard": "tensorboard",
+    "Lightning": "lightning",
+    "Accelerate": "accelerate",
+    "ONNX of the student": "onnxruntime",
+}
+
+
+def same_detections(left: dict[str, Any], right: dict[str, Any]) -> None:
+    assert len(left["scores"]) > 0
+    assert torch.equal(left["labels"], right["labels"])
+    torch.testing.assert_close(left["boxes"], right["boxes"], rtol=0, atol=1e-2)
+    torch.testing.assert_close(left["scores"], right["scores"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("heading", [name for name in IN_YOUR_LOOP if name != "In your own loop"])
+def test_snippets_of_your_own_loop_run(heading, monkeypatch, tmp_path):
+    if heading in NEEDS:
+        pytest.importorskip(NEEDS[heading])
+    small_detectors(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    images, targets = tiny_batch()
+    shown: dict[str, Any] = {"images": images, "targets": targets, "__name__": "in_your_loop"}
+    # As torchvision's own training makes its batches.
+    pairs = list(zip(images, targets, strict=True)) * 4
+    shown["loader"] = DataLoader(
+        pairs, batch_size=2, collate_fn=lambda batch: tuple(zip(*batch, strict=True))
+    )
+    page = ROOT / "docs/in_your_loop.md"
+    (start,) = IN_YOUR_LOOP["In your own loop"]
+    before = None
+    for line, block in (start, *IN_YOUR_LOOP[heading]):
+        exec(compile("\n" * line + block, str(page), "exec"), shown)
+        before = before or {name: value.clone() for name, value in shown["student"].state_dict().items()}
+    student = shown["student"]
+    trained = any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert trained == ("of the student" not in heading or heading.startswith("EMA"))
+    plain = student.eval()(images)
+    if heading == "TorchScript of the student":
+        same_detections(shown["detections"][0], plain[0])
+    if heading == "ONNX of the student":
+        found = {name: torch.from_numpy(shown[name]) for name in ("boxes", "scores", "labels")}
+        same_detections(found, plain[0])
+    if heading == "TensorBoard":
+        assert list((tmp_path / "runs/crosskd").iterdir())
+    if heading in ("Lightning", "Accelerate", "DistributedDataParallel"):
+        saved = torch.load("student.pt", weights_only=True)
+        assert saved.keys() == student.state_dict().keys()
 
 
 @pytest.mark.mmdet
