@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import models
 from torchvision.models import detection
+from torchvision.models.detection import backbone_utils
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 PAGES = (
     "README.md",
+    "docs/index.md",
+    "docs/is_it_helping.md",
     "docs/adapters.md",
     "docs/backbones.md",
     "docs/cross_modality.md",
@@ -93,8 +96,17 @@ def small_detectors(monkeypatch) -> None:
 
         return build
 
+    class SmallRetinaNet(detection.RetinaNet):
+        def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+            super().__init__(backbone, num_classes, min_size=64, max_size=64)
+
+    def without_weights(weights: Any = None, **options: Any) -> nn.Module:
+        return resnet_fpn_backbone(weights=None, **options)
+
     for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
         monkeypatch.setattr(detection, name, small(detection.RetinaNet))
+    monkeypatch.setattr(detection, "RetinaNet", SmallRetinaNet)
+    monkeypatch.setattr(backbone_utils, "resnet_fpn_backbone", without_weights)
     monkeypatch.setattr(detection, "fcos_resnet50_fpn", small(detection.FCOS))
     monkeypatch.setattr(models, "resnet50", lambda weights=None: models.resnet18(weights=None))
 
@@ -123,10 +135,16 @@ def test_every_page_with_python_is_run():
     assert pages == {*PAGES, *ELSEWHERE}
 
 
+def diff_of(page: str) -> str:
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return diff
+
+
 def test_the_readmes_loop_runs_before_the_diff_is_applied(monkeypatch, tmp_path):
     small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    (diff,) = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    diff = diff_of("README.md")
+    assert diff_of("docs/index.md") == diff
     plain = side_of_diff(diff, "-")
     assert "crosskd" not in plain
     shown: dict[str, Any] = {"loader": [tiny_batch()], "__name__": "README.md"}
