@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from torchvision.models import detection
 from torchvision.models.detection import backbone_utils
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms.functional import to_pil_image
 
+import crosskd
 from tests.helpers.mmdet_recipes import mmdet_batch
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.yolo import batch_of
@@ -56,6 +59,7 @@ ELSEWHERE = (
     "docs/mmdet.md",
     "docs/two_stages.md",
     "docs/yolo.md",
+    "docs/your_classes.md",
     "docs/your_detector.md",
 )
 
@@ -82,7 +86,7 @@ def small_detectors(monkeypatch) -> None:
     """The detectors that pages build: on a ResNet-18, for small images, without downloads."""
 
     def small(kind: type[nn.Module]) -> Callable[..., nn.Module]:
-        def build(weights: Any = None, weights_backbone: Any = None) -> nn.Module:
+        def build(weights: Any = None, weights_backbone: Any = None, **sizes: int) -> nn.Module:
             pyramid = resnet_fpn_backbone(
                 backbone_name="resnet18",
                 weights=None,
@@ -97,7 +101,7 @@ def small_detectors(monkeypatch) -> None:
         return build
 
     class SmallRetinaNet(detection.RetinaNet):
-        def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        def __init__(self, backbone: nn.Module, num_classes: int, **sizes: int) -> None:
             super().__init__(backbone, num_classes, min_size=64, max_size=64)
 
     def without_weights(weights: Any = None, **options: Any) -> nn.Module:
@@ -194,6 +198,39 @@ NEEDS = {
     "Accelerate": "accelerate",
     "ONNX of the student": "onnxruntime",
 }
+
+
+def write_coco_folder(root: Path) -> None:
+    """Two images a split, with a box of either category, in the form that the page asks for."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    categories = [{"id": 3, "name": "cell"}, {"id": 7, "name": "ring"}]
+    for split, ids in {"train": (1, 2), "val": (3, 4)}.items():
+        images, annotations = [], []
+        for number in ids:
+            images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+            box = [8, 8, 30 + number, 40]
+            category = 3 if number % 2 else 7
+            of_box = {"id": number, "image_id": number, "category_id": category, "bbox": box}
+            annotations.append({**of_box, "area": box[2] * box[3], "iscrowd": 0})
+            to_pil_image(torch.rand(3, 64, 64)).save(root / f"images/{number}.png")
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/{split}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.skipif(not hasattr(crosskd, "compare"), reason="needs crosskd.compare")
+def test_python_of_your_classes_runs(monkeypatch, tmp_path):
+    pytest.importorskip("onnx")
+    small_detectors(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_coco_folder(tmp_path / "data")
+    page = ROOT / "docs/your_classes.md"
+    shown: dict[str, Any] = {"__name__": "your_classes"}
+    for line, block in python_blocks(page):
+        exec(compile("\n" * line + block, str(page), "exec"), shown)
+    assert (tmp_path / "student.onnx").exists()
+    assert "AP" in str(shown["comparison"])
+    assert shown["category_of"] == {0: 3, 1: 7}
 
 
 def same_detections(left: dict[str, Any], right: dict[str, Any]) -> None:
