@@ -91,6 +91,8 @@ class Distiller(nn.Module):
 
     Attributes:
         pair: the two adapters, the levels that belong together, the class map.
+        unscheduled: the losses of the last training step by name, detached and before the schedules' factors;
+            0 for a method at rest, whose teacher was not run.
 
     Raises:
         ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
@@ -188,6 +190,7 @@ class Distiller(nn.Module):
         # Until an optimizer is seen to move what the methods train.
         trains = next(self.methods.parameters(), None) is not None
         self._watch: TrainingWatch | None = TrainingWatch() if trains else None
+        self.unscheduled: dict[str, Tensor] = {}
 
     def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
@@ -528,6 +531,7 @@ class Distiller(nn.Module):
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
+        self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1
         if self._watch is not None and self._watch.found(self.student, self._methods(), set(losses)):

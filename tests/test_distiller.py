@@ -465,6 +465,21 @@ def test_schedule_factor_multiplies(build):
         assert second[name].item() == pytest.approx(2 * first[name].item(), rel=1e-6)
 
 
+def test_unscheduled_losses_are_the_last_steps_without_factors(build):
+    images, targets = tiny_batch()
+    distiller = distiller_of(build, CrossKD(position=1, schedule=Schedule(warmup=2, stop=3)))
+    assert distiller.unscheduled == {}
+    full = distiller_of(build)(images, targets)
+    for factor in (0.5, 1.0, 1.0, 0.0):
+        losses = distiller(images, targets)
+        assert losses.keys() == distiller.unscheduled.keys()
+        for name, raw in distiller.unscheduled.items():
+            assert not raw.requires_grad
+            kd = name in DISTILLATION_LOSSES
+            assert raw.item() == (full[name].item() if factor or not kd else 0.0)
+            assert losses[name].item() == pytest.approx(raw.item() * (factor if kd else 1.0), rel=1e-6)
+
+
 def test_a_stopped_method_gives_its_projections_a_gradient_of_zero(build):
     """DistributedDataParallel waits for every parameter."""
     distiller = distiller_of(build, CrossKD(schedule=Schedule(stop=1)))
@@ -832,6 +847,47 @@ def test_a_student_replaced_after_construction_is_refused(replace):
         ValueError, match=r"distiller.student, a FCOS, was replaced by a \w+: make a new Distiller for it"
     ):
         distiller(*tiny_batch())
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_layer_replaced_by_one_of_its_form_is_followed(build, steps):
+    distiller = distiller_of(build)
+    for _ in range(steps):
+        distiller(*tiny_batch())
+    head = distiller.student.head.classification_head
+    head.cls_logits = copy.deepcopy(head.cls_logits)
+    nn.init.normal_(head.cls_logits.bias)
+    own = copy.deepcopy(distiller.student)(*tiny_batch())
+    losses = distiller(*tiny_batch())
+    for name, loss in own.items():
+        assert torch.equal(losses[name], loss)
+    losses["classification"].backward()
+    assert head.cls_logits.bias.grad is not None
+
+
+# What the quickstart says of changes to the teacher: the copy keeps the weights that it had.
+def load_by_assignment(teacher: nn.Module) -> None:
+    teacher.load_state_dict(tiny_retinanet(width=64, seed=9).state_dict(), assign=True)
+
+
+def replace_the_head(teacher: nn.Module) -> None:
+    teacher.head = tiny_retinanet(2, width=64).head
+
+
+@pytest.mark.parametrize("change", [load_by_assignment, replace_the_head, nn.Module.double, nn.Module.train])
+def test_changes_of_the_teacher_have_no_effect(change):
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller = Distiller(teacher, student, CrossKD(position=1))
+    before = distiller(*tiny_batch())
+    change(teacher)
+    assert_same(distiller(*tiny_batch()), before)
+
+
+def test_weights_loaded_into_the_teacher_are_followed():
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller, other = Distiller(teacher, student, CrossKD(position=1)), tiny_retinanet(width=64, seed=9)
+    teacher.load_state_dict(other.state_dict())
+    assert_same(distiller(*tiny_batch()), Distiller(other, student, CrossKD(position=1))(*tiny_batch()))
 
 
 def test_a_teacher_in_train_mode_is_refused(build):
