@@ -33,7 +33,7 @@ _LEAST_SURE, _WORTHLESS_AP50, _LEAST_AP50 = 0.1, 1.0, 25.0
 # objects, that is taken for another one where the two are swapped; and how many objects prove a wrong order.
 _LEAST_RIGHT, _MOSTLY, _SEVERAL, _MANY = 0.25, 2 / 3, 3, 8
 # Beyond these ratios the distillation drowns the student's own losses, or is drowned by them.
-_LARGEST_RATIO, _SMALLEST_RATIO = 100.0, 0.01
+_LARGEST_RATIO, _SMALLEST_RATIO = 200.0, 0.01
 # How far pixels may lie outside 0 to 1, as interpolation leaves them; what an image that isn't black reaches.
 _PIXEL_MARGIN, _DARK = 0.1, 0.02
 _OTHER_SIZE = 1.3  # from this ratio on images are of another size than those a teacher was built for
@@ -278,9 +278,10 @@ def _teacher_faults(pair: Pair, fit: Fit | None, confidence: Confidence | None) 
         return []
     # Of few objects an untrained teacher may take all for others by chance, though it finds some.
     wrong = _class_fault(pair, fit)
-    if wrong and (fit.seen >= _MANY or fit.ap50 < _WORTHLESS_AP50):
+    nothing = not fit.found and fit.ap50 < _WORTHLESS_AP50
+    if wrong and (fit.seen >= _MANY or nothing):
         return [wrong]
-    if not fit.found and fit.ap50 < _WORTHLESS_AP50:
+    if nothing:
         return [
             f"the teacher finds {fit.found or 'none'} of the {fit.objects} objects in the targets, "
             f"{fit.found_in_any_class} in any class, AP50 {fit.ap50:.1f}. Check its weights, that boxes are "
@@ -290,16 +291,21 @@ def _teacher_faults(pair: Pair, fit: Fit | None, confidence: Confidence | None) 
     return []
 
 
+def _clearly(fit: Fit) -> dict[int, int]:
+    """For which class the objects of each are taken, where several and most of them are."""
+    mostly = {}
+    for label, other in fit.mostly().items():
+        if fit.taken[label][other] >= max(_SEVERAL, _MOSTLY * sum(fit.taken[label].values())):
+            mostly[label] = other
+    return mostly
+
+
 def _confused(fit: Fit) -> dict[int, int]:
     """Classes whose objects are mostly taken for another one, whose own are not taken for itself either.
 
     Where only the former is so, the teacher doesn't know a rare class, which is no wrong order.
     """
-    mostly = {
-        label: other
-        for label, other in fit.mostly().items()
-        if fit.taken[label][other] >= max(_SEVERAL, _MOSTLY * sum(fit.taken[label].values()))
-    }
+    mostly = _clearly(fit)
     return {label: other for label, other in mostly.items() if mostly.get(other, other) != other}
 
 
@@ -337,8 +343,8 @@ def _fit_remarks(pair: Pair, fit: Fit) -> list[str]:
         )
     unsure = [
         f"class {label} is taken for {other} ({fit.taken[label][other]} of {sum(fit.taken[label].values())})"
-        for label, other in fit.mostly().items()
-        if label != other and sum(fit.taken[label].values()) >= _SEVERAL
+        for label, other in _clearly(fit).items()
+        if label != other
     ]
     if unsure and not wrong and fit.ap50 >= _LEAST_AP50:
         remarks.append(f"{', '.join(unsure[:5])}: see whether the teacher knows it, and by the same name")
@@ -368,7 +374,7 @@ def _size(loss: Tensor, student: nn.Module) -> LossSize:
 def _loss_remarks(report: CheckReport) -> list[str]:
     ratio, remarks = report.gradient_ratio, []
     if ratio is not None and not _SMALLEST_RATIO <= ratio <= _LARGEST_RATIO:
-        times = f"{ratio:.2g} times that of the student's own losses"
+        times = f"{ratio:.3g} times that of the student's own losses"
         remarks.append(f"the distillation's gradient is {times}: look at the methods' weights")
     without = [name for name, size in report.distillation_losses.items() if not size.gradient]
     if without:

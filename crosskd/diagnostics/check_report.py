@@ -157,9 +157,9 @@ class CheckReport:
         for name, loss in self.losses.items():
             lines.append(f"  {name:<24} {loss.value:>10.4g} {loss.gradient:>24.4g}")
         if self.gradient_ratio is not None:
-            times = f"{self.gradient_ratio:.2g} times as large as that of the student's own losses"
-            lines.append(f"  the distillation's gradient is {times} (usual: 0.1 to 10;")
-            lines.append("  at the start of a training, and for feature maps, more)")
+            times = f"{self.gradient_ratio:.3g} times as large as that of the student's own losses"
+            lines.append(f"  the distillation's gradient is {times}; usual at the start of a")
+            lines.append("  training: up to 20 for predictions, 200 for feature maps; later a quarter of it")
         return "\n".join([*lines, "", *self._lines_on_what_to_do()])
 
     def _lines_on_teacher(self) -> Iterator[str]:

@@ -212,7 +212,7 @@ def test_the_text_says_what_the_fields_do():
         *(size.gradient for size in report.own_losses.values())
     )
     assert report.gradient_ratio == pytest.approx(ratio)
-    assert f"gradient is {ratio:.2g} times" in text
+    assert f"gradient is {ratio:.3g} times" in text
     assert repr(report) == text
 
 
