@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from run_folder import save_atomically
 
 SHAPES = ("disc", "triangle", "cross")
 # Red, green and blue: each shape's colours lie about one.
@@ -35,12 +35,11 @@ def write_shapes(folder: Path, *, train: int, val: int, seed: int) -> None:
     marker = folder / "settings.json"
     if marker.exists() and json.loads(marker.read_text()) == settings:
         return
+    marker.unlink(missing_ok=True)  # from here on the set is whole no more
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         _write_split(folder, split, count, np.random.default_rng([seed, number]))
     # Last and in one move, so that a killed run leaves no half-written set that looks whole.
-    unfinished = marker.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(settings))
-    os.replace(unfinished, marker)
+    save_atomically(settings, marker)
 
 
 def _write_split(folder: Path, split: str, count: int, random: np.random.Generator) -> None:

@@ -82,3 +82,22 @@ def test_a_half_written_set_is_written_again(tmp_path):
     (tmp_path / "train" / "00001.png").unlink()
     write_shapes(tmp_path, train=2, val=1, seed=0)
     assert (tmp_path / "train" / "00001.png").exists()
+
+
+def test_a_set_that_was_being_overwritten_is_made_anew(tmp_path, monkeypatch):
+    write_shapes(tmp_path, train=1, val=1, seed=0)
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    write_split = shapes_data._write_split
+
+    def killed(folder, split, *arguments):
+        if split == "val":
+            raise KeyboardInterrupt
+        write_split(folder, split, *arguments)
+
+    monkeypatch.setattr(shapes_data, "_write_split", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shapes(tmp_path, train=1, val=1, seed=1)
+    monkeypatch.undo()
+    assert any(path.read_bytes() != pixels for path, pixels in first.items())
+    write_shapes(tmp_path, train=1, val=1, seed=0)
+    assert all(path.read_bytes() == pixels for path, pixels in first.items())
