@@ -26,6 +26,7 @@ __all__ = [
     "check_sharding",
     "check_shared",
     "check_strides",
+    "is_sharded",
 ]
 
 
@@ -99,10 +100,17 @@ def check_devices(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+_SHARDED = getattr(torch.distributed.fsdp, "FSDPModule", ())  # since PyTorch 2.6
+
+
+def is_sharded(detector: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers weights of a detector, and lets go of them in a backward pass."""
+    return any(isinstance(module, _SHARDED) for module in detector.modules())
+
+
 def check_sharding(student: Adapter) -> None:
     """Raises ``ValueError`` where ``fully_shard`` gathers weights for a module that is never called."""
-    shards = getattr(torch.distributed.fsdp, "FSDPModule", None)  # since PyTorch 2.6
-    if shards is None or not any(isinstance(module, shards) for module in student.detector.modules()):
+    if not is_sharded(student.detector):
         return
     called: set[nn.Module] = set()
     for head in student.heads:
@@ -112,7 +120,7 @@ def check_sharding(student: Adapter) -> None:
             called.update(branch.predictors.values())
     for path, module in student.detector.named_modules():
         inside = set(module.modules()) - {module}
-        if isinstance(module, shards) and module not in called and called & inside:
+        if isinstance(module, _SHARDED) and module not in called and called & inside:
             raise ValueError(
                 f"student: {path or type(module).__name__} was sharded by fully_shard, which gathers its "
                 "weights when it is called, but distillation calls the layers in it one by one. Shard the "

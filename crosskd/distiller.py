@@ -26,6 +26,7 @@ from crosskd._guards import (
     check_sharding,
     check_shared,
     check_strides,
+    is_sharded,
 )
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
@@ -526,7 +527,8 @@ class Distiller(nn.Module):
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
-                if not compiled:  # a compiled graph may be gone through once
+                # A compiled graph may be gone through once, and so may sharded weights.
+                if not compiled and not is_sharded(self.student):
                     check_gradient(name, losses[name], trace.student.maps)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
