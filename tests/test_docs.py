@@ -102,8 +102,8 @@ def small_detectors(monkeypatch) -> None:
         return build
 
     class SmallRetinaNet(detection.RetinaNet):
-        def __init__(self, backbone: nn.Module, num_classes: int, **sizes: int) -> None:
-            super().__init__(backbone, num_classes, min_size=64, max_size=64)
+        def __init__(self, backbone: nn.Module, num_classes: int, **options: Any) -> None:
+            super().__init__(backbone, num_classes, **{"min_size": 64, "max_size": 64, **options})
 
     def without_weights(weights: Any = None, **options: Any) -> nn.Module:
         return resnet_fpn_backbone(weights=None, **options)

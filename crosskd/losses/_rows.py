@@ -36,7 +36,8 @@ def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | flo
             raise ValueError(f"normalizer must be one number, got shape {shape_text(normalizer)}")
         # Elsewhere reading it would make the device wait, or can't be followed.
         if normalizer.device.type == "cpu" and not is_followed() and not float(normalizer) > 0:
-            raise ValueError(f"normalizer must be above 0, got {float(normalizer)}")
+            hint = ": look for predictions that are not finite" if normalizer.isnan() else ""
+            raise ValueError(f"normalizer must be above 0, got {float(normalizer)}{hint}")
         return total / normalizer.detach().to(total.dtype).reshape(())
     if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be above 0, got {normalizer}")

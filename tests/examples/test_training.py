@@ -31,7 +31,7 @@ def dataset(tmp_path):
 
 
 def make_trainer(dataset, folder, model=None, epochs=3, *arguments: str) -> Trainer:
-    chosen = options(*arguments, folder=folder)
+    chosen = options("--evaluate-every", "2", *arguments, folder=folder)
     folder.mkdir(exist_ok=True)
     loader = training_loader(dataset, chosen.batch_size, seed=chosen.seed, workers=0)
     return Trainer(model or tiny_retinanet(2, seed=3), loader, folder, chosen, epochs, ALONE)
