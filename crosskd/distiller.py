@@ -527,8 +527,10 @@ class Distiller(nn.Module):
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
-                # A compiled graph may be gone through once, and so may sharded weights.
-                if not compiled and not is_sharded(self.student):
+                # A compiled graph may be gone through once, and so may sharded weights. A method that watches
+                # gradients would take this for one of training.
+                watches = self._methods()[name].watches_maps
+                if not (compiled or watches or is_sharded(self.student)):
                     check_gradient(name, losses[name], trace.student.maps)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
