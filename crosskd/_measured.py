@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosskd._unchanged import unchanged
+from crosskd._unchanged import probing
 
 __all__ = ["bends", "ending_activation", "is_elementwise", "measured_widths"]
 
@@ -108,11 +108,7 @@ def _outputs(module: nn.Module, inputs: Sequence[Tensor], hooks: Hooks | None = 
     """A module's outputs in eval mode; ``None`` where it refuses an input. Leaves no trace."""
     like = next(module.parameters(), torch.empty(0))
     try:
-        with torch.no_grad(), unchanged(module):
-            module.eval()
-            for inner in module.modules():  # the user's hooks are not to be called
-                inner._forward_hooks.clear()
-                inner._forward_pre_hooks.clear()
+        with probing(module):
             for inner, hook in (hooks or {}).items():
                 inner.register_forward_hook(hook)
             outputs = [module(features.to(like.device, like.dtype)) for features in inputs]
