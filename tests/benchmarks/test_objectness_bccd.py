@@ -7,7 +7,7 @@ import pytest
 from tests.benchmarks.test_benchmarks import load
 from tests.helpers.reference_files import bccd_folder
 
-objectness = load("objectness")
+objectness = load("objectness_bccd")
 
 
 def test_the_adapter_is_that_of_the_page():

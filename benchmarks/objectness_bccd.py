@@ -2,8 +2,8 @@
 
 The detector is examples/objectness.py, the adapter that of docs/your_detector.md::
 
-    python benchmarks/objectness.py --root data/bccd --threads 1
-    python benchmarks/objectness.py --root data/bccd --threads 1 --steps 600 300
+    python benchmarks/objectness_bccd.py --root data/bccd --threads 1
+    python benchmarks/objectness_bccd.py --root data/bccd --threads 1 --steps 600 300
 
 ``--root`` holds BCCD, as ``images`` and ``annotations/{train,val,test}.json``.
 """
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.steps[0]} steps, students {options.steps[1]}. The teacher has {teacher:.1f}."
     )
     made = (
-        f"Made by `python benchmarks/objectness.py --root data/bccd --threads {options.threads} --steps "
+        f"Made by `python benchmarks/objectness_bccd.py --root data/bccd --threads {options.threads} --steps "
         f"{options.steps[0]} {options.steps[1]}` on {os.cpu_count()} cores of {measure.processor()} with "
         f"{measure.versions()}."
     )
