@@ -15,12 +15,12 @@ from crosskd.pairing import Pair, match_levels
 from crosskd.step import DetectorTrace
 
 __all__ = [
+    "GradientWatch",
     "TrainingWatch",
     "bare",
     "check_devices",
     "check_effect",
     "check_frozen",
-    "check_gradient",
     "check_same_pixels",
     "check_scale",
     "check_sharding",
@@ -172,15 +172,10 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_gradient(name: str, losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
-    """Raises ``ValueError`` for a loss above 0 whose gradient is 0 at all of the student's feature maps.
-
-    Args:
-        name: of the method.
-        losses: its own.
-        maps: the student's, which the losses were calculated from.
-    """
+def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> list[str]:
+    """The losses above 0 whose gradient is 0 at all of the student's feature maps."""
     reached = [feature_map for feature_map in maps if feature_map.requires_grad]
+    stuck = []
     for key, loss in losses.items():
         if not reached or float(loss.detach()) == 0:
             continue
@@ -188,11 +183,47 @@ def check_gradient(name: str, losses: Mapping[str, Tensor], maps: Sequence[Tenso
         gradients = torch.autograd.grad(loss * 2.0**16, reached, retain_graph=True, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
         if found and not any(bool(gradient.any()) for gradient in found):
-            raise ValueError(
-                f"{name}: {key} is {float(loss.detach()):.4g}, but its gradient is 0 at every feature map of "
-                "the student, so distilling it has no effect: a layer between the split and the teacher's "
-                "predictions passes no gradient on, as rounding and dynamically quantised layers do"
-            )
+            stuck.append(key)
+    return stuck
+
+
+class GradientWatch:
+    """Refuses a method with a loss that moves nothing on each of its first three steps.
+
+    On a single step that happens by chance: an empty box and a ReLU that is 0 everywhere pass no gradient on,
+    as in detectors that are small or hardly trained.
+    """
+
+    steps = 3
+
+    def __init__(self) -> None:
+        self._looked: dict[str, int] = {}
+
+    def look(self, name: str, losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
+        """Warns on a method's first step, raises ``ValueError`` on its third.
+
+        Args:
+            name: of the method.
+            losses: its own.
+            maps: the student's, which the losses were calculated from.
+        """
+        looked = self._looked.get(name, 0)
+        if looked == self.steps:
+            return
+        stuck = _without_gradient(losses, maps)
+        self._looked[name] = looked + 1 if stuck else self.steps
+        if not stuck:
+            return
+        values = " and ".join(f"{key} is {float(losses[key].detach()):.4g}" for key in stuck)
+        message = (
+            f"{name}: {values}, but the gradient is 0 at every feature map of the student, so distilling has "
+            "no effect: a layer between the split and the teacher's predictions passes no gradient on, as "
+            "rounding and dynamically quantised layers do, or all of the predicted boxes are empty"
+        )
+        if self._looked[name] == self.steps:
+            raise ValueError(f"{message}. So it was on each of the first {self.steps} steps")
+        if not looked:
+            warnings.warn(f"{message}. Two more such steps are refused", stacklevel=5)
 
 
 class TrainingWatch:

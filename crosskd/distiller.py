@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._guards import (
+    GradientWatch,
     TrainingWatch,
     bare,
     check_devices,
     check_effect,
     check_frozen,
-    check_gradient,
     check_same_pixels,
     check_scale,
     check_sharding,
@@ -178,6 +178,7 @@ class Distiller(nn.Module):
         self._own_names: set[str] = set()
         self._proved: set[str] = set()
         self._checked: set[str] = set()
+        self._gradients = GradientWatch()
         self.methods = nn.ModuleDict(_named(methods, ours.heads))
         self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
         for name, method in self._methods().items():
@@ -527,14 +528,14 @@ class Distiller(nn.Module):
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
-                # A compiled graph may be gone through once, and so may sharded weights. A method that watches
-                # gradients would take this for one of training.
-                watches = self._methods()[name].watches_maps
-                if not (compiled or watches or is_sharded(self.student)):
-                    check_gradient(name, losses[name], trace.student.maps)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
+        # A compiled graph may be gone through once, and so may sharded weights.
+        if not (compiled or is_sharded(self.student)):
+            for name in losses:
+                if not self._methods()[name].watches_maps:  # it would take this gradient for one of training
+                    self._gradients.look(name, losses[name], trace.student.maps)
         self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1

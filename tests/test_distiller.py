@@ -753,15 +753,34 @@ def test_frozen_student_features_are_refused(build):
 class Rounded(nn.Module):
     """Its output requires a gradient, and the gradient is 0, as that of dynamically quantised layers."""
 
+    passes = False
+
     def forward(self, features: Tensor) -> Tensor:
-        return features.round()
+        return features if self.passes else features.round()
+
+
+def rounding_pair() -> tuple[nn.Module, nn.Module]:
+    teacher, student = tiny_retinanet(), tiny_retinanet(seed=1)
+    teacher.head.classification_head.conv[3].append(Rounded())
+    return teacher, student
 
 
 def test_a_teacher_that_passes_no_gradient_on_is_refused():
-    teacher, student = tiny_retinanet(), tiny_retinanet(seed=1)
-    teacher.head.classification_head.conv[3].append(Rounded())
-    with pytest.raises(ValueError, match=r"crosskd: kd_cls is .* gradient is 0 at every feature map"):
-        Distiller(teacher, student, CrossKD(position=3))(*tiny_batch())
+    distiller = Distiller(*rounding_pair(), CrossKD(position=3))
+    with pytest.warns(UserWarning, match=r"crosskd: kd_cls is .* gradient is 0 at every feature map"):
+        distiller(*tiny_batch())
+    distiller(*tiny_batch())
+    with pytest.raises(ValueError, match=r"crosskd: kd_cls is .* gradient is 0 .* first 3 steps"):
+        distiller(*tiny_batch())
+
+
+def test_a_gradient_that_is_0_on_one_step_is_not_refused(monkeypatch):
+    distiller = Distiller(*rounding_pair(), CrossKD(position=3))
+    with pytest.warns(UserWarning, match="gradient is 0"):
+        distiller(*tiny_batch())
+    monkeypatch.setattr(Rounded, "passes", True)
+    for _ in range(3):
+        distiller(*tiny_batch())
 
 
 def test_frozen_features_are_found_after_a_step_without_gradients(build):

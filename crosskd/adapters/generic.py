@@ -118,7 +118,7 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         ...     towers={"both": "tower"},
         ...     predictors={"both": {"logits": "logits", "regression": "sides"}},
         ...     losses=losses,
-        ...     decode=lambda detector, regression, anchors: regression,
+        ...     decode=lambda detector, regression, anchors: regression.exp() * torch.tensor([-1, -1, 1, 1]),
         ... )
         >>> from crosskd import CrossKD, Distiller
         >>> distiller = Distiller(Detector(16), Detector(8), CrossKD(position=1), adapter)
