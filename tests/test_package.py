@@ -24,19 +24,16 @@ PUBLIC_MODULES = [
 ]
 
 
-def imported_by(statement: str) -> set[str]:
-    """Top-level names of the modules that a clean interpreter has loaded after a statement."""
-    code = f"{statement}; import sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
-
-
-@pytest.mark.slow
 def test_import_brings_nothing_but_torch_and_torchvision():
-    ours, theirs = imported_by("import crosskd"), imported_by("import torch, torchvision")
-    added = ours - theirs - set(sys.stdlib_module_names)
-    assert added == {"crosskd"}
-    assert not ours & {"mmdet", "mmcv", "mmengine", "ultralytics"}
+    code = (
+        "import sys, torch, torchvision\nbefore = {*sys.modules}\nimport crosskd, crosskd.adapters\n"
+        "print(*{name.split('.')[0] for name in {*sys.modules} - before})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = set(result.stdout.split())
+    assert "crosskd" in added
+    # Of these it may load more modules than torch and torchvision had; nothing of what else is installed.
+    assert added - set(sys.stdlib_module_names) <= {"crosskd", "numpy", "torch", "torchvision"}
 
 
 def test_version_is_that_of_the_project():
