@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("regions", "threads"), (1, 1e9)),
     **dict.fromkeys(("position", "stop_distilling", "workers", "warmup_steps", "seed"), (0, 2**62)),
     **dict.fromkeys(("cls_weight", "reg_weight", "weight_decay", "clip"), (0, 1e9)),
-    "learning_rate": (1e-12, 1e3),
+    **dict.fromkeys(("learning_rate", "teacher_learning_rate"), (1e-12, 1e3)),
     "anchor_scale": (1e-3, 1e3),
     "short_side": (32, 1e5),
     "long_side": (100, 1e5),
@@ -144,6 +144,7 @@ def _add_training_options(group: Any) -> None:
     group.add_argument("--accumulate", type=int, default=1, help="step parts whose gradients are added up")
     group.add_argument("--optimizer", choices=("sgd", "adamw"))
     group.add_argument("--learning-rate", type=float)
+    group.add_argument("--teacher-learning-rate", type=float, help="while it is trained, if another")
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--schedule", choices=("step", "cosine"))
     group.add_argument(

@@ -362,8 +362,9 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     if teacher is not None:
         histories["teacher"] = []
         if untrained:
-            epochs = options.teacher_epochs
-            teacher, histories["teacher"] = train(teacher, "teacher", epochs, options, data, processes, log)
+            epochs, rate = options.teacher_epochs, options.teacher_learning_rate or options.learning_rate
+            own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
+            teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
         models["teacher"] = teacher.to(processes.device, memory_format=memory_format(options))
         results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:

@@ -229,7 +229,8 @@ def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_i
             *("--output", str(tmp_path / "run"), "--epochs", "1", "--teacher-epochs", "1"),
             *("--teacher", "fcos_resnet50", "--teacher-weights", "published"),
             *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd"),
-            *("--optimizer", "adamw", "--learning-rate", "1e-4", "--accumulate", "2", "--ema", "0.5"),
+            *("--optimizer", "adamw", "--learning-rate", "4e-4", "--teacher-learning-rate", "1e-4"),
+            *("--accumulate", "2", "--ema", "0.5"),
             *("--augment", "flip", "mosaic"),
         ]
     )
@@ -239,6 +240,8 @@ def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_i
     assert teacher["head.classification_head.cls_logits.weight"].shape[0] == 2
     moved = (teacher["head.classification_head.conv.0.weight"] - tower).abs()
     assert 0 < moved.max() < 0.001  # trained from the published weights, not anew
+    rates = [metrics["histories"][name][-1]["learning_rate"] for name in ("teacher", "crosskd")]
+    assert rates[0] == pytest.approx(rates[1] / 4)
     printed = capsys.readouterr().out
     assert "new classification layer for 2 categories" in printed
     assert "teacher: 2 of 5 images can't be read" in printed
