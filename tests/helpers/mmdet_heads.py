@@ -149,7 +149,7 @@ def detector_of(
         torch.manual_seed(seed)
         trained, tested = head.pop("train_cfg", None), head.pop("test_cfg", None)
         detector = SingleStageDetector(
-            backbone={"type": "ResNet", "depth": 18, "init_cfg": None},
+            backbone={"type": "ResNet", "depth": 18, "base_channels": 4, "init_cfg": None},  # replaced below
             bbox_head=head,
             train_cfg=_config(trained),
             test_cfg=_config(tested),
