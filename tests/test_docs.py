@@ -221,10 +221,12 @@ def test_python_of_your_classes_runs(monkeypatch, tmp_path):
     small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_coco_folder(tmp_path / "data")
-    page = ROOT / "docs/your_classes.md"
+    page, size = ROOT / "docs/your_classes.md", '"min_size": 256, "max_size": 448'
+    assert size in page.read_text(encoding="utf-8")
     shown: dict[str, Any] = {"__name__": "your_classes"}
     for line, block in python_blocks(page):
-        exec(compile("\n" * line + block, str(page), "exec"), shown)
+        small = block.replace(size, '"min_size": 64, "max_size": 96')
+        exec(compile("\n" * line + small, str(page), "exec"), shown)
     assert (tmp_path / "student.onnx").exists()
     assert "AP" in str(shown["comparison"])
     assert shown["category_of"] == {0: 3, 1: 7}

@@ -311,10 +311,10 @@ def test_autocast_keeps_losses_in_float32():
     sum(losses.values()).backward()
 
 
-@pytest.mark.parametrize("family", ["gfl", "rtmdet"])
-def test_compiled_steps_give_the_same_losses_and_gradients(family):
+def test_compiled_steps_give_the_same_losses_and_gradients():
+    """Of RTMDet, whose levels share convolutions and have batch norms of their own."""
     torch._dynamo.reset()
-    eager, other = (Distiller(*pair_of(family), CrossKD()).train() for _ in range(2))
+    eager, other = (Distiller(*pair_of("rtmdet"), CrossKD()).train() for _ in range(2))
     compiled = torch.compile(other, backend="eager")
     for _ in range(2):  # the detectors are held against their own forward on the first step alone
         expected, losses = eager(*batch_of()), compiled(*batch_of())
