@@ -7,10 +7,10 @@ from typing import Literal
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
+from weights import downloading
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large")
 STRIDES = (8, 16, 32, 64, 128)
@@ -69,14 +69,14 @@ def build_backbone(
     norm = fixed_type if fixed else nn.BatchNorm2d
     tops = {"torchvision": LastLevelP6P7, "mmdet": PlainP6P7}
     pyramid_top = LastLevelMaxPool() if style == "two_stage" else tops[style](width, width)
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    with downloading(weights.url, "start from random numbers, without --pretrained-backbone"):
+        layers = torchvision.models.get_model(name, weights=weights if pretrained else None, norm_layer=norm)
     if name == "mobilenet_v3_large":
-        weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
-        layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
+        layers = layers.features
         # The last layers at strides 4, 8, 16 and 32, and their channels.
         stages = [("3", 24), ("6", 40), ("12", 112), ("16", 960)]
     else:
-        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-        layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
         if fixed:
             for part in (layers.conv1, layers.bn1, layers.layer1):
                 part.requires_grad_(False)

@@ -49,7 +49,7 @@ class CocoFolder(CocoDetection):
         keep_empty: keep images without boxes.
 
     Raises:
-        FileNotFoundError: no such folder or file.
+        FileNotFoundError: no such folder or file, or most images are missing.
         ValueError: annotations that can't be used, saying which.
         OSError: not one image can be read.
     """
@@ -65,8 +65,8 @@ class CocoFolder(CocoDetection):
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
     ) -> None:
-        if not images.is_dir() or not annotations.is_file():
-            raise FileNotFoundError(f"no such data: {annotations if images.is_dir() else images}")
+        require(images, folder=True)
+        require(annotations, folder=False)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
                 super().__init__(images, str(annotations))
@@ -95,7 +95,13 @@ class CocoFolder(CocoDetection):
         self.num_classes = len(published) if self.is_published else max(self.category_of) + 1
         self.left_out: Counter[str] = Counter()
         self.boxes, self.labels = self._read_targets()
-        self.unreadable = self._check_files()
+        self.missing, self.unreadable = self._check_files()
+        if 2 * len(self.missing) > len(self.ids):
+            path = self._path(self.missing[0])
+            raise FileNotFoundError(
+                f"{annotations} names {len(self.ids)} images, of which {len(self.missing)} are missing. The "
+                f"first was looked for as {path}: {what_is_there(path)}. Is the images folder one level off?"
+            )
         if not keep_empty:
             self.ids = [i for i in self.ids if len(self.boxes[i])]
         if not any(len(self.boxes[i]) for i in self.ids):
@@ -126,8 +132,8 @@ class CocoFolder(CocoDetection):
             labels[image_id] = torch.tensor([n for _, n in kept], dtype=torch.int64)
         return boxes, labels
 
-    def _check_files(self) -> list[int]:
-        """The ids of images whose files can't be read; raises for files of another size than annotated."""
+    def _check_files(self) -> tuple[list[int], list[int]]:
+        """Ids of missing images, and of others that can't be read; raises for other sizes than annotated."""
 
         def other_size(image_id: int) -> tuple[int, int] | None:
             expected = self._size(image_id)
@@ -152,7 +158,8 @@ class CocoFolder(CocoDetection):
                 f"{len(differing)} images have another size (width, height) than their annotations say: "
                 f"{'; '.join(shown)}. Boxes would be elsewhere: correct the JSON file or the images"
             )
-        return [i for i, size in found.items() if isinstance(size, Exception)]
+        unusable = {i: isinstance(e, FileNotFoundError) for i, e in found.items() if isinstance(e, Exception)}
+        return [i for i, gone in unusable.items() if gone], [i for i, gone in unusable.items() if not gone]
 
     def _path(self, image_id: int) -> Path:
         return Path(self.images / self.coco.imgs[image_id]["file_name"])
@@ -185,9 +192,9 @@ class CocoFolder(CocoDetection):
         left_out = [f"{count} {kind}" for kind, count in self.left_out.items() if count]
         if left_out:
             text += f"; boxes left out: {', '.join(left_out)}"
-        if self.unreadable:
-            names = ", ".join(self._path(i).name for i in self.unreadable[:3])
-            text += f"; images that can't be read: {len(self.unreadable)} ({names})"
+        for fault, ids in (("missing images", self.missing), ("images that can't be read", self.unreadable)):
+            if ids:
+                text += f"; {fault}: {len(ids)} ({', '.join(self._path(i).name for i in ids[:3])})"
         return text
 
     def is_landscape(self, index: int) -> bool:
@@ -233,8 +240,8 @@ def check_annotations(coco: COCO) -> None:
     """Refuses annotations that would be trained on or measured wrongly; adds what COCO's measure needs.
 
     Raises:
-        ValueError: ids that are there more than once, boxes that aren't four finite numbers, categories or
-            sizes that don't exist.
+        ValueError: ids that are there more than once, boxes that aren't four finite numbers or have a
+            negative side, categories or sizes that don't exist.
         KeyError: what is missing.
     """
     content = coco.dataset
@@ -252,10 +259,12 @@ def check_annotations(coco: COCO) -> None:
             raise ValueError(f"image {info['id']} needs a file_name, and width and height above 0")
     for annotation in content["annotations"]:
         box, name = annotation["bbox"], f"annotation {annotation['id']}"
-        if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
-            raise ValueError(f"{name}: bbox must be four finite numbers, x, y, width, height, got {box}")
+        numbers = isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)
+        if not numbers or min(box[2:]) < 0:
+            raise ValueError(f"{name}: bbox must be x, y, width, height, four finite numbers, got {box}")
         if annotation["category_id"] not in coco.cats:
-            raise ValueError(f"{name} is of category {annotation['category_id']}, which isn't in categories")
+            known = f"the ids in categories, {sorted(coco.cats)[:10]}"
+            raise ValueError(f"{name} is of category {annotation['category_id']}, which isn't among {known}")
         annotation["iscrowd"] = annotation.get("iscrowd") or 0
         if annotation["iscrowd"] not in (0, 1):
             raise ValueError(f"{name}: iscrowd must be 0 or 1, got {annotation['iscrowd']}")
@@ -271,10 +280,32 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def require(path: Path, *, folder: bool, named: str = "") -> None:
+    """Raises ``FileNotFoundError`` for a folder or file that isn't there, saying what is.
+
+    Args:
+        path: of the folder or file.
+        folder: which of the two it must be.
+        named: what the user called it, for the message.
+    """
+    if not (path.is_dir() if folder else path.is_file()):
+        kind = "folder" if folder else "file"
+        raise FileNotFoundError(f"{named}there is no {kind} {path}: {what_is_there(path)}")
+
+
+def what_is_there(path: Path) -> str:
+    """The nearest folder on the way to a path that exists, and the first names in it."""
+    folder = next(part for part in (path.absolute(), *path.absolute().parents) if part.is_dir())
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return f"{folder} holds {', '.join(names[:5]) or 'nothing'}" + ", ..." * (len(names) > 5)
+
+
 def open_image(path: Path) -> Image.Image:
     """Opens an image without reading its pixels; raises for one that a detector can't use."""
-    if not path.is_file():  # reading from a pipe would never end
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
+    if not path.is_file():  # reading from a pipe would never end
+        raise ValueError(f"{path} is no file")
     image = Image.open(path)
     if min(image.size) < LEAST_SIDE or max(image.size) > MOST_RATIO * min(image.size):
         raise ValueError(f"{path} is too small or too narrow: {image.size}")

@@ -23,7 +23,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
-from weights import misfit, read_weights
+from weights import downloading, misfit, read_weights
 
 DENSE_HEADS = {"gfl": GFL, "atss": ATSS}
 FAMILIES = ("retinanet", "fcos", "fasterrcnn", *DENSE_HEADS)
@@ -107,7 +107,8 @@ def load_published(name: str, options: argparse.Namespace) -> nn.Module:
         raise ValueError("published weights were trained with --anchor-scale 1")
     builder, weights = PUBLISHED[name]
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
-    return torchvision.models.get_model(builder, weights=weights, **sizes)
+    with downloading(weights.url, "give a trained teacher by --teacher-weights PATH"):
+        return torchvision.models.get_model(builder, weights=weights, **sizes)
 
 
 def published_classes(name: str) -> list[str]:
@@ -143,7 +144,8 @@ def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module
         options: the script's options.
     """
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
-    detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
+    with downloading(source, "give a copy of it by --teacher-weights PATH"):
+        detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
     expected = build_detector(name, detector.num_classes).state_dict()
     differing = sorted(expected.keys() ^ detector.state_dict().keys())
     if differing:

@@ -7,7 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from augmentations import AUGMENTATIONS
+from coco_data import require
 from loggers import LOGGERS
 from methods_table import ALONE, METHODS
 from models import MODEL_NAMES
@@ -20,7 +22,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("regions", "threads"), (1, 1e9)),
     **dict.fromkeys(("position", "stop_distilling", "workers", "warmup_steps", "seed"), (0, 2**62)),
     **dict.fromkeys(("cls_weight", "reg_weight", "weight_decay", "clip"), (0, 1e9)),
-    "learning_rate": (1e-12, 1e3),
+    **dict.fromkeys(("learning_rate", "teacher_learning_rate"), (1e-12, 1e3)),
     "anchor_scale": (1e-3, 1e3),
     "short_side": (32, 1e5),
     "long_side": (100, 1e5),
@@ -44,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_ranges(options: Namespace) -> None:
-    """Raises ``ValueError`` for a number that an option can't have."""
+    """Raises ``ValueError`` for a number, or a device, that an option can't have."""
     for name, (low, high) in RANGES.items():
         given = getattr(options, name)
         for value in given if isinstance(given, list) else [given]:
@@ -53,6 +55,17 @@ def check_ranges(options: Namespace) -> None:
                 raise ValueError(f"{option} must be from {low:g} to {high:g}, got {value}")
     if options.width < 32 or options.width % 32:
         raise ValueError(f"--width must be a multiple of 32, got {options.width}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no GPU")
+
+
+def check_data(options: Namespace) -> None:
+    """Raises ``FileNotFoundError`` for a folder or file of the data that isn't there, saying what is."""
+    require(options.root, folder=True, named=f"--root {options.root}: ")
+    for name in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        given = getattr(options, name)
+        named = f"--{name.replace('_', '-')} {given}, which is relative to --root: "
+        require(options.root / given, folder=name.endswith("images"), named=named)
 
 
 def shaping(options: Namespace) -> dict[str, Any]:
@@ -131,6 +144,7 @@ def _add_training_options(group: Any) -> None:
     group.add_argument("--accumulate", type=int, default=1, help="step parts whose gradients are added up")
     group.add_argument("--optimizer", choices=("sgd", "adamw"))
     group.add_argument("--learning-rate", type=float)
+    group.add_argument("--teacher-learning-rate", type=float, help="while it is trained, if another")
     group.add_argument("--weight-decay", type=float)
     group.add_argument("--schedule", choices=("step", "cosine"))
     group.add_argument(

@@ -26,7 +26,7 @@ import platform
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torchvision
@@ -56,7 +56,7 @@ from models import (
     read_state,
     replace_classes,
 )
-from options import add_options, check_ranges, shaping
+from options import add_options, check_data, check_ranges, shaping
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
 from report import write_comparison
@@ -116,7 +116,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, with the defaults of the chosen data."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [--help] [OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_options(parser)
     options = parser.parse_args(arguments)
@@ -131,7 +134,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         check_ranges(options)
         for name in options.method:
             check_name(name)
-    except ValueError as error:
+        if options.data == "coco":
+            check_data(options)
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if options.method != [ALONE] and first_label(options.teacher) != first_label(options.student):
         parser.error(f"{options.student} can't learn from {options.teacher}: take two of one family")
@@ -314,29 +319,52 @@ def measure(
 # ---------------------------------------------------------------------------------------------
 
 
+def prepare(
+    options: argparse.Namespace, processes: Processes
+) -> tuple[tuple[CocoFolder, CocoFolder], nn.Module | None, bool, BinaryIO | None]:
+    """Everything that can go wrong before training: data, weights, the students, and the run's folder.
+
+    Returns:
+        The data, the teacher, whether it is to be trained, and the folder's lock.
+    """
+    # A folder that is there is looked at first; a new one is made when all else is well.
+    at_once = options.data == "shapes" or options.output.exists()
+    lock = take_folder(options, processes) if at_once else None
+    data = make_data(options, processes)
+    teacher, untrained = None, False
+    if options.method != [ALONE]:
+        teacher, untrained = make_teacher(options, data[0], processes)
+    try_out(options, data[0], teacher, processes)
+    return data, teacher, untrained, lock if at_once else take_folder(options, processes)
+
+
+def take_folder(options: argparse.Namespace, processes: Processes) -> BinaryIO | None:
+    """The lock of the run's folder, which the first process holds."""
+    if not processes.is_first:
+        return None
+    return claim(options.output, settings(options, processes), resume=options.resume)
+
+
 def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job; returns what is written to ``metrics.json``."""
     if options.threads:
         torch.set_num_threads(options.threads)
     warn_of_slow_bfloat16(options, processes)
-    lock = None
-    if processes.is_first:
-        lock = claim(options.output, settings(options, processes), resume=options.resume)
-    log = LOGGERS[options.logger if processes.is_first else "none"](options.output / "logs")
     started = time.perf_counter()
-    data = make_data(options, processes)
+    try:
+        data, teacher, untrained, lock = prepare(options, processes)
+    except (ValueError, OSError) as error:  # the user's to mend; of what fails later, the traceback helps
+        raise SystemExit(f"train_torchvision.py: error: {error}") from error
+    log = LOGGERS[options.logger if processes.is_first else "none"](options.output / "logs")
     models: dict[str, nn.Module] = {}
     histories: dict[str, History] = {}
     results: dict[str, dict[str, float]] = {}
-    teacher = None
-    if options.method != [ALONE]:
-        teacher, untrained = make_teacher(options, data[0], processes)
-    try_out(options, data[0], teacher, processes)
     if teacher is not None:
         histories["teacher"] = []
         if untrained:
-            epochs = options.teacher_epochs
-            teacher, histories["teacher"] = train(teacher, "teacher", epochs, options, data, processes, log)
+            epochs, rate = options.teacher_epochs, options.teacher_learning_rate or options.learning_rate
+            own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
+            teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
         models["teacher"] = teacher.to(processes.device, memory_format=memory_format(options))
         results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -24,6 +27,27 @@ def read_weights(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
         raise ValueError(f"{path} is damaged, cut off or no file of weights: {error}") from error
+
+
+@contextlib.contextmanager
+def downloading(address: str, otherwise: str) -> Iterator[None]:
+    """Says where weights belong that can't be downloaded.
+
+    Args:
+        address: of the file.
+        otherwise: what the user can do without it.
+
+    Raises:
+        ConnectionError: there is no network, or no such file in it.
+    """
+    try:
+        yield
+    except (URLError, ConnectionError, TimeoutError) as error:
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(address).path).name)
+        raise ConnectionError(
+            f"{address} can't be downloaded ({getattr(error, 'reason', error)}). Copy the file to {path}, "
+            f"where it is looked for first, or {otherwise}"
+        ) from error
 
 
 def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -234,6 +234,32 @@ def test_python_of_your_classes_runs(monkeypatch, tmp_path):
     assert shown["category_of"] == {0: 3, 1: 7}
 
 
+def test_the_folder_of_your_classes_names_a_category_that_is_none(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_coco_folder(tmp_path / "data")
+    path = tmp_path / "data/annotations/train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][1]["category_id"] = 9
+    path.write_text(json.dumps(content))
+    _, block = python_blocks(ROOT / "docs/your_classes.md")[0]
+    with pytest.raises(ValueError, match=r"train.json: .*\[9\].*\[3, 7\]"):
+        exec(compile(block, "your_classes.md", "exec"), {"__name__": "your_classes"})
+
+
+def test_script_and_python_of_your_classes_train_alike():
+    text = (ROOT / "docs/your_classes.md").read_text(encoding="utf-8")
+    for option, in_python in {
+        "--teacher retinanet_resnet50 ": "teacher = retinanet_resnet50_fpn(",
+        "--teacher-learning-rate 1e-4 ": "train(teacher, 1e-4)",
+        "--learning-rate 4e-4 ": "train(distiller, 4e-4)",
+        "--student retinanet_resnet18 ": 'backbone_name="resnet18"',
+        "--batch-size 4 ": "batch_size=4, shuffle=True",
+        "--short-side 256 --long-side 448 ": '{"min_size": 256, "max_size": 448}',
+    }.items():
+        assert option in text
+        assert in_python in text
+
+
 def same_detections(left: dict[str, Any], right: dict[str, Any]) -> None:
     assert len(left["scores"]) > 0
     assert torch.equal(left["labels"], right["labels"])

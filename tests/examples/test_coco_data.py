@@ -31,7 +31,7 @@ def test_targets_leave_crowds_and_boxes_without_area_out_and_count_them(files):
     summary = dataset.summary()
     assert summary == (
         "5 images, 2 without objects, 3 boxes of 2 categories; boxes left out: 1 crowd, 1 empty; "
-        "images that can't be read: 2 (4.jpg, 5.jpg)"
+        "missing images: 1 (5.jpg); images that can't be read: 1 (4.jpg)"
     )
 
 
@@ -75,9 +75,22 @@ def test_nothing_readable_is_an_error(files):
         CocoFolder(images, annotations)
 
 
-def test_missing_data_is_named(tmp_path, files):
-    with pytest.raises(FileNotFoundError, match="no such data: .*nowhere"):
-        CocoFolder(tmp_path / "nowhere", files[1])
+def test_missing_data_is_named_with_what_is_there(tmp_path, files):
+    with pytest.raises(
+        FileNotFoundError, match=f"nowhere/at/all: {tmp_path} holds annotations.json, images/"
+    ):
+        CocoFolder(tmp_path / "nowhere" / "at" / "all", files[1])
+    for number in range(9):
+        (files[0] / f"{number}.txt").touch()
+    with pytest.raises(FileNotFoundError, match="a.json: .* holds 0.txt, 1.jpg, 1.txt, 2.jpg, 2.txt, ..."):
+        CocoFolder(files[0], files[0] / "a.json")
+
+
+def test_where_most_images_are_missing_the_folder_is_another_one(tmp_path, files):
+    """One level up, in this case."""
+    facts = f"5 images, of which 5 are missing.* as {tmp_path}/1.jpg: .* holds annotations.json, images/"
+    with pytest.raises(FileNotFoundError, match=facts):
+        CocoFolder(tmp_path, files[1])
 
 
 def test_flips_move_boxes_with_pixels_and_depend_on_seed_and_epoch_alone(files):
@@ -159,8 +172,9 @@ def one_image(folder: Path, image: Image.Image | None = None, **further) -> tupl
         ({"images": [IMAGE, IMAGE]}, r"ids of images are there more than once"),
         ({"annotations": [{**BOX, "id": "a"}]}, r"ids of annotations are no whole numbers, such as \['a'\]"),
         ({"annotations": [{**BOX, "bbox": [5, 5, float("nan"), 10]}]}, "annotation 1: bbox .*nan"),
-        ({"annotations": [{**BOX, "bbox": [5, 5, 20]}]}, "annotation 1: bbox must be four"),
-        ({"annotations": [{**BOX, "category_id": 7}]}, "annotation 1 is of category 7"),
+        ({"annotations": [{**BOX, "bbox": [5, 5, 20]}]}, r"annotation 1: bbox .*\[5, 5, 20\]"),
+        ({"annotations": [{**BOX, "bbox": [5, 5, -1, 10]}]}, r"annotation 1: bbox .*-1"),
+        ({"annotations": [{**BOX, "category_id": 7}]}, r"annotation 1 is of category 7.*\[1\]"),
         ({"annotations": [{**BOX, "iscrowd": "no"}]}, "annotation 1: iscrowd"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}, "'bbox' is missing"),
         ({"annotations": []}, "no box of an object"),
@@ -220,8 +234,8 @@ def test_files_that_would_end_or_hang_a_run_are_counted(tmp_path, monkeypatch):
     others = [{**IMAGE, "id": n, "file_name": name} for n, name in enumerate(names, 2)]
     boxes = [BOX, {**BOX, "id": 2, "image_id": 99}]
     dataset = CocoFolder(folder, write_annotations(folder / "a.json", [IMAGE, *others], boxes))
-    assert dataset.unreadable == [2, 3, 4, 5, 6, 7]
-    assert "can't be read: 6 (bomb.png, narrow.png, pipe.png)" in dataset.summary()
+    assert (dataset.missing, dataset.unreadable) == ([6], [2, 3, 4, 5, 7])
+    assert "can't be read: 5 (bomb.png, narrow.png, pipe.png)" in dataset.summary()
     assert "1 of no image" in dataset.summary()
     assert dataset[3][1]["image_id"] == 1
     assert [dataset.read(index) for index in range(1, 7)] == [None] * 6

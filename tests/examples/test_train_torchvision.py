@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
-import models
 import pytest
 import torch
+import torchvision
 import train_torchvision
 from models import build_detector
 from processes import Processes
 from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16
 
+import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
 from tests.examples.mmdet_state import mmdet_state
 
@@ -48,8 +50,13 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         ["none", "crosskd"],
         Path("runs/shapes"),
     )
-    coco = parse(["--data", "coco", "--root", str(tmp_path), "--epochs", "24"])
-    assert (coco.short_side, coco.optimizer, coco.epochs, coco.learning_rate) == ([800], "sgd", 24, 0.01)
+    coco = parse([*coco_arguments(tmp_path), "--epochs", "24"])
+    assert (coco.student, coco.optimizer, coco.epochs, coco.learning_rate) == (
+        "retinanet_resnet18",
+        "sgd",
+        24,
+        0.01,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,96 @@ def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "missing"),
+    [
+        ("--root", "nowhere/deeper", "nowhere/deeper"),
+        ("--train-images", "imgs", "coco/imgs"),
+        ("--val-images", "annotations.json", "coco/annotations.json"),
+        ("--train-annotations", "coco/annotations.json", "coco/coco/annotations.json"),
+        ("--val-annotations", "images", "coco/images"),
+    ],
+)
+def test_data_that_is_not_there_is_named_with_what_is(option, given, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = coco_arguments(Path("coco"))
+    with pytest.raises(SystemExit):
+        parse([*arguments, option, given])
+    said = capsys.readouterr().err
+    shown = {
+        "--root": f"{tmp_path} holds coco/",
+        "--val-annotations": f"{tmp_path}/coco/images holds 1.jpg, ",
+    }
+    for fact in (
+        f"{option} {given}",
+        missing,
+        shown.get(option, f"{tmp_path}/coco holds annotations.json, images/"),
+    ):
+        assert fact in said
+    assert len(said.splitlines()) < 5  # without a page of options in front
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse(["--device", "cuda"])
+    assert f"--device cuda: PyTorch {torch.__version__} finds no GPU" in capsys.readouterr().err
+
+
+GFL = ["--teacher", "gfl_resnet18", "--student", "gfl_resnet18"]
+
+
+def no_network(*_, **__):
+    raise URLError("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("further", "facts"),
+    [
+        (["--teacher-weights", "published"], ["retinanet_resnet50_fpn_coco-", "--teacher-weights PATH"]),
+        (["--method", "none", "--pretrained-backbone"], ["resnet18-f37072fd.pth", "--pretrained-backbone"]),
+        (
+            [*GFL, "--teacher-weights", "https://models.example/gfl_r18.pth"],
+            ["https://models.example/gfl_r18.pth", "/gfl_r18.pth, ", "--teacher-weights PATH"],
+        ),
+    ],
+)
+def test_without_a_network_it_says_where_the_weights_belong(tmp_path, monkeypatch, further, facts):
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(crosskd.checkpoints, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(SystemExit) as exit_of:
+        main([*coco_arguments(tmp_path / "coco"), "--output", str(tmp_path / "run"), *further])
+    for fact in ("Name or service not known", f"{tmp_path}/hub/checkpoints/", *facts):
+        assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda content: content["annotations"][0].update(category_id=9), "category 9"),
+        (
+            lambda content: [i.update(file_name="images/" + i["file_name"]) for i in content["images"]],
+            "missing",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_ends_the_script_by_one_sentence_and_leaves_no_folder(
+    tmp_path, change, fact
+):
+    arguments = coco_arguments(tmp_path / "coco")
+    path = tmp_path / "coco" / "annotations.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as exit_of:
+        main([*arguments, "--output", str(tmp_path / "run")])
+    assert str(path) in exit_of.value.code
+    assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
 
 
 def test_slow_emulated_types_are_said(capsys, tmp_path):
@@ -121,14 +218,19 @@ def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_i
 ):
     published = build_detector("fcos_resnet18", 91, width=64, short_side=[48, 64])
     tower = published.head.classification_head.conv[0].weight.detach().clone()
-    monkeypatch.setattr(models.torchvision.models, "get_model", lambda *_, **__: copy.deepcopy(published))
+
+    def without_download(name, get_model=torchvision.models.get_model, **options):
+        return copy.deepcopy(published) if name == "fcos_resnet50_fpn" else get_model(name, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", without_download)
     metrics = main(
         [
             *coco_arguments(tmp_path / "coco"),
             *("--output", str(tmp_path / "run"), "--epochs", "1", "--teacher-epochs", "1"),
             *("--teacher", "fcos_resnet50", "--teacher-weights", "published"),
             *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd"),
-            *("--optimizer", "adamw", "--learning-rate", "1e-4", "--accumulate", "2", "--ema", "0.5"),
+            *("--optimizer", "adamw", "--learning-rate", "4e-4", "--teacher-learning-rate", "1e-4"),
+            *("--accumulate", "2", "--ema", "0.5"),
             *("--augment", "flip", "mosaic"),
         ]
     )
@@ -138,6 +240,8 @@ def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_i
     assert teacher["head.classification_head.cls_logits.weight"].shape[0] == 2
     moved = (teacher["head.classification_head.conv.0.weight"] - tower).abs()
     assert 0 < moved.max() < 0.001  # trained from the published weights, not anew
+    rates = [metrics["histories"][name][-1]["learning_rate"] for name in ("teacher", "crosskd")]
+    assert rates[0] == pytest.approx(rates[1] / 4)
     printed = capsys.readouterr().out
     assert "new classification layer for 2 categories" in printed
     assert "teacher: 2 of 5 images can't be read" in printed
@@ -166,11 +270,14 @@ def test_running_again_says_how_to_go_on(tmp_path):
 
 
 def test_what_cannot_work_fails_before_the_teacher_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_torchvision, "train", None)
+    def fails(*_):
+        raise ValueError("in training")
+
+    monkeypatch.setattr(train_torchvision, "train", fails)
     arguments = ["--output", str(tmp_path), *SMALL, "--method", "none", "pkd", "crosskd", "--position", "9"]
-    with pytest.raises(ValueError, match="position.*9"):
+    with pytest.raises(SystemExit, match="position.*9"):
         main(arguments)
-    with pytest.raises(TypeError, match="NoneType"):  # it would train now
+    with pytest.raises(ValueError, match="in training"):  # with its traceback
         main([*arguments[:-1], "2"])
 
 
@@ -223,7 +330,7 @@ def test_a_student_trains_from_a_file_of_mmdets(tmp_path, family):
         *("--student", f"{family}_mobilenet_v3_large"),
     ]
     torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=80)}, tmp_path / "teacher.pth")
-    with pytest.raises(ValueError, match=r"knows 80 classes, the data 2 categories \(cat, dog\)"):
+    with pytest.raises(SystemExit, match=r"knows 80 classes, the data 2 categories \(cat, dog\)"):
         main(arguments)
     torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=2)}, tmp_path / "teacher.pth")
     metrics = main(arguments)
@@ -315,7 +422,7 @@ def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path
     """One start for both families, for starting takes longer than training."""
     further = {
         "retinanet": (),
-        "gfl": ("--teacher", "gfl_resnet18", "--student", "gfl_resnet18", "--width", "64"),
+        "gfl": (*GFL, "--width", "64"),
     }
     runs = [
         ["--output", str(tmp_path / family), *SMALL, *models, "--method", "crosskd"]
