@@ -100,7 +100,7 @@ def _moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | 
 @torch.no_grad()
 def run_heads(adapter: Adapter, batch: Batch, maps: Any = None, fitted: Any = ()) -> Iterator[HeadRun]:
     """Runs each head as a step does; one that answers for regions on its own, or on fitted ones."""
-    maps, runs = adapter.maps(batch.pixels) if maps is None else maps, list[HeadRun]()
+    maps, runs = adapter.maps_of(batch) if maps is None else maps, list[HeadRun]()
     for head in adapter.heads:
         if not isinstance(head, RegionHead):
             anchors, feed = head.anchors(batch, maps), list(maps)
@@ -148,7 +148,7 @@ def structure(bench: Bench) -> Iterator[str]:
     """Levels (finest first), strides, widths, classes, bins, anchors and regions are those of the maps."""
     for side, adapter, batch in bench.sides():
         with torch.no_grad():
-            maps = adapter.maps(batch.pixels)
+            maps = adapter.maps_of(batch)
         yield from (f"{side}: {found}" for found in _level_findings(adapter, maps, batch.size))
         for run in run_heads(adapter, batch, maps):
             wrong = _head_findings(run, len(batch.pixels))
