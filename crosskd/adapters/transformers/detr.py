@@ -31,7 +31,6 @@ from crosskd.adapters.base import (
 from crosskd.adapters.replacing import replaced
 from crosskd.frozen import frozen_copy
 from crosskd.predictions import Predictions
-from crosskd.step import outside_graph
 
 __all__ = ["TransformersDetr"]
 
@@ -159,7 +158,7 @@ class TransformersDetr(Adapter):
         return self.maps_of(self.take(Batch(pixels, (size,) * len(pixels))))
 
     # Hooks come and go, which the compiler doesn't follow.
-    @outside_graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def maps_of(self, batch: Batch) -> list[Tensor]:
         """Runs the detector's own forward, and gives the feature maps that it made on the way."""
         return _forward(self.detector, batch).maps[self.which]
@@ -236,7 +235,7 @@ class _Decoder(DecoderHead):
         position = inputs["object_queries_position_embeddings"].detach()
         return Queries(content, position, None if boxes is None else boxes.detach())
 
-    @outside_graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def run(
         self, batch: Batch, queries: Queries, states: Mapping[int, Tensor] | None = None
     ) -> list[DecoderLayer]:
