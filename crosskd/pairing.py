@@ -303,6 +303,7 @@ def require_classes(pair: Pair) -> None:
 def require_predictions_alike(pair: Pair) -> None:
     """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
     teacher, student = require_heads(pair)
+    other = "DecoderCrossKD" if isinstance(teacher, DecoderHead) else "CrossKD"
     kinds = []
     for head in (teacher, student):
         objectness = ", times an objectness" if head.objectness else ""
@@ -311,14 +312,14 @@ def require_predictions_alike(pair: Pair) -> None:
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "
-            "be compared with those of the other. Build both heads alike, or choose crosskd.CrossKD(), where "
-            "the teacher's head judges both sides"
+            f"be compared with those of the other. Build both heads alike, or choose crosskd.{other}(), "
+            "where the teacher's head judges both sides"
         )
     if teacher.bins != student.bins:
         raise ValueError(
             f"the sides of boxes are predicted as distributions over {teacher.bins} (teacher), "
             f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
-            "alike, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
+            f"alike, or choose crosskd.{other}(), where the teacher's head judges both sides"
         )
 
 
