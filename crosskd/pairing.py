@@ -30,6 +30,7 @@ __all__ = [
     "require_branches",
     "require_classes",
     "require_decoders",
+    "require_detections",
     "require_grid",
     "require_heads",
     "require_predictions_alike",
@@ -247,6 +248,28 @@ def require_shared_queries(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
             "matches predictions"
         )
     return teacher, student
+
+
+def require_detections(pair: Pair) -> DecoderHead:
+    """The student's decoder, where a dense teacher's detections can be its queries; else ``ValueError``."""
+    teacher, student = require_heads(pair)
+    name = type(pair.teacher.detector).__name__
+    if not isinstance(student, DecoderHead):
+        require_decoders(pair)
+    elif student.kind != "boxes":
+        raise ValueError(
+            f"the teacher, a {name}, has no decoder, and its boxes can't be the queries of a "
+            f"{student.head_type}, which are {student.kind}. Take a student whose queries are boxes alone, "
+            "such as RT-DETR, D-FINE or DINO, or a method of feature maps, such as crosskd.PKD()"
+        )
+    elif teacher.rows != "grid" or not teacher.decodes or teacher.background != student.background:
+        raise ValueError(
+            f"the detections of a {name} can't be queries: its head must be dense, decode boxes and predict "
+            "classes as the student does, by a sigmoid each. Take another teacher, or a method of feature "
+            "maps, such as crosskd.PKD()"
+        )
+    require_classes(pair)
+    return student  # type: ignore[return-value]
 
 
 def require_branches(pair: Pair) -> None:

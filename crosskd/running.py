@@ -82,9 +82,9 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
         heads = {}
         head = _head_named(adapter, pair.student.heads[0].name)
         if head is not None and _of_head(methods, head.name):
-            levels = (
-                [level for _, level in pair.levels] if pair.levels is not None else list(range(len(maps)))
-            )
+            levels = list(range(len(maps)))
+            if pair.levels is not None and not isinstance(pair.student_head, DecoderHead):
+                levels = [level for _, level in pair.levels]
             heads[head.name] = _observed(
                 pair, head, [maps[level] for level in levels], levels, methods, batch
             )
@@ -254,7 +254,9 @@ def _placement(
     Raises:
         ValueError: the two lie otherwise than by the strides' factor, without ``resize_levels``.
     """
-    if run.head.rows == "regions" or isinstance(run.head, DecoderHead):
+    if run.head.rows == "regions" or any(
+        isinstance(head, DecoderHead) for head in (run.head, pair.student_head)
+    ):
         return None
     last = run.head.branches[0].towers[0].channels_last
     theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]

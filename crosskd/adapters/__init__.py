@@ -91,9 +91,10 @@ def _known_adapter(detector: nn.Module) -> Adapter | None:
 
         return UltralyticsDetect(detector)
     if _is_of("mmdet", detector):
-        from crosskd.adapters.mmdet import MMDetSingleStage
+        from crosskd.adapters.mmdet import MMDetSingleStage, MMDetTransformer
 
-        return MMDetSingleStage(detector)
+        transformer = hasattr(detector, "forward_transformer")
+        return MMDetTransformer(detector) if transformer else MMDetSingleStage(detector)
     if _is_of("transformers", detector):
         from crosskd.adapters.transformers import TransformersDetr
 

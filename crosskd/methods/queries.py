@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou, nms
 
 from crosskd._checks import compute_dtype
 from crosskd.adapters.base import DecoderHead, DecoderLayer, Queries
@@ -18,13 +18,14 @@ from crosskd.pairing import (
     Pair,
     require_classes,
     require_decoders,
+    require_detections,
     require_predictions_alike,
     require_same_scene,
     require_shared_queries,
 )
 from crosskd.predictions import Predictions, join_levels, mean_over_ranks
 from crosskd.schedule import Schedule
-from crosskd.step import Step, outside_graph
+from crosskd.step import Step, outside_graph, resized_boxes
 
 __all__ = ["DecoderCrossKD", "MatchedQueries", "QueryDistillation"]
 
@@ -32,6 +33,8 @@ __all__ = ["DecoderCrossKD", "MatchedQueries", "QueryDistillation"]
 _WEIGHTS = (1.0, 5.0, 2.0)
 # Ours, among the 10 to 300 that were reported to help.
 _GENERAL = 100
+# A dense teacher's candidates, and from which overlap on the surest of them stands for the others.
+_CANDIDATES, _NMS = 1000, 0.5
 
 
 class _QueryMethod(Method):
@@ -105,6 +108,10 @@ class QueryDistillation(_QueryMethod):
     teacher: where the widths differ a linear layer is trained with the student that brings queries to its
     width, and is thrown away with the `crosskd.Distiller`.
 
+    A dense teacher has no decoder. Its surest detections, as many as ``general``, are the boxes of the
+    student's queries then, of one content that is trained with the student, and their class probabilities
+    and boxes are what the student's answers are held against. The student's queries must be boxes alone.
+
     Ours: the normalizer Z, the sum of all w but 1 at least; the number of random queries, and what they are
     drawn from (embeddings from a normal distribution, centres uniformly, sides as squares of uniform
     numbers); that a student's layer is held against the teacher's as many layers before the last; that sides
@@ -112,8 +119,8 @@ class QueryDistillation(_QueryMethod):
     sigmoid a class the divergence is the sum of those of all classes.
 
     Args:
-        general: how many random queries; 0 for none.
-        own: whether the teacher's own queries are shared, too.
+        general: how many random queries; 0 for none. Of a dense teacher how many detections.
+        own: whether the teacher's own queries are shared, too; without a meaning for a dense teacher.
         layers: (student's, teacher's) layers to compare, counted from 0, or from the last by negative
             numbers; unless given all that have a counterpart, counted from the last.
         cls_weight: of ``kd_cls``; 1 unless given.
@@ -135,6 +142,8 @@ class QueryDistillation(_QueryMethod):
         "general=50, own=True, layers=((-1, -1),), weights={'kd_cls': 1.0, 'kd_l1': 5.0, 'kd_giou': 2.0}"
     """
 
+    requires: frozenset[Requirement] = frozenset({"queries", "predictions"})
+
     def __init__(
         self,
         general: int = _GENERAL,
@@ -155,6 +164,7 @@ class QueryDistillation(_QueryMethod):
         self.general, self.own = general, own
         self.layers = None if layers is None else tuple(layers)
         self.projections = nn.ModuleDict()
+        self.content: nn.Parameter | None = None
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -162,6 +172,9 @@ class QueryDistillation(_QueryMethod):
 
     def setup(self, pair: Pair) -> None:
         """Demands decoders that can share queries, settles the layers, makes projections."""
+        if pair.teacher_head is not None and not isinstance(pair.teacher_head, DecoderHead):
+            self._setup_dense(pair)
+            return
         super().setup(pair)
         teacher, student = require_shared_queries(pair)
         if self.layers is None:
@@ -175,9 +188,27 @@ class QueryDistillation(_QueryMethod):
             if "position" in teacher.kind:
                 self.projections["position"] = nn.Linear(teacher.width, student.width)
 
+    def _setup_dense(self, pair: Pair) -> None:
+        """Demands a student whose queries may be a dense teacher's boxes, and makes their content."""
+        student = require_detections(pair)
+        if not self.general:
+            raise ValueError("general=0: of a dense teacher it is the number of detections that are queries")
+        if self.layers is None:
+            self.layers = tuple((-place, -place) for place in range(student.num_layers, 0, -1))
+        for layer, _ in self.layers:
+            _check_layer(layer, student, "student")
+        self.layers = tuple((layer, layer) for layer, _ in self.layers)  # there is one answer for all
+        self.content = nn.Parameter(torch.randn(student.width))
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Compares what both decoders answer to the same queries."""
-        answers = [self.answers(step, queries) for queries in self.shared(step)]
+        if self.content is None:
+            answers = [self.answers(step, queries) for queries in self.shared(step)]
+        else:
+            wanted = self.detections(step)
+            content = self.content.expand(*wanted.logits.shape[:2], -1)
+            ours = step.student.decoded(Queries(content, boxes=wanted.regression))
+            answers = [(ours, [DecoderLayer(content, wanted)] * len(ours))]
         assert self.layers is not None
         losses: dict[str, list[Tensor]] = {name: [] for name in self.loss_names()}
         for pair_of_layers in self.layers:
@@ -187,6 +218,35 @@ class QueryDistillation(_QueryMethod):
             for name, loss in self.compared(*sides, step.student.batch.size).items():
                 losses[name].append(loss)
         return {name: torch.stack(of_layers).sum() for name, of_layers in losses.items()}
+
+    @outside_graph
+    @torch.no_grad()
+    def detections(self, step: Step) -> Predictions:
+        """A dense teacher's surest detections, one of those that overlap, in the student's form.
+
+        Returns:
+            As many for each image, those that are missing of next to no probability.
+        """
+        teacher, student = step.teacher, step.student
+        probabilities = teacher.predictions.probabilities().float()
+        boxes = teacher.head.decode(teacher.predictions, teacher.anchors).float()
+        scores = probabilities.amax(dim=-1)
+        if teacher.predictions.quality is not None:
+            scores = scores * teacher.predictions.quality.float().sigmoid()
+        found = probabilities.new_zeros(len(boxes), self.general, probabilities.shape[-1])
+        corners = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), self.general, 1)
+        whole = Predictions(found, box_convert(corners, "xyxy", "cxcywh"), None)
+        corners = student.head.decode(whole, student.anchors).float()  # of what boxes are shares of
+        scale = corners[..., 2:].repeat(1, 1, 2)
+        for index, size in enumerate(teacher.batch.image_sizes):
+            best, rows = scores[index].topk(min(_CANDIDATES, scores.shape[1]))
+            candidates = clip_boxes_to_image(boxes[index][rows], size)
+            kept = nms(candidates, best, _NMS)[: self.general]
+            found[index, : len(kept)] = probabilities[index][rows[kept]]
+            own = student.batch.image_sizes[index]
+            corners[index, : len(kept)] = resized_boxes(candidates[kept], size, own)
+        regression = box_convert(corners / scale, "xyxy", "cxcywh")
+        return Predictions(torch.logit(found, eps=1e-6), regression, None)
 
     def answers(self, step: Step, queries: Queries) -> tuple[list[DecoderLayer], list[DecoderLayer]]:
         """(the student's, the teacher's) layers on the same queries, which are of the teacher's width."""

@@ -7,8 +7,8 @@ the way. So matching, denoising, auxiliary losses and everything else are the li
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from crosskd.adapters.base import (
     PixelCoding,
     Queries,
 )
+from crosskd.adapters.decoders import folded, layer_states
 from crosskd.adapters.replacing import replaced
 from crosskd.frozen import frozen_copy
 from crosskd.predictions import Predictions
@@ -244,7 +245,7 @@ class _Decoder(DecoderHead):
         with ExitStack() as stack:
             if hasattr(decoder, "eval_idx"):  # D-FINE predicts at its last layer alone in eval mode
                 stack.enter_context(replaced(decoder, training=True))
-            given = stack.enter_context(_layer_states(decoder.layers, self.num_layers, states or {}))
+            given = stack.enter_context(layer_states(decoder.layers, self.num_layers, states or {}))
             decoded = decoder(**self._decoder_inputs(own, queries))
         predicted = self._predicted(batch, decoded, queries)
         # D-FINE predicts once more, in front of its first layer.
@@ -386,7 +387,7 @@ def _forward(detector: Any, batch: Batch) -> _OwnForward:
             run.maps["encoder"] = list(memory)
             return
         sizes = inputs.get("spatial_shapes_list") or [run.maps["backbone"][-1].shape[-2:]]
-        maps = _folded(memory, sizes)
+        maps = folded(memory, sizes)
         # The decoder reads these maps, so that gradients at them are all that reach the encoder.
         output.last_hidden_state = torch.cat([level.flatten(2).mT for level in maps], dim=1)
         run.maps["encoder"] = maps
@@ -409,34 +410,3 @@ def _forward(detector: Any, batch: Batch) -> _OwnForward:
         for handle in handles:
             handle.remove()
     return run
-
-
-def _folded(memory: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Memory (batch, locations, channels) of all levels as one map (batch, channels, height, width) each."""
-    parts = memory.split([int(height) * int(width) for height, width in sizes], dim=1)
-    return [
-        part.mT.reshape(len(part), -1, int(height), int(width))
-        for part, (height, width) in zip(parts, sizes, strict=True)
-    ]
-
-
-@contextmanager
-def _layer_states(
-    layers: Sequence[nn.Module], count: int, states: Mapping[int, Tensor]
-) -> Iterator[list[Tensor]]:
-    """Takes down what the last layers give while the body runs; some give what they are told instead."""
-    given: list[Tensor] = []
-
-    def keep(index: int, state: Tensor) -> Tensor:
-        given.append(states.get(index, state))
-        return given[-1]
-
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
-        for index, layer in enumerate(layers[-count:])
-    ]
-    try:
-        yield given
-    finally:
-        for handle in handles:
-            handle.remove()
