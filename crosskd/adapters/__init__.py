@@ -69,9 +69,9 @@ def find_adapter(detector: nn.Module) -> Adapter:
     raise TypeError(
         f"no adapter understands a {type(detector).__name__}{_detector_inside(detector)}. There are adapters "
         "for torchvision's RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, for mmdet's "
-        "one-stage detectors, and for transformers' RT-DETR, D-FINE and DETRs. crosskd.adapters.generic() "
-        "makes one of a detector of your own, to be passed as adapter= (docs/your_detector.md), and "
-        "crosskd.adapters.backbone() one of a teacher without a head, as teacher_adapter="
+        "one-stage detectors and DINO, and for transformers' RT-DETR, D-FINE and DETRs. "
+        "crosskd.adapters.generic() makes one of a detector of your own, to be passed as adapter= "
+        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as teacher_adapter="
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -114,7 +115,7 @@ def own_teacher(bench: Bench) -> Iterator[str]:
     _require_queries(bench)
     method, spec = bench.settings["methods"], bench.settings["adapter"]
     settings = {"adapter": spec, "teacher_adapter": spec, "prove": False, "methods": method}
-    distiller = replace(bench, teacher=bench.student, settings=settings).distiller()
+    distiller = replace(bench, teacher=copy.deepcopy(bench.student), settings=settings).distiller()
     distiller.student.eval()
     trace = distiller.trace(bench.fresh_batch()[0], None)
     for name, loss in distiller.named_losses(trace).items():

@@ -181,7 +181,16 @@ def test_pairs_that_cannot_be_distilled():
         weights=None, weights_backbone=None, num_classes=CLASSES, min_size=SIZE, max_size=SIZE
     )
     with pytest.raises(ValueError, match="the teacher, a RetinaNet, has no decoder"):
-        Distiller(dense, detector_of("rt_detr"), QueryDistillation())
+        Distiller(dense, detector_of("rt_detr"), DecoderCrossKD())
+    with pytest.raises(ValueError, match="can't be the queries of a ConditionalDetr"):
+        Distiller(dense, detector_of("conditional_detr"), QueryDistillation())
+    with pytest.raises(ValueError, match="general=0"):
+        Distiller(dense, detector_of("rt_detr"), QueryDistillation(general=0))
+    dense_losses = Distiller(dense, detector_of("rt_detr"), QueryDistillation(general=6)).train()(
+        **batch_of()
+    )
+    assert dense_losses["kd_l1"] > 0
+    sum(dense_losses.values()).backward()
     losses = Distiller(
         detector_of("rt_detr", seed=1).eval(), detector_of("conditional_detr"), MatchedQueries()
     ).train()(**batch_of())
