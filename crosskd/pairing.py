@@ -420,7 +420,7 @@ def require_same_scene(step: Step) -> None:
     for side in (step.teacher, step.student):
         sizes = torch.tensor(side.batch.image_sizes, dtype=torch.float64)
         shares.append(sizes / torch.tensor(side.batch.size, dtype=torch.float64))
-    if not torch.allclose(*shares, atol=0.02):
+    if not torch.allclose(shares[0], shares[1], atol=0.02):
         batches = [(list(side.batch.image_sizes), side.batch.size) for side in (step.teacher, step.student)]
         raise ValueError(
             "boxes of detection transformers are shares of the batch, padding included, and the images fill "

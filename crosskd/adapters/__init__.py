@@ -71,7 +71,8 @@ def find_adapter(detector: nn.Module) -> Adapter:
         "for torchvision's RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, for mmdet's "
         "one-stage detectors and DINO, and for transformers' RT-DETR, D-FINE and DETRs. "
         "crosskd.adapters.generic() makes one of a detector of your own, to be passed as adapter= "
-        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as teacher_adapter="
+        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as "
+        "teacher_adapter="
     )
 
 

@@ -215,7 +215,7 @@ class QueryDistillation(_QueryMethod):
             sides = []
             for side, layer in enumerate(pair_of_layers):
                 sides.append(join_levels(answer[side][layer].predictions for answer in answers))
-            for name, loss in self.compared(*sides, step.student.batch.size).items():
+            for name, loss in self.compared(sides[0], sides[1], step.student.batch.size).items():
                 losses[name].append(loss)
         return {name: torch.stack(of_layers).sum() for name, of_layers in losses.items()}
 
@@ -437,7 +437,7 @@ class MatchedQueries(_QueryMethod):
         for image in range(len(surest)):
             classes = torch.cdist(*(side.probabilities()[image].float() for side in (wanted, student)), p=1)
             boxes = [side.regression[image].float() for side in (wanted, student)]
-            distance = torch.cdist(*boxes, p=1)
+            distance = torch.cdist(boxes[0], boxes[1], p=1)
             overlap = generalized_box_iou(*(_corners(b, size) for b in boxes))
             parts = zip(self.weights.values(), (classes, distance, 1 - overlap), strict=True)
             cost = torch.stack([weight * part for weight, part in parts]).sum(dim=0)
@@ -459,7 +459,7 @@ def _divergence(student: Predictions, teacher: Predictions) -> Tensor:
     ours, theirs = student.logits.to(dtype), teacher.logits.detach().to(dtype)
     if teacher.background is not None:
         logs = [F.log_softmax(logits, dim=-1) for logits in (ours, theirs)]
-        return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=-1)
+        return F.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(dim=-1)
     target = theirs.sigmoid()
     entropies = [
         F.binary_cross_entropy_with_logits(logits, target, reduction="none") for logits in (ours, theirs)
