@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from crosskd.adapters.base import Adapter, AdapterSpec, Head
-from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Skipped, Variation
+from crosskd.diagnostics import adapter_checks
+from crosskd.diagnostics.adapter_checks import Bench, Skipped, Variation
+from crosskd.diagnostics.decoder_checks import DECODER_CHECKS
 from crosskd.methods import CrossKD, Method
 from crosskd.proof import same_random_numbers
 
 __all__ = ["CHECKS", "AdapterError", "AdapterReport", "Fault", "check_adapter"]
+
+
+CHECKS = adapter_checks.CHECKS | DECODER_CHECKS
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def check_adapter(
         without_objects: gives, of images and targets, a batch without objects; for targets without ``boxes``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
         odd_size: likewise, of an odd size, with targets ``None`` if they can't follow; needed for cropping.
-        method: ``CrossKD()`` unless given; heads of queries, and teachers without a head, need ``PKD()``.
+        method: ``CrossKD()`` unless given. Decoders need a method of queries such as ``QueryDistillation()``;
+            other heads of queries, and teachers without a head, need ``PKD()``.
         skip: by name, checks to leave out, and why.
         steps: of the optimisation in ``decoding and classes``.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.
