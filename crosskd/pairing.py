@@ -303,23 +303,23 @@ def require_classes(pair: Pair) -> None:
 def require_predictions_alike(pair: Pair) -> None:
     """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
     teacher, student = require_heads(pair)
-    kinds = [
-        "a sigmoid per class"
-        if head.background is None
-        else f"a softmax whose class {head.background} is no object"
-        for head in (teacher, student)
-    ]
+    other = "DecoderCrossKD" if isinstance(teacher, DecoderHead) else "CrossKD"
+    kinds = []
+    for head in (teacher, student):
+        objectness = ", times an objectness" if head.objectness else ""
+        softmax = f"a softmax whose class {head.background} is no object"
+        kinds.append(f"a sigmoid per class{objectness}" if head.background is None else softmax)
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "
-            "be compared with those of the other. Build both heads alike, or choose crosskd.CrossKD(), where "
-            "the teacher's head judges both sides"
+            f"be compared with those of the other. Build both heads alike, or choose crosskd.{other}(), "
+            "where the teacher's head judges both sides"
         )
     if teacher.bins != student.bins:
         raise ValueError(
             f"the sides of boxes are predicted as distributions over {teacher.bins} (teacher), "
             f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
-            "alike, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
+            f"alike, or choose crosskd.{other}(), where the teacher's head judges both sides"
         )
 
 

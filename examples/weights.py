@@ -1,10 +1,29 @@
-"""Whether weights fit a model."""
+"""Files of weights, and whether they fit a model."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def read_weights(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU, without running any code in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, cut off, or something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} is damaged, cut off or no file of weights: {error}") from error
 
 
 def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

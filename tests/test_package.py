@@ -18,7 +18,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(crosskd.__path_
 # Adapters that can't be imported without their framework are looked at where that is there.
 PEERS = ("mmdet", "ultralytics")
 PUBLIC_MODULES = [
-    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if name.endswith(f".{peer}")])
+    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if f".{peer}" in name])
     for name in ("crosskd", *MODULES)
     if "._" not in name
 ]

@@ -55,10 +55,11 @@ class _QueryMethod(Method):
         self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), given, strict=True))
 
     def setup(self, pair: Pair) -> None:
-        """Demands two decoders with equal classes, predicted alike."""
+        """Demands two decoders; with equal classes, predicted alike, where the student's own are compared."""
         require_decoders(pair)
-        require_classes(pair)
-        require_predictions_alike(pair)
+        if self.teaches == "predictions":
+            require_predictions_alike(pair)
+            require_classes(pair)
 
     def check(self, step: Step) -> None:
         """Demands images that lie alike in both batches, for boxes are shares of the batch."""
@@ -82,11 +83,7 @@ class _QueryMethod(Method):
         normalizer = mean_over_ranks(weight.sum()).clamp(min=1)  # about the number of objects
         dtype = compute_dtype(student.logits, teacher.logits)
         ours, theirs = student.regression.to(dtype), teacher.regression.detach().to(dtype)
-        pixels = ours.new_tensor([size[1], size[0], size[1], size[0]])
-        corners = []
-        for boxes in (ours * pixels, theirs * pixels):
-            sides = boxes[..., 2:].clamp(min=1)  # those of less than a pixel have no overlap to speak of
-            corners.append(box_convert(torch.cat([boxes[..., :2], sides], dim=-1), "cxcywh", "xyxy"))
+        corners = [_corners(boxes, size) for boxes in (ours, theirs)]
         losses = {
             "kd_cls": (weight * _divergence(student, teacher)).sum() / normalizer,
             "kd_l1": (weight * (ours - theirs).abs().sum(dim=-1)).sum() / normalizer,
@@ -362,12 +359,15 @@ class MatchedQueries(_QueryMethod):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Matches the two sets of predictions, and compares pair by pair."""
         student, teacher = step.student.predictions, step.teacher.predictions
-        theirs, ours = self._matched(student.detach(), teacher)
-        return self.compared(_rows(student, ours), _rows(teacher, theirs), step.student.batch.size)
+        size = step.student.batch.size
+        theirs, ours = self._matched(student.detach(), teacher, size)
+        return self.compared(_rows(student, ours), _rows(teacher, theirs), size)
 
     @outside_graph
     @torch.no_grad()
-    def _matched(self, student: Predictions, teacher: Predictions) -> tuple[Tensor, Tensor]:
+    def _matched(
+        self, student: Predictions, teacher: Predictions, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
         """(the teacher's, the student's) rows that belong together, each (batch, pairs)."""
         from scipy.optimize import linear_sum_assignment
 
@@ -378,12 +378,19 @@ class MatchedQueries(_QueryMethod):
             classes = torch.cdist(*(side.probabilities()[image].float() for side in (wanted, student)), p=1)
             boxes = [side.regression[image].float() for side in (wanted, student)]
             distance = torch.cdist(*boxes, p=1)
-            overlap = generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in boxes))
+            overlap = generalized_box_iou(*(_corners(b, size) for b in boxes))
             parts = zip(self.weights.values(), (classes, distance, 1 - overlap), strict=True)
             cost = torch.stack([weight * part for weight, part in parts]).sum(dim=0)
             _, columns = linear_sum_assignment(cost.nan_to_num(1e6).cpu().numpy())
             matched.append(torch.as_tensor(columns, device=surest.device))
         return surest, torch.stack(matched)
+
+
+def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes xyxy in pixels, of shares (…, 4) of images of ``size``, (height, width)."""
+    boxes = boxes * boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    sides = boxes[..., 2:].clamp(min=1)  # those of less than a pixel have no overlap to speak of
+    return box_convert(torch.cat([boxes[..., :2], sides], dim=-1), "cxcywh", "xyxy")
 
 
 def _divergence(student: Predictions, teacher: Predictions) -> Tensor:
