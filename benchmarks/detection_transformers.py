@@ -7,7 +7,8 @@ They are trained on random crops of 160 pixels, and measured on the four quarter
 The settings stand in this file, for all runs alike, and none was chosen for a method. Each run is a process
 of its own. At every so many steps, `RUNG`, it keeps what its detector finds on the validation and the test
 split; the learning rate is constant, so that any of them may be the last. The table is of the last rung that
-all runs have reached. So the command may be stopped at any time, also by ``--minutes``; again, it goes on::
+all runs have reached. So the command may be stopped at any time, also by ``--minutes``; given
+again, it goes on::
 
     python benchmarks/detection_transformers.py --data data/deeppcb --weights mobilenet_v2-b0353104.pth
 
