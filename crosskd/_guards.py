@@ -199,31 +199,33 @@ class GradientWatch:
     def __init__(self) -> None:
         self._looked: dict[str, int] = {}
 
-    def look(self, name: str, losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
+    def add(self, name: str) -> None:
+        """Watches a method until each of its losses has moved something on one step."""
+        self._looked[name] = 0
+
+    def look(self, losses: Mapping[str, Mapping[str, Tensor]], maps: Sequence[Tensor]) -> None:
         """Warns on a method's first step, raises ``ValueError`` on its third.
 
         Args:
-            name: of the method.
-            losses: its own.
+            losses: of each method that was active.
             maps: the student's, which the losses were calculated from.
         """
-        looked = self._looked.get(name, 0)
-        if looked == self.steps:
-            return
-        stuck = _without_gradient(losses, maps)
-        self._looked[name] = looked + 1 if stuck else self.steps
-        if not stuck:
-            return
-        values = " and ".join(f"{key} is {float(losses[key].detach()):.4g}" for key in stuck)
-        message = (
-            f"{name}: {values}, but the gradient is 0 at every feature map of the student, so distilling has "
-            "no effect: a layer between the split and the teacher's predictions passes no gradient on, as "
-            "rounding and dynamically quantised layers do, or all of the predicted boxes are empty"
-        )
-        if self._looked[name] == self.steps:
-            raise ValueError(f"{message}. So it was on each of the first {self.steps} steps")
-        if not looked:
-            warnings.warn(f"{message}. Two more such steps are refused", stacklevel=5)
+        for name in self._looked.keys() & losses.keys():
+            stuck = _without_gradient(losses[name], maps)
+            if not stuck:
+                del self._looked[name]
+                continue
+            self._looked[name] += 1
+            values = " and ".join(f"{key} is {float(losses[name][key].detach()):.4g}" for key in stuck)
+            message = (
+                f"{name}: {values}, but the gradient is 0 at every feature map of the student, so distilling "
+                "has no effect: a layer between the split and the teacher's predictions passes no gradient "
+                "on, as rounding and dynamically quantised layers do, or all of the predicted boxes are empty"
+            )
+            if self._looked[name] == self.steps:
+                raise ValueError(f"{message}. So it was on each of the first {self.steps} steps")
+            if self._looked[name] == 1:
+                warnings.warn(f"{message}. Two more such steps are refused", stacklevel=5)
 
 
 class TrainingWatch:

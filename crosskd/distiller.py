@@ -534,14 +534,16 @@ class Distiller(nn.Module):
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
+                # A compiled graph may be gone through once, and so may sharded weights. A method that watches
+                # gradients would take this for one of training.
+                watches = self._methods()[name].watches_maps
+                if not (compiled or watches or is_sharded(self.student)):
+                    self._gradients.add(name)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
-        # A compiled graph may be gone through once, and so may sharded weights.
-        if not (compiled or is_sharded(self.student)):
-            for name in losses:
-                if not self._methods()[name].watches_maps:  # it would take this gradient for one of training
-                    self._gradients.look(name, losses[name], trace.student.maps)
+        if not compiled:
+            self._gradients.look(losses, trace.student.maps)
         self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1

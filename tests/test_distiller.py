@@ -783,6 +783,15 @@ def test_a_gradient_that_is_0_on_one_step_is_not_refused(monkeypatch):
         distiller(*tiny_batch())
 
 
+def test_the_student_is_searched_for_sharded_weights_on_the_first_step_alone(monkeypatch):
+    searched = []
+    monkeypatch.setattr("crosskd.distiller.is_sharded", lambda student: bool(searched.append(student)))
+    distiller = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), CrossKD(position=3))
+    for _ in range(3):
+        distiller(*tiny_batch())
+    assert searched.count(distiller.student) == 1
+
+
 def test_frozen_features_are_found_after_a_step_without_gradients(build):
     distiller = Distiller(build(), build(seed=1), CrossKD())
     with torch.no_grad():
