@@ -1,19 +1,20 @@
-"""What a small RT-DETR of `transformers` learns alone, and what a teacher that sees more adds.
+"""What a small RT-DETR of `transformers` learns alone, and what a larger one as its teacher adds.
 
-On DeepPCB with pairs: the teacher sees the board, its defect-free template and their difference, the student
-the board alone. Both are RT-DETRs on MobileNetV2; the student's transformer is narrower and has fewer layers.
-They are trained on random crops of 160 pixels, and measured on the four quarters of each image.
+On any data set in COCO's form; the table in ``benchmarks/results`` is of blood cells (BCCD). Both are
+RT-DETRs on MobileNetV2; the student's transformer is narrower and has fewer layers. Images are brought to one
+size, as RT-DETR's image processor does it, and mirrored at random.
 
 The settings stand in this file, for all runs alike, and none was chosen for a method. Each run is a process
-of its own. At every so many steps, `RUNG`, it keeps what its detector finds on the validation and the test
-split; the learning rate is constant, so that any of them may be the last. The table is of the last rung that
-all runs have reached. So the command may be stopped at any time, also by ``--minutes``; given
-again, it goes on::
+of its own. At every so many steps, ``--rung``, it keeps what its detector finds on the validation and the
+test split; the learning rate is constant, so that any of them may be the last. The table is of the last rung
+that all runs have reached. So the command may be stopped at any time, also by ``--minutes``; given again,
+also with more ``--steps``, it goes on::
 
-    python benchmarks/detection_transformers.py --data data/deeppcb --weights mobilenet_v2-b0353104.pth
+    python benchmarks/detection_transformers.py --data data/bccd --weights mobilenet_v2.pth --device cuda
 
-``--weights`` is torchvision's file of ImageNet weights. Tables are of the validation split unless ``--split
-test`` is given.
+``--weights`` is torchvision's file of ImageNet weights, ``mobilenet_v2-b0353104.pth``. The defaults are for a
+GPU; the table's command has what a CPU can train. Tables are of the validation split unless ``--split test``
+is given.
 """
 
 from __future__ import annotations
@@ -47,14 +48,11 @@ import crosskd
 from crosskd.adapters import PixelCoding
 from crosskd.adapters.transformers import TransformersDetr
 
-CLASSES = ("open", "short", "mousebite", "spur", "copper", "pin-hole")
 CODING = PixelCoding((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as the backbone expects
-CROP = 160
-RUNG = 200  # steps
-FOUND = 20  # predictions that are kept of a crop
+FOUND = 50  # predictions that are kept of an image
 WARMUP = 50  # steps
 RATE, BACKBONE_RATE, DECAY, GRADIENT = 1e-3, 3e-4, 1e-4, 0.1
-WIDTHS = {"teacher": 128, "student": 96}
+WIDTHS = {"teacher": 128, "student": 64}
 LAYERS = {"teacher": 3, "student": 2}
 METHODS = {
     "none": (),
@@ -64,7 +62,7 @@ METHODS = {
     "decoder_crosskd": (crosskd.DecoderCrossKD,),
 }
 NAMES = {
-    "teacher": "teacher, on its own images",
+    "teacher": "teacher",
     "none": "student alone",
     "queries": "`QueryDistillation`",
     "features": "`PKD` of the encoder's maps",
@@ -75,97 +73,69 @@ COLUMNS = ("AP", "AP50", "AP75")
 Label = dict[str, Tensor]
 
 
-class Boards:
+class Images:
     """A split of the data.
 
     Args:
         path: what `cache` has written.
-        device: where images are kept and crops are cut.
+        device: where images are kept.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         kept = torch.load(path, weights_only=True)
-        self.images = kept["images"].to(device)  # (images, height, width, 3), 0 to 255
-        self.objects = [of_image.numpy() for of_image in kept["objects"]]  # x1, y1, x2, y2, class
+        self.pixels = kept["pixels"].to(device)  # (images, 3, height, width), 0 to 255
+        self.boxes = [boxes.to(device) for boxes in kept["boxes"]]  # centre, width and height, 0 to 1
+        self.classes = [classes.to(device) for classes in kept["classes"]]
+        self.names = kept["names"]
 
-    def crops(self, index: np.ndarray, corners: np.ndarray, flips: np.ndarray) -> tuple[Tensor, list[Label]]:
-        """Crops (crops, 3, 160, 160) of what the teacher sees, and labels as `transformers` has them.
-
-        Args:
-            index: (crops,), of which images.
-            corners: (crops, 2), left and top.
-            flips: (crops, 2), whether a crop is mirrored from left to right, from top to bottom.
-        """
-        places = corners[:, :, None] + np.arange(CROP)
-        places = np.where(flips[:, :, None], places[:, :, ::-1], places)
-        device = self.images.device
-        columns, rows = torch.from_numpy(places.transpose(1, 0, 2).copy()).to(device)
-        which = torch.from_numpy(index).to(device)[:, None, None]
-        pixels = self.images[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        objects = [
-            _cut(self.objects[image], corner, flip)
-            for image, corner, flip in zip(index, corners, flips, strict=True)
-        ]
-        together = torch.from_numpy(np.concatenate(objects)).float().to(device)  # all at once
-        boxes = box_convert(together[:, :4] / CROP, "xyxy", "cxcywh")
-        counts = [len(of_crop) for of_crop in objects]
-        parts = zip(boxes.split(counts), together[:, 4].long().split(counts), strict=True)
-        return pixels, [{"boxes": of_crop, "class_labels": classes} for of_crop, classes in parts]
+    def labels(self) -> list[Label]:
+        """Of all images, as `transformers` has them."""
+        pairs = zip(self.boxes, self.classes, strict=True)
+        return [{"boxes": boxes, "class_labels": classes} for boxes, classes in pairs]
 
     def random(self, count: int, generator: np.random.Generator) -> tuple[Tensor, list[Label]]:
-        """Random crops of random images."""
-        index = generator.integers(len(self.images), size=count)
-        corners = generator.integers(self.images.shape[1] - CROP + 1, size=(count, 2))
-        return self.crops(index, corners, generator.random((count, 2)) < 0.5)
-
-    def quarters(self) -> tuple[Tensor, list[Label]]:
-        """The four quarters of each image."""
-        count = len(self.images)
-        corners = np.tile(np.array([[0, 0], [CROP, 0], [0, CROP], [CROP, CROP]]), (count, 1))
-        return self.crops(np.arange(count).repeat(4), corners, np.zeros((4 * count, 2), dtype=bool))
-
-
-def _cut(objects: np.ndarray, corner: np.ndarray, flip: np.ndarray) -> np.ndarray:
-    """A crop's objects: those of which at least half is in it."""
-    whole = objects[:, :4] - np.tile(corner, 2)
-    cut = whole.clip(0, CROP)
-    areas, inside = ((box[:, 2:] - box[:, :2]).prod(axis=1) for box in (whole, cut))
-    kept = np.concatenate([cut, objects[:, 4:]], axis=1)[inside >= areas / 2]
-    for axis in np.flatnonzero(flip):
-        kept[:, [axis, axis + 2]] = CROP - kept[:, [axis + 2, axis]]
-    return kept
+        """Random images, mirrored from left to right and from top to bottom at random."""
+        pixels, labels = [], []
+        for index in generator.integers(len(self.pixels), size=count):
+            image, boxes = self.pixels[index], self.boxes[index].clone()
+            for axis in np.flatnonzero(generator.random(2) < 0.5).tolist():
+                image = image.flip(-1 - axis)
+                boxes[:, axis] = 1 - boxes[:, axis]
+            pixels.append(image)
+            labels.append({"boxes": boxes, "class_labels": self.classes[index]})
+        return torch.stack(pixels), labels
 
 
-def cache(root: Path, split: str, path: Path, most: int | None = None) -> None:
+def cache(root: Path, split: str, path: Path, size: Sequence[int], most: int | None = None) -> None:
     """Decodes a split's images, once; the first ``most`` of them alone, if given."""
     if path.exists():
         return
-    coco = json.loads((root / "annotations" / f"{split}.json").read_text())
-    chosen = coco["images"][:most]
-    objects: dict[int, list[list[float]]] = {image["id"]: [] for image in chosen}
-    for annotation in coco["annotations"]:
-        if annotation["image_id"] not in objects:
-            continue
-        x, y, width, height = annotation["bbox"]
-        kind = annotation["category_id"] - 1
-        objects[annotation["image_id"]].append([x, y, x + width, y + height, kind])
-    images = []
-    for image in chosen:
-        with Image.open(root / "images_pair" / image["file_name"]) as file:
-            images.append(torch.from_numpy(np.array(file.convert("RGB"))))
-    kept = [torch.tensor(of_image, dtype=torch.float64).reshape(-1, 5) for of_image in objects.values()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(root / "annotations" / f"{split}.json")
+    categories = {category: index for index, category in enumerate(sorted(coco.cats))}
+    kept: dict[str, list[Any]] = {"pixels": [], "boxes": [], "classes": []}
+    for image in list(coco.imgs.values())[:most]:
+        with Image.open(root / "images" / image["file_name"]) as file:
+            pixels = np.array(file.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        objects = coco.imgToAnns[image["id"]]
+        boxes = torch.tensor([of_object["bbox"] for of_object in objects]).reshape(-1, 4).float()
+        scale = torch.tensor([image["width"], image["height"]] * 2)
+        kept["pixels"].append(torch.from_numpy(pixels).permute(2, 0, 1))
+        kept["boxes"].append(box_convert(boxes, "xywh", "cxcywh") / scale)
+        kept["classes"].append(torch.tensor([categories[found["category_id"]] for found in objects]).long())
+    names = [coco.cats[category]["name"] for category in categories]
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"images": torch.stack(images), "objects": kept}, path)
+    save({**kept, "pixels": torch.stack(kept["pixels"]), "names": names}, path)
 
 
-def build(side: str, weights: Path | None) -> RTDetrForObjectDetection:
-    """An RT-DETR on MobileNetV2, for the ``"teacher"`` or the ``"student"``."""
+def build(side: str, classes: int, weights: Path | None = None) -> RTDetrForObjectDetection:
+    """An RT-DETR on MobileNetV2, whose batch norms are frozen: the ``"teacher"`` or the ``"student"``."""
     width = WIDTHS[side]
     backbone = TimmBackboneConfig(
-        backbone="mobilenetv2_100", out_indices=[2, 3, 4], freeze_batch_norm_2d=False
+        backbone="mobilenetv2_100", out_indices=[2, 3, 4], freeze_batch_norm_2d=True
     )
     config = RTDetrConfig(
-        backbone_config=backbone, freeze_backbone_batch_norms=False, num_labels=len(CLASSES),
+        backbone_config=backbone, freeze_backbone_batch_norms=False, num_labels=classes,
         encoder_in_channels=[32, 96, 320], encoder_hidden_dim=width, encoder_ffn_dim=2 * width,
         encoder_attention_heads=4, hidden_expansion=0.5, d_model=width, decoder_in_channels=[width] * 3,
         decoder_layers=LAYERS[side], decoder_ffn_dim=4 * width, decoder_attention_heads=4, num_queries=60,
@@ -181,44 +151,45 @@ def build(side: str, weights: Path | None) -> RTDetrForObjectDetection:
     return detector
 
 
-def pixels_of(crops: Tensor, side: str) -> Tensor:
-    """What a side sees of crops: everything, or the board alone."""
-    seen = crops if side == "teacher" else crops[:, :1].expand(-1, 3, -1, -1)
-    mean, deviation = (torch.tensor(values, device=crops.device) for values in (CODING.mean, CODING.std))
-    return (seen / 255 - mean[:, None, None]) / deviation[:, None, None]
+def coded(images: Tensor) -> Tensor:
+    """Images of 0 to 255 as the detectors expect them."""
+    mean, deviation = (torch.tensor(values, device=images.device) for values in (CODING.mean, CODING.std))
+    return (images / 255 - mean[:, None, None]) / deviation[:, None, None]
 
 
 @torch.no_grad()
-def detections(detector: nn.Module, crops: Tensor, side: str) -> Tensor:
-    """The surest predictions of each crop, (crops, 20, 6): x1, y1, x2, y2, probability, class."""
+def detections(detector: nn.Module, images: Images) -> Tensor:
+    """The surest predictions of each image, (images, 50, 6): a box from 0 to 1, probability, class."""
     found = []
-    for part in crops.split(200):
-        output = detector.eval()(pixels_of(part, side))
+    for part in images.pixels.split(100):
+        output = detector.eval()(coded(part))
         scores, places = output.logits.sigmoid().flatten(1).topk(FOUND)
-        queries, classes = places // len(CLASSES), places % len(CLASSES)
-        boxes = box_convert(output.pred_boxes, "cxcywh", "xyxy") * CROP
-        chosen = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        found.append(torch.cat([chosen, scores[..., None], classes[..., None]], dim=-1).cpu())
+        classes = output.logits.shape[-1]
+        chosen = output.pred_boxes.gather(1, (places // classes)[..., None].expand(-1, -1, 4))
+        boxes = box_convert(chosen, "cxcywh", "xyxy")
+        found.append(torch.cat([boxes, scores[..., None], (places % classes)[..., None]], dim=-1).cpu())
     return torch.cat(found)
 
 
-def precision(found: Tensor, labels: Sequence[Label]) -> dict[str, float]:
-    """AP, AP50 and AP75 of detections, in percent."""
+def precision(found: Tensor, images: Images) -> dict[str, float]:
+    """AP, AP50 and AP75 of detections, in percent, in pixels of the images as the detectors see them."""
+    height, width = images.pixels.shape[-2:]
+    scale = torch.tensor([width, height, width, height])
     annotations: list[dict[str, Any]] = []
-    for image, label in enumerate(labels, start=1):
-        boxes = box_convert(label["boxes"], "cxcywh", "xywh") * CROP
+    for image, label in enumerate(images.labels(), start=1):
+        boxes = box_convert(label["boxes"], "cxcywh", "xywh") * scale
         for box, kind in zip(boxes.tolist(), label["class_labels"].tolist(), strict=True):
             annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": kind, "bbox": box}
             annotations.append({**annotation, "area": box[2] * box[3], "iscrowd": 0})
-    image_ids = torch.arange(1, len(labels) + 1).repeat_interleave(FOUND)[:, None]
+    image_ids = torch.arange(1, len(found) + 1).repeat_interleave(FOUND)[:, None]
     rows = found.flatten(0, 1).double()
-    rows = torch.cat([image_ids, box_convert(rows[:, :4], "xyxy", "xywh"), rows[:, 4:]], dim=1)
+    rows = torch.cat([image_ids, box_convert(rows[:, :4] * scale, "xyxy", "xywh"), rows[:, 4:]], dim=1)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
             "info": {},
-            "images": [{"id": image} for image in range(1, len(labels) + 1)],
-            "categories": [{"id": kind} for kind in range(len(CLASSES))],
+            "images": [{"id": image} for image in range(1, len(found) + 1)],
+            "categories": [{"id": kind} for kind in range(len(images.names))],
             "annotations": annotations,
         }
         truth.createIndex()
@@ -232,14 +203,12 @@ def precision(found: Tensor, labels: Sequence[Label]) -> dict[str, float]:
 # -- one run ------------------------------------------------------------------------------------------
 
 
-def trained_of(
-    name: str, student: nn.Module, options: argparse.Namespace, seen: dict[str, Tensor]
-) -> nn.Module:
+def trained_of(name: str, student: nn.Module, options: argparse.Namespace, classes: int) -> nn.Module:
     """What is called in training: the detector alone, or a distiller. It waits for the teacher's weights."""
     methods = METHODS.get(name, ())
     if not methods:
         return student
-    teacher = build("teacher", None)
+    teacher = build("teacher", classes)
     path = folder_of("teacher", 0, options) / "detector.pt"
     while not path.exists():
         if time.time() > options.until:
@@ -251,7 +220,6 @@ def trained_of(
         student,
         [method() for method in methods],
         adapter=partial(TransformersDetr, pixel_coding=CODING),
-        teacher_view=lambda *_: seen["teacher"],
     )
 
 
@@ -259,11 +227,11 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains the teacher or a student from where it was left, until it is done or the time is over."""
     side = "teacher" if name == "teacher" else "student"
     folder = folder_of(name, seed, options)
-    boards = {split: Boards(cached(split, options), options.device) for split in ("train", "val", "test")}
+    images = {split: Images(cached(split, options), options.device) for split in ("train", "val", "test")}
+    classes = len(images["train"].names)
     torch.manual_seed(seed)
-    detector = build(side, options.weights).to(options.device)
-    seen: dict[str, Tensor] = {}
-    trained = trained_of(name, detector, options, seen)
+    detector = build(side, classes, options.weights).to(options.device)
+    trained = trained_of(name, detector, options, classes)
     optimizer, warmup = optimizer_of(trained)
     parts = {"trained": trained, "optimizer": optimizer, "warmup": warmup}
     done = first = restored(folder, parts, options.device)
@@ -273,9 +241,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         steps, until = options.teacher_steps, min(until, began + 60 * options.teacher_minutes)
     while done < steps and time.time() < until:
         torch.manual_seed(1_000_000 * (seed + 1) + done)  # a run that goes on is the run that was not stopped
-        crops, labels = boards["train"].random(options.batch, np.random.default_rng([seed, done]))
-        seen["teacher"] = pixels_of(crops, "teacher")
-        output = trained.train()(pixel_values=pixels_of(crops, side), labels=labels)
+        pixels, labels = images["train"].random(options.batch, np.random.default_rng([seed, done]))
+        output = trained.train()(pixel_values=coded(pixels), labels=labels)
         loss = output.loss if trained is detector else sum(output.values())
         optimizer.zero_grad()
         loss.backward()
@@ -286,11 +253,11 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         if done % options.rung == 0 or done == steps:
             seconds = (time.time() - began) / (done - first)
             print(f"{done} steps, loss {loss.item():.2f}, {seconds:.3f} s a step", flush=True)
-            keep_found(folder / f"{done}.pt", detector, boards, side)
+            keep_found(folder / f"{done}.pt", detector, images)
     state = {part: of_part.state_dict() for part, of_part in parts.items()}
     save({**state, "done": done}, folder / "state.pt")
     if side == "teacher" and (done == steps or until < options.until):
-        keep_found(folder / "last.pt", detector, boards, side)
+        keep_found(folder / "last.pt", detector, images)
         save(detector.state_dict(), folder / "detector.pt")
 
 
@@ -316,12 +283,9 @@ def restored(folder: Path, parts: Mapping[str, Any], device: torch.device) -> in
     return int(state["done"])
 
 
-def keep_found(path: Path, detector: nn.Module, boards: Mapping[str, Boards], side: str) -> None:
+def keep_found(path: Path, detector: nn.Module, images: Mapping[str, Images]) -> None:
     """Writes what a detector finds on the validation and the test split."""
-    found = {}
-    for split in ("val", "test"):
-        found[split] = detections(detector, boards[split].quarters()[0], side)
-    save(found, path)
+    save({split: detections(detector, images[split]) for split in ("val", "test")}, path)
 
 
 def save(what: Any, path: Path) -> None:
@@ -390,52 +354,56 @@ def launch(name: str, seed: int, options: argparse.Namespace) -> subprocess.Pope
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def common_rung(runs: Sequence[tuple[str, int]], options: argparse.Namespace) -> int:
-    """The last number of steps at which all students have kept what they found; 0 if there is none."""
+def common_rungs(runs: Sequence[tuple[str, int]], options: argparse.Namespace) -> list[int]:
+    """The numbers of steps at which all students have kept what they found."""
     students = [folder_of(*run, options) for run in runs if run[0] != "teacher"]
     reached = [{int(file.stem) for file in folder.glob("[0-9]*.pt")} for folder in students]
-    return max(set.intersection(*reached), default=0)
+    return sorted(set.intersection(*reached))
 
 
-def measured(
-    runs: Sequence[tuple[str, int]], rung: int, options: argparse.Namespace
-) -> dict[str, dict[int, Any]]:
-    """Metrics by name and seed, each in a JSON file of its own, too."""
-    labels = Boards(cached(options.split, options), torch.device("cpu")).quarters()[1]
-    results: dict[str, dict[int, Any]] = {}
-    for name, seed in runs:
-        stem = "last" if name == "teacher" else str(rung)
-        folder = folder_of(name, seed, options)
-        path = folder / f"{options.split}_{stem}.json"
-        if not path.exists():
-            found = torch.load(folder / f"{stem}.pt", weights_only=True)[options.split]
-            path.write_text(json.dumps(precision(found, labels)) + "\n")
-        results.setdefault(name, {})[seed] = json.loads(path.read_text())
-    return results
+def measured(name: str, seed: int, stem: str, options: argparse.Namespace) -> dict[str, float]:
+    """Metrics of what a run has kept, each in a JSON file of its own, too."""
+    folder = folder_of(name, seed, options)
+    path = folder / f"{options.split}_{stem}.json"
+    if not path.exists():
+        found = torch.load(folder / f"{stem}.pt", weights_only=True)[options.split]
+        images = Images(cached(options.split, options), torch.device("cpu"))
+        path.write_text(json.dumps(precision(found, images)) + "\n")
+    return dict(json.loads(path.read_text()))
 
 
-def report(results: Mapping[str, Mapping[int, Any]], rung: int, options: argparse.Namespace) -> str:
-    """The table, with what is needed to repeat it."""
-    rows = []
-    for name, by_seed in results.items():
-        cells = [mean_and_deviation([run[column] for run in by_seed.values()]) for column in COLUMNS]
+def report(rungs: Sequence[int], options: argparse.Namespace) -> str:
+    """The table of the last rung and that of all, with what is needed to repeat them."""
+    teacher = measured("teacher", 0, "last", options)
+    rows = [[NAMES["teacher"], "1", *(f"{teacher[column]:.1f}" for column in COLUMNS), "", ""]]
+    later = []
+    for name in options.methods:
+        by_rung = [[measured(name, seed, str(rung), options) for seed in options.seeds] for rung in rungs]
+        cells = [mean_and_deviation([run[column] for run in by_rung[-1]]) for column in COLUMNS]
         more = ["", ""]
-        if name not in ("teacher", "none") and "none" in results:
-            gains = [run["AP"] - results["none"][seed]["AP"] for seed, run in by_seed.items()]
+        if name != "none" and "none" in options.methods:
+            alone = [measured("none", seed, str(rungs[-1]), options)["AP"] for seed in options.seeds]
+            gains = [run["AP"] - own for run, own in zip(by_rung[-1], alone, strict=True)]
             more = [mean_and_deviation(gains, "+"), ", ".join(f"{gain:+.1f}" for gain in gains)]
-        rows.append([NAMES[name], str(len(by_seed)), *cells, *more])
-    header = ["", "seeds", *COLUMNS, "AP over student alone", "seed by seed"]
+        rows.append([NAMES[name], str(len(options.seeds)), *cells, *more])
+        later.append([NAMES[name], *(mean_and_deviation([run["AP"] for run in runs]) for runs in by_rung)])
     split = {"val": "validation", "test": "test"}[options.split]
     machine = json.loads((options.output / "machine.json").read_text())
+    steps = torch.load(folder_of("teacher", 0, options) / "state.pt", weights_only=True)["done"]
     return "\n".join(
         [
-            f"DeepPCB, {split} split, quarters of 160 pixels. Teacher: {WIDTHS['teacher']} channels, "
-            f"{LAYERS['teacher']} decoder layers, sees board, template and difference. Student: "
-            f"{WIDTHS['student']} channels, {LAYERS['student']} layers, sees the board; {rung} steps of "
-            f"{options.batch} crops. Both: RT-DETR on MobileNetV2 with ImageNet weights. "
-            "The learning rate is constant. Mean ± standard deviation over seeds.",
+            f"{options.data.name}, {split} split, images of {options.size[1]} x {options.size[0]} pixels. "
+            f"Teacher: {WIDTHS['teacher']} channels, {LAYERS['teacher']} decoder layers, {steps} steps. "
+            f"Student: {WIDTHS['student']} channels, {LAYERS['student']} layers, {rungs[-1]} steps. "
+            f"{options.batch} images a step; both are RT-DETRs on MobileNetV2 with ImageNet weights, and the "
+            "learning rate is constant. "
+            "Mean ± standard deviation over seeds, which share one teacher.",
             "",
-            table(header, rows),
+            table(["", "seeds", *COLUMNS, "AP over student alone", "seed by seed"], rows),
+            "",
+            "AP after so many steps of the student:",
+            "",
+            table(["", *map(str, rungs)], later),
             "",
             "Made by",
             "",
@@ -458,16 +426,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, help="the Markdown file to write")
     add("--methods", nargs="+", choices=METHODS, default=["none", "queries", "features", "both"])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--steps", type=int, default=2000, help="of a student, at most")
-    add("--teacher-steps", type=int, default=3000)
+    add("--steps", type=int, default=4000, help="of a student, at most")
+    add("--teacher-steps", type=int, default=8000)
     add(
         "--teacher-minutes",
         type=float,
         default=math.inf,
         help="the teacher stops after so many at the latest",
     )
-    add("--batch", type=int, default=32)
-    add("--rung", type=int, default=RUNG)
+    add("--size", type=int, nargs=2, default=[256, 320], help="height and width, multiples of 32")
+    add("--batch", type=int, default=16)
+    add("--rung", type=int, default=500)
     add("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
     add("--jobs", type=int, default=1, help="runs side by side")
     add("--device", type=torch.device, default=torch.device("cpu"))
@@ -489,8 +458,8 @@ def main(arguments: list[str] | None = None) -> None:
         train(options.run[0], int(options.run[1]), options)
         return
     for split in ("train", "val", "test"):
-        cache(options.data, split, cached(split, options), options.images)
-    runs = [("teacher", 0), *((name, seed) for name in options.methods for seed in options.seeds)]
+        cache(options.data, split, cached(split, options), options.size, options.images)
+    runs = [("teacher", 0), *((name, seed) for seed in options.seeds for name in options.methods)]
     if options.only != "table":
         on_gpu = options.device.type == "cuda"
         device = torch.cuda.get_device_name(options.device) if on_gpu else processor()
@@ -499,11 +468,10 @@ def main(arguments: list[str] | None = None) -> None:
         machine = {"command": command, "device": device, "versions": used}
         (options.output / "machine.json").write_text(json.dumps(machine) + "\n")
         run_all(runs, options)
-    rung = common_rung(runs, options)
-    (options.output / "reached").write_text(f"{rung}\n")
-    print(f"all students have reached {rung} steps", flush=True)
-    if rung and is_done("teacher", 0, options) and options.only != "runs":
-        write(report(measured(runs, rung, options), rung, options), options.results)
+    rungs = common_rungs(runs, options)
+    print(f"all students have reached {max(rungs, default=0)} steps", flush=True)
+    if rungs and is_done("teacher", 0, options) and options.only != "runs":
+        write(report(rungs, options), options.results)
 
 
 if __name__ == "__main__":
