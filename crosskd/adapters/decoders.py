@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["folded", "layer_states"]
@@ -18,7 +19,7 @@ def folded(memory: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
         >>> [tuple(level.shape) for level in folded(torch.rand(2, 20, 8), [(4, 4), (2, 2)])]
         [(2, 8, 4, 4), (2, 8, 2, 2)]
     """
-    parts = memory.split([int(height) * int(width) for height, width in sizes], dim=1)
+    parts = torch.split(memory, [int(height) * int(width) for height, width in sizes], dim=1)
     return [
         part.mT.reshape(len(part), -1, int(height), int(width))
         for part, (height, width) in zip(parts, sizes, strict=True)

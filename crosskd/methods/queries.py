@@ -435,7 +435,8 @@ class MatchedQueries(_QueryMethod):
         surest = teacher.confidence().topk(count, dim=1).indices
         wanted, matched = _rows(teacher, surest), []
         for image in range(len(surest)):
-            classes = torch.cdist(*(side.probabilities()[image].float() for side in (wanted, student)), p=1)
+            scores = [side.probabilities()[image].float() for side in (wanted, student)]
+            classes = torch.cdist(scores[0], scores[1], p=1)
             boxes = [side.regression[image].float() for side in (wanted, student)]
             distance = torch.cdist(boxes[0], boxes[1], p=1)
             overlap = generalized_box_iou(*(_corners(b, size) for b in boxes))
@@ -450,7 +451,8 @@ def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes xyxy in pixels, of shares (…, 4) of images of ``size``, (height, width)."""
     boxes = boxes * boxes.new_tensor([size[1], size[0], size[1], size[0]])
     sides = boxes[..., 2:].clamp(min=1)  # those of less than a pixel have no overlap to speak of
-    return box_convert(torch.cat([boxes[..., :2], sides], dim=-1), "cxcywh", "xyxy")
+    corners: Tensor = box_convert(torch.cat([boxes[..., :2], sides], dim=-1), "cxcywh", "xyxy")
+    return corners
 
 
 def _divergence(student: Predictions, teacher: Predictions) -> Tensor:

@@ -96,7 +96,8 @@ class MMDetTransformer(MMDetSingleStage):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The memory of images without padding."""
-        return self.maps_of(self._of_pixels(pixels))
+        maps: list[Tensor] = self.maps_of(self._of_pixels(pixels))
+        return maps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def maps_of(self, batch: Batch) -> list[Tensor]:
@@ -180,7 +181,7 @@ class _Decoder(DecoderHead):
 
     def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
         """Boxes in pixels of the batch."""
-        boxes = box_convert(predictions.regression, "cxcywh", "xyxy")
+        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
         scale = [[width, height, width, height] for height, width in anchors.extra]
         return boxes * boxes.new_tensor(scale)[:, None]
 

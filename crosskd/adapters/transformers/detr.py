@@ -156,7 +156,8 @@ class TransformersDetr(Adapter):
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The feature maps of images without padding and labels."""
         size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        return self.maps_of(self.take(Batch(pixels, (size,) * len(pixels))))
+        maps: list[Tensor] = self.maps_of(self.take(Batch(pixels, (size,) * len(pixels))))
+        return maps
 
     # Hooks come and go, which the compiler doesn't follow.
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -304,7 +305,7 @@ class _Decoder(DecoderHead):
     def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
         """Boxes in pixels of the batch."""
         height, width = anchors.extra
-        boxes = box_convert(predictions.regression, "cxcywh", "xyxy")
+        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
         return boxes * boxes.new_tensor([width, height, width, height])
 
 
