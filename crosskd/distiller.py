@@ -543,7 +543,7 @@ class Distiller(nn.Module):
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
         if not compiled:
-            self._gradients.look(losses, trace.student.maps)
+            self._gradients.look(losses, trace.student.maps, self.student)
         self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1

@@ -39,7 +39,7 @@ __all__ = [
     "require_same_bins",
     "require_same_boxes",
     "require_same_regions",
-    "require_same_scene",
+    "require_same_shares",
     "require_shared_queries",
 ]
 
@@ -414,18 +414,21 @@ def require_same_bins(step: Step) -> None:
         )
 
 
-def require_same_scene(step: Step) -> None:
-    """Raises ``ValueError`` where images fill other shares of the teacher's batch than of the student's."""
-    shares = []
-    for side in (step.teacher, step.student):
-        sizes = torch.tensor(side.batch.image_sizes, dtype=torch.float64)
-        shares.append(sizes / torch.tensor(side.batch.size, dtype=torch.float64))
-    if not torch.allclose(shares[0], shares[1], atol=0.02):
-        batches = [(list(side.batch.image_sizes), side.batch.size) for side in (step.teacher, step.student)]
+def require_same_shares(step: Step) -> None:
+    """Raises ``ValueError`` where the two decoders' boxes are shares of other parts of the padded images."""
+    sides = (step.teacher, step.student)
+    sizes = [side.decoder.box_sizes(side.batch) for side in sides]
+    parts = [
+        torch.tensor(side.batch.image_sizes, dtype=torch.float64) / torch.tensor(of_side, dtype=torch.float64)
+        for side, of_side in zip(sides, sizes, strict=True)
+    ]
+    if not torch.allclose(parts[0], parts[1], atol=0.02):
+        images = [list(side.batch.image_sizes) for side in sides]
         raise ValueError(
-            "boxes of detection transformers are shares of the batch, padding included, and the images fill "
-            f"other shares of it: {batches[0][0]} in {batches[0][1]} (teacher), {batches[1][0]} in "
-            f"{batches[1][1]} (student) as (height, width). Pad both alike"
+            f"the decoders' boxes are shares of {list(sizes[0])} for images of {images[0]} (teacher), of "
+            f"{list(sizes[1])} for {images[1]} (student), as (height, width), so the same numbers are other "
+            "boxes: transformers counts the batch's padding in, mmdet leaves it out. Pad both alike, and a "
+            "pair of the two not at all"
         )
 
 

@@ -365,6 +365,7 @@ def test_every_page_stands_in_the_table_of_contents():
 def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", ".ci/run"))
     assert ".venv/bin/python -m pytest" in readme
-    step = r"^CROSSKD_REQUIRE_MMDET=1 CROSSKD_REQUIRE_ULTRALYTICS=1 \\\n +python -m pytest -n 2 "
+    required = "CROSSKD_REQUIRE_MMDET=1 CROSSKD_REQUIRE_TRANSFORMERS=1 CROSSKD_REQUIRE_ULTRALYTICS=1"
+    step = rf"^{required} \\\n +python -m pytest -n 2 "
     assert re.search(step, ci, flags=re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)

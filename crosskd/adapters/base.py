@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from crosskd.predictions import Assignment, Predictions, positives_of_teacher
 from crosskd.towers import Branch
@@ -321,8 +322,9 @@ class Queries:
         content: shape (batch, queries, width), what the decoder's layers turn into predictions.
         position: shape (batch, queries, width), an embedding that is added in each layer; ``None`` where
             the decoder makes it of the boxes.
-        boxes: where the queries look, from 0 to 1 of the batch's pixels: shape (batch, queries, 4), centre,
-            width and height, or (batch, queries, 2), the centre alone; ``None`` where only ``position`` says.
+        boxes: where the queries look, as shares of `DecoderHead.box_sizes`: shape (batch, queries, 4),
+            centre, width and height, or (batch, queries, 2), the centre alone; ``None`` where only
+            ``position`` says.
     """
 
     content: Tensor
@@ -337,7 +339,7 @@ class DecoderLayer:
     Attributes:
         state: shape (batch, queries, width), what the layer gives to the next.
         predictions: of the layer's predictors, one row a query; ``regression`` holds boxes (batch, queries,
-            4), centre, width and height from 0 to 1.
+            4), centre, width and height as shares of `DecoderHead.box_sizes`.
     """
 
     state: Tensor
@@ -391,6 +393,20 @@ class DecoderHead(Head):
         Returns:
             One entry a layer, first layer first.
         """
+
+    @abstractmethod
+    def box_sizes(self, batch: Batch) -> Sequence[tuple[int, int]]:
+        """(height, width) in pixels of what boxes are shares of, one an image: with or without padding."""
+
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """Queries stand at no fixed place; what boxes are shares of is kept for `decode`."""
+        return Anchors(None, (self.num_queries,), extra=self.box_sizes(batch))
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
+        """Boxes in pixels of the batch."""
+        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
+        scale = [[width, height, width, height] for height, width in anchors.extra]
+        return boxes * boxes.new_tensor(scale)[:, None]
 
     def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
         """There are no towers; predictions are what `own_predictions` and `run` give."""
@@ -454,7 +470,7 @@ class Adapter(ABC):
         """
         raise TypeError(
             f"a {type(self.detector).__name__} is called with images and targets, got the keywords "
-            f"{sorted(inputs)}: call distiller(images, targets)"
+            f"{sorted(inputs)}: hand in pairs of those two"
         )
 
     def take(self, batch: Batch) -> Batch:

@@ -20,7 +20,7 @@ from crosskd.pairing import (
     require_decoders,
     require_detections,
     require_predictions_alike,
-    require_same_scene,
+    require_same_shares,
     require_shared_queries,
 )
 from crosskd.predictions import Predictions, join_levels, mean_over_ranks
@@ -65,8 +65,9 @@ class _QueryMethod(Method):
             require_classes(pair)
 
     def check(self, step: Step) -> None:
-        """Demands images that lie alike in both batches, for boxes are shares of the batch."""
-        require_same_scene(step)
+        """Demands boxes that are shares of the same parts of the images."""
+        if isinstance(step.teacher.head, DecoderHead):  # a dense teacher's boxes are pixels
+            require_same_shares(step)
 
     def loss_names(self) -> tuple[str, ...]:
         """The losses whose weight is not 0."""
@@ -234,10 +235,8 @@ class QueryDistillation(_QueryMethod):
         if teacher.predictions.quality is not None:
             scores = scores * teacher.predictions.quality.float().sigmoid()
         found = probabilities.new_zeros(len(boxes), self.general, probabilities.shape[-1])
-        corners = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(boxes), self.general, 1)
-        whole = Predictions(found, box_convert(corners, "xyxy", "cxcywh"), None)
-        corners = student.head.decode(whole, student.anchors).float()  # of what boxes are shares of
-        scale = corners[..., 2:].repeat(1, 1, 2)
+        scale = boxes.new_tensor(student.decoder.box_sizes(student.batch)).flip(-1).repeat(1, 2)[:, None]
+        corners = (scale * scale.new_tensor([0.0, 0.0, 1.0, 1.0])).repeat(1, self.general, 1)
         for index, size in enumerate(teacher.batch.image_sizes):
             best, rows = scores[index].topk(min(_CANDIDATES, scores.shape[1]))
             candidates = clip_boxes_to_image(boxes[index][rows], size)

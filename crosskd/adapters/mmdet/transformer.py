@@ -11,10 +11,9 @@ from mmdet.models.dense_heads import DeformableDETRHead, DINOHead
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from crosskd._unchanged import unchanged
-from crosskd.adapters.base import Anchors, Batch, DecoderHead, DecoderLayer, OwnOutput, Queries
+from crosskd.adapters.base import Batch, DecoderHead, DecoderLayer, OwnOutput, Queries
 from crosskd.adapters.decoders import folded, layer_states
 from crosskd.adapters.mmdet.heads import summed
 from crosskd.adapters.mmdet.single_stage import MMDetSingleStage, pixel_coding
@@ -25,6 +24,7 @@ from crosskd.predictions import Predictions
 __all__ = ["MMDetTransformer"]
 
 _PROBE_PIXELS = 256
+_DINO_WIDTH = 256  # coordinate_to_encoding() gives 4 * 128 numbers, of which an MLP wants twice the width
 
 
 @dataclass(eq=False)
@@ -56,6 +56,7 @@ class MMDetTransformer(MMDetSingleStage):
 
     Raises:
         TypeError: another kind of detector, or one with another head.
+        ValueError: a DINO of another width than 256.
 
     Example:
         >>> import pytest
@@ -69,6 +70,12 @@ class MMDetTransformer(MMDetSingleStage):
         # Not by isinstance: those that derive from these two want texts, or choose among their queries.
         if type(getattr(detector, "bbox_head", None)) not in (DeformableDETRHead, DINOHead):
             raise TypeError(f"a {type(detector).__name__} is neither a DeformableDETR nor a DINO of mmdet")
+        if type(detector.bbox_head) is DINOHead and detector.embed_dims != _DINO_WIDTH:
+            raise ValueError(
+                f"this {type(detector).__name__} has a width of {detector.embed_dims}: mmdet's own forward "
+                f"knows {_DINO_WIDTH} alone, for its decoder embeds boxes in {2 * _DINO_WIDTH} numbers, "
+                f"whatever embed_dims says. Build it with embed_dims={_DINO_WIDTH}"
+            )
         self.detector = detector
         self.pixel_coding = pixel_coding(detector)
         self.pad_divisor = int(getattr(detector.data_preprocessor, "pad_size_divisor", 1))
@@ -175,15 +182,9 @@ class _Decoder(DecoderHead):
             layers.append(DecoderLayer(state, Predictions(logits, boxes, None, self.background)))
         return layers
 
-    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
-        """Queries stand at no fixed place; the images' sizes are what boxes are shares of."""
-        return Anchors(None, (self.num_queries,), extra=batch.image_sizes)
-
-    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
-        """Boxes in pixels of the batch."""
-        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
-        scale = [[width, height, width, height] for height, width in anchors.extra]
-        return boxes * boxes.new_tensor(scale)[:, None]
+    def box_sizes(self, batch: Batch) -> Sequence[tuple[int, int]]:
+        """The images', without padding."""
+        return batch.image_sizes
 
 
 def _samples(batch: Batch) -> list[Any]:

@@ -19,7 +19,6 @@ from torchvision.ops import box_convert
 from crosskd._unchanged import unchanged
 from crosskd.adapters.base import (
     Adapter,
-    Anchors,
     Batch,
     DecoderHead,
     DecoderLayer,
@@ -298,15 +297,9 @@ class _Decoder(DecoderHead):
             self.detector(pixel_values=batch.pixels, labels=())
         return predicted
 
-    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
-        """Queries stand at no fixed place; the pixels' size is what boxes are shares of."""
-        return Anchors(None, (self.num_queries,), extra=batch.size)
-
-    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
-        """Boxes in pixels of the batch."""
-        height, width = anchors.extra
-        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
-        return boxes * boxes.new_tensor([width, height, width, height])
+    def box_sizes(self, batch: Batch) -> Sequence[tuple[int, int]]:
+        """The batch's, padding included, as the image processors make boxes."""
+        return [batch.size] * len(batch.pixels)
 
 
 def _family(detector: Any) -> str:
@@ -335,9 +328,11 @@ def _pixels(images: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
     if others:
         raise ValueError(f"expected pixel_values, pixel_mask and labels, got {sorted(others)} too")
     pixels, mask = given.get("pixel_values"), given.get("pixel_mask")
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or not len(pixels):
         got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise ValueError(f"pixel_values must be a tensor (batch, channels, height, width), got {got}")
+        raise ValueError(
+            f"pixel_values must be a tensor (batch, channels, height, width) of an image or more, got {got}"
+        )
     if mask is not None and mask.shape != (len(pixels), *pixels.shape[-2:]):
         raise ValueError(
             f"pixel_mask must be (batch, height, width) of pixel_values {tuple(pixels.shape)}, got "
