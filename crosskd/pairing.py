@@ -43,6 +43,7 @@ __all__ = [
     "require_shared_queries",
 ]
 
+_SAME_SHARE = 0.02  # sizes are rounded to whole pixels
 ClassMap = Sequence[int] | Mapping[int, int]
 """The teacher's class for each of the student's: a sequence, or a mapping with the keys 0 to n - 1."""
 
@@ -417,19 +418,17 @@ def require_same_bins(step: Step) -> None:
 def require_same_shares(step: Step) -> None:
     """Raises ``ValueError`` where the two decoders' boxes are shares of other parts of the padded images."""
     sides = (step.teacher, step.student)
+    images = [side.batch.image_sizes for side in sides]
     sizes = [side.decoder.box_sizes(side.batch) for side in sides]
-    parts = [
-        torch.tensor(side.batch.image_sizes, dtype=torch.float64) / torch.tensor(of_side, dtype=torch.float64)
-        for side, of_side in zip(sides, sizes, strict=True)
-    ]
-    if not torch.allclose(parts[0], parts[1], atol=0.02):
-        images = [list(side.batch.image_sizes) for side in sides]
-        raise ValueError(
-            f"the decoders' boxes are shares of {list(sizes[0])} for images of {images[0]} (teacher), of "
-            f"{list(sizes[1])} for {images[1]} (student), as (height, width), so the same numbers are other "
-            "boxes: transformers counts the batch's padding in, mmdet leaves it out. Pad both alike, and a "
-            "pair of the two not at all"
-        )
+    for image, whole, other_image, other_whole in zip(images[0], sizes[0], images[1], sizes[1], strict=True):
+        parts = zip(image, whole, other_image, other_whole, strict=True)
+        if any(abs(a / of_a - b / of_b) > _SAME_SHARE for a, of_a, b, of_b in parts):
+            raise ValueError(
+                f"the decoders' boxes are shares of {whole} for an image of {image} (teacher), of "
+                f"{other_whole} for {other_image} (student), as (height, width), so the same numbers are "
+                "other boxes: transformers counts the batch's padding in, mmdet leaves it out. Pad both "
+                "alike, and a pair of the two not at all"
+            )
 
 
 def require_same_boxes(step: Step) -> None:

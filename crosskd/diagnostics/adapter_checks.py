@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from crosskd._checks import compute_dtype
 from crosskd.adapters.base import Adapter, Batch, DecoderHead, Head, Objects, RegionHead
 from crosskd.diagnostics._objects import counts_of, overlaps, rows_of_images
 from crosskd.distiller import Distiller
+from crosskd.methods.base import Method, Requirement
 from crosskd.predictions import Assignment, Predictions
 from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
@@ -55,6 +57,18 @@ class Bench:
         """An adapter of a copy of the student, in train mode."""
         adapter: Adapter = self.settings["adapter"](copy.deepcopy(self.student).train())
         return adapter
+
+    @cached_property
+    def decodes_queries(self) -> bool:
+        """Whether the student has a decoder of queries."""
+        return any(isinstance(head, DecoderHead) for head in self.of_student().heads)
+
+    def demand(self, part: Requirement, otherwise: str) -> None:
+        """Raises ``Skipped`` where no method asks for a part of a step."""
+        given = self.settings["methods"]
+        methods = [given] if isinstance(given, Method) else given
+        if not any(part in method.requires for method in methods):
+            raise Skipped(f"{' + '.join(type(method).__name__ for method in methods)} {otherwise}")
 
     def distiller(self) -> Distiller:
         """A distiller of copies, in train mode."""
@@ -237,8 +251,7 @@ def taps_and_tail(bench: Bench) -> Iterator[str]:
 
 def gradients_through_the_tail(bench: Bench) -> Iterator[str]:
     """Each kd_* has a gradient in the student, their sum one at its features of each branch and level."""
-    if "towers" not in bench.settings["methods"].requires:
-        raise Skipped(f"{type(bench.settings['methods']).__name__} taps no features")
+    bench.demand("towers", "taps no features")
     distiller, trace = bench.step(*bench.batch)
     for name, step in trace.steps.items():
         losses, head = trace.losses[name], step.student.head.name or "head"
@@ -309,16 +322,16 @@ def student_losses(bench: Bench) -> Iterator[str]:
     prove_student(bench.of_student(), *bench.batch)
 
 
-def _require_losses_of_pieces(adapter: Adapter) -> None:
-    if any(isinstance(head, DecoderHead) for head in adapter.heads):
+def _require_losses_of_pieces(bench: Bench) -> None:
+    if bench.decodes_queries:
         raise Skipped("matching and losses of a decoder are part of the detector's own forward")
 
 
 @torch.no_grad()
 def label_assignment(bench: Bench) -> Iterator[str]:
     """The assignment is (batch, anchors), its normalizer above 0; assign() gives that of the losses."""
+    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
-    _require_losses_of_pieces(adapter)
     for head, _, predictions, anchors in run_heads(adapter, batch):
         with same_random_numbers(adapter.detector):
             _, own = head.losses(predictions, anchors, batch)
@@ -377,8 +390,8 @@ def rows_permuted(bench: Bench) -> Iterator[str]:
 
 def decoding_and_classes(bench: Bench) -> Iterator[str]:
     """Predictions that minimise the student's own losses decode to the objects' boxes, of their labels."""
+    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
-    _require_losses_of_pieces(adapter)
     if not all(head.decodes for head in adapter.heads):
         raise Skipped("the adapter decodes no boxes")
     if batch.objects is None or not any(len(of_image.labels) for of_image in batch.objects):

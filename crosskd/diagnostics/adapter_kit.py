@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def check_adapter(
     without_objects: Variation | None = None,
     one_image: Variation | None = None,
     odd_size: Variation | None = None,
-    method: Method | None = None,
+    method: Method | Sequence[Method] | None = None,
     skip: Mapping[str, str] | None = None,
     steps: int = 200,
     **distiller_options: Any,
@@ -89,8 +89,8 @@ def check_adapter(
         without_objects: gives, of images and targets, a batch without objects; for targets without ``boxes``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
         odd_size: likewise, of an odd size, with targets ``None`` if they can't follow; needed for cropping.
-        method: ``CrossKD()`` unless given. Decoders need a method of queries such as ``QueryDistillation()``;
-            other heads of queries, and teachers without a head, need ``PKD()``.
+        method: ``CrossKD()`` unless given; or several. Decoders need methods of queries such as
+            ``QueryDistillation()``; other heads of queries, and teachers without a head, need ``PKD()``.
         skip: by name, checks to leave out, and why.
         steps: of the optimisation in ``decoding and classes``.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.

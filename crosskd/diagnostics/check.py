@@ -113,7 +113,7 @@ def _batches_of(
 ) -> Iterator[tuple[Any, Any]]:
     """The one batch; of a loader the first ones, on the student's device, as long as there is time."""
     if isinstance(images, list | tuple):
-        several = bool(images) and isinstance(images[0], list | tuple)
+        several = bool(images) and isinstance(images[0], list | tuple | Mapping)
     else:
         several = isinstance(images, Iterable) and not isinstance(images, Mapping)
         several = several and not hasattr(images, "shape")

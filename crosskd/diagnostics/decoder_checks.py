@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, DecoderHead, Queries
 from crosskd.adapters.replacing import replaced
 from crosskd.diagnostics.adapter_checks import Bench, Skipped, differ, gradients_at
+from crosskd.distiller import Distiller
 from crosskd.predictions import Predictions
 from crosskd.proof import same_random_numbers
 
@@ -27,14 +29,13 @@ def _decoders(adapter: Adapter) -> list[DecoderHead]:
 
 
 def _require_decoder(bench: Bench) -> None:
-    if not _decoders(bench.of_student()):
+    if not bench.decodes_queries:
         raise Skipped("the student has no decoder of queries")
 
 
 def _require_queries(bench: Bench) -> None:
     _require_decoder(bench)
-    if "queries" not in bench.settings["methods"].requires:
-        raise Skipped(f"{type(bench.settings['methods']).__name__} distils no queries")
+    bench.demand("queries", "distils no queries")
 
 
 @torch.no_grad()
@@ -80,21 +81,20 @@ def _rows_in_order(predictions: Predictions, order: Tensor) -> Predictions:
 def queries_permuted(bench: Bench) -> Iterator[str]:
     """The order of the teacher's queries, and of the student's, changes no distillation loss."""
     _require_decoder(bench)
-    plain = _distilled(bench)
-    for side in ("teacher", "student"):
-        for name, loss in _distilled(bench, side).items():
+    distiller = bench.distiller()
+    plain = _distilled(bench, distiller, [])
+    for side, adapter in (("teacher", distiller.teacher_adapter), ("student", distiller.student_adapter)):
+        for name, loss in _distilled(bench, distiller, _decoders(adapter)).items():
             if abs(float(loss - plain[name])) > _LOSSES * max(1.0, abs(float(loss))):
                 values = f"{float(plain[name]):.6g} and {float(loss):.6g}"
                 yield f"{name} is {values} with the {side}'s queries in another order"
 
 
-def _distilled(bench: Bench, side: str | None = None) -> dict[str, Tensor]:
-    """The distillation losses of a first step, with the queries of one side in another order."""
-    with same_random_numbers(bench.student):
-        distiller = bench.distiller()
-    heads = _decoders(getattr(distiller, f"{side}_adapter")) if side else []
+@torch.no_grad()
+def _distilled(bench: Bench, distiller: Distiller, permuted: Sequence[DecoderHead]) -> dict[str, Tensor]:
+    """The distillation losses of a step, with the queries of some decoders in another order."""
     with ExitStack() as stack:
-        for head in heads:
+        for head in permuted:
             order = torch.randperm(head.num_queries, generator=torch.Generator().manual_seed(0))
             predictions, queries = head.own_predictions, head.own_queries
             in_order = {
@@ -104,12 +104,14 @@ def _distilled(bench: Bench, side: str | None = None) -> dict[str, Tensor]:
                 "own_queries": lambda batch, own=queries, order=order: _in_order(own(batch), order),
             }
             stack.enter_context(replaced(head, **in_order))
+        stack.enter_context(unchanged(distiller))
         stack.enter_context(same_random_numbers(bench.student))
         trace = distiller.trace(*bench.fresh_batch())
     losses = distiller.named_losses(trace)
     return {name: loss for name, loss in losses.items() if name not in trace.own_losses}
 
 
+@torch.no_grad()
 def own_teacher(bench: Bench) -> Iterator[str]:
     """A detector that is its own teacher has no loss on queries."""
     _require_queries(bench)

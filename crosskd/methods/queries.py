@@ -64,11 +64,6 @@ class _QueryMethod(Method):
             require_predictions_alike(pair)
             require_classes(pair)
 
-    def check(self, step: Step) -> None:
-        """Demands boxes that are shares of the same parts of the images."""
-        if isinstance(step.teacher.head, DecoderHead):  # a dense teacher's boxes are pixels
-            require_same_shares(step)
-
     def loss_names(self) -> tuple[str, ...]:
         """The losses whose weight is not 0."""
         return tuple(name for name, weight in self.weights.items() if weight)
@@ -204,6 +199,7 @@ class QueryDistillation(_QueryMethod):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Compares what both decoders answer to the same queries."""
         if self.content is None:
+            require_same_shares(step)
             answers = [self.answers(step, queries) for queries in self.shared(step)]
         else:
             wanted = self.detections(step)
@@ -417,6 +413,7 @@ class MatchedQueries(_QueryMethod):
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Matches the two sets of predictions, and compares pair by pair."""
+        require_same_shares(step)  # on each step, for batches are padded as they come
         student, teacher = step.student.predictions, step.teacher.predictions
         size = step.student.batch.size
         theirs, ours = self._matched(student.detach(), teacher, size)

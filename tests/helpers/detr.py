@@ -6,23 +6,21 @@ from typing import Any
 
 import torch
 
+from crosskd import DecoderCrossKD, Distiller, MatchedQueries, Method, QueryDistillation
+
 CLASSES = 3
 SIZE = 64
 KINDS = ("rt_detr", "rt_detr_v2", "d_fine", "deformable_detr", "two_stage", "conditional_detr", "detr")
 
 
 def backbone_of(kind: str, width: int) -> Any:
+    """A ResNet of three stages, whose maps have strides of 4, 8 and 16."""
     from transformers import ResNetConfig, RTDetrResNetConfig
 
-    if kind in ("rt_detr", "rt_detr_v2", "d_fine"):
-        return RTDetrResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 8, width, width], depths=[1, 1, 1, 1], layer_type="basic",
-            out_features=["stage2", "stage3", "stage4"],
-        )  # fmt: skip
-    features = ["stage2", "stage3", "stage4"] if kind in ("deformable_detr", "two_stage") else ["stage4"]
-    return ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, width, width], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=features,
+    hybrid, single = kind in ("rt_detr", "rt_detr_v2", "d_fine"), kind in ("conditional_detr", "detr")
+    return (RTDetrResNetConfig if hybrid else ResNetConfig)(
+        embedding_size=8, hidden_sizes=[8, width, width], depths=[1, 1, 1], layer_type="basic",
+        out_features=["stage3"] if single else ["stage2", "stage3"],
     )  # fmt: skip
 
 
@@ -30,26 +28,27 @@ def config_of(kind: str, width: int = 32, layers: int = 2, queries: int = 10, **
     """The configuration of a kind of detector: d_model, decoder layers and queries may be chosen."""
     import transformers as t
 
-    backbone = backbone_of(kind, width)
     shared = {
-        "backbone_config": backbone, "num_labels": CLASSES, "d_model": width, "decoder_layers": layers,
-        "num_queries": queries, "decoder_attention_heads": 2, "encoder_attention_heads": 2,
-        "decoder_ffn_dim": 2 * width, "encoder_ffn_dim": 2 * width, "encoder_layers": 1,
+        "backbone_config": backbone_of(kind, width), "num_labels": CLASSES, "d_model": width,
+        "decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": 2,
+        "encoder_attention_heads": 2, "decoder_ffn_dim": 2 * width, "encoder_ffn_dim": 2 * width,
+        "encoder_layers": 1, "decoder_n_points": 2,
     }  # fmt: skip
     hybrid = {
-        "encoder_hidden_dim": width, "encoder_in_channels": [8, width, width], "num_denoising": 8,
-        "decoder_in_channels": [width] * 3, "feat_strides": [8, 16, 32], "num_feature_levels": 3,
-        "decoder_n_points": 2, "hidden_expansion": 0.5,
+        "encoder_hidden_dim": width, "encoder_in_channels": [width] * 2, "num_denoising": 8,
+        "decoder_in_channels": [width] * 2, "feat_strides": [8, 16], "num_feature_levels": 2,
+        "hidden_expansion": 0.5, "encode_proj_layers": [1],
     }  # fmt: skip
+    fine = {"decoder_n_points": [2, 2], "max_num_bins": 8, "depth_mult": 0.34, "lqe_hidden_dim": 8}
     plain = {"auxiliary_loss": True, "dropout": 0.0}
-    deformable = {"num_feature_levels": 4, "encoder_n_points": 2, "decoder_n_points": 2}
+    deformable = {**plain, "num_feature_levels": 3, "encoder_n_points": 2}
     two_stage = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": queries}
     build, more = {
         "rt_detr": (t.RTDetrConfig, hybrid),
-        "rt_detr_v2": (t.RTDetrV2Config, {**hybrid, "decoder_n_levels": 3}),
-        "d_fine": (t.DFineConfig, {**hybrid, "decoder_n_points": [2, 2, 2], "max_num_bins": 8}),
-        "deformable_detr": (t.DeformableDetrConfig, {**plain, **deformable}),
-        "two_stage": (t.DeformableDetrConfig, {**plain, **deformable, **two_stage}),
+        "rt_detr_v2": (t.RTDetrV2Config, {**hybrid, "decoder_n_levels": 2}),
+        "d_fine": (t.DFineConfig, {**hybrid, **fine}),
+        "deformable_detr": (t.DeformableDetrConfig, deformable),
+        "two_stage": (t.DeformableDetrConfig, {**deformable, **two_stage}),
         "conditional_detr": (t.ConditionalDetrConfig, plain),
         "detr": (t.DetrConfig, plain),
     }[kind]
@@ -71,10 +70,13 @@ def detector_of(kind: str, width: int = 32, seed: int = 0, **options: Any) -> An
     # The DETRs freeze a backbone of ResNetConfig, whose layers they look for under other names.
     model.requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # a new model's answers are all alike: predictors of boxes begin with zeros
+    lively = {"bbox": 0.3, "class": 0.3, "query_position": 0.3, "norm.weight": 0.3}
+    if kind in ("conditional_detr", "detr"):
+        lively |= {"query_position": 5.0, "decoder.layers": 0.3}
+    with torch.no_grad():  # a new model answers all queries alike: predictors of boxes begin with zeros
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("bbox", "class", "query_position", "norm.weight")):
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            scale = max(scale for part, scale in {"": 0.0, **lively}.items() if part in name)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -87,3 +89,21 @@ def batch_of(images: int = 2, seed: int = 0, size: int = SIZE) -> dict[str, Any]
         classes = torch.randint(CLASSES, (image + 1,), generator=generator)
         labels.append({"class_labels": classes, "boxes": boxes})
     return {"pixel_values": torch.rand(images, 3, size, size, generator=generator), "labels": labels}
+
+
+def methods_of_queries() -> list[Method]:
+    """All of them, few random queries."""
+    return [QueryDistillation(general=5), DecoderCrossKD(general=5), MatchedQueries()]
+
+
+def distiller_of(
+    kind: str, methods: Any = None, teacher_kind: str | None = None, **options: Any
+) -> Distiller:
+    """A student taught by a detector of another width, with more layers and queries; in train mode."""
+    teacher = detector_of(teacher_kind or kind, 64, seed=1, layers=3, queries=12)
+    return Distiller(teacher, detector_of(kind), methods or QueryDistillation(general=5), **options).train()
+
+
+def distilled(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The distillation's part of all losses."""
+    return {name: loss for name, loss in losses.items() if "kd_" in name}

@@ -36,6 +36,8 @@ def settings_of(kind: str, width: int = 32, layers: int = 2, queries: int = 10) 
         },
     }
     return {
+        # Pixels from 0 to 1, in RGB.
+        "data_preprocessor": {"type": "DetDataPreprocessor", "mean": [0.0] * 3, "std": [255.0] * 3},
         "backbone": {"type": "ResNet", "depth": 18, "init_cfg": None},
         "neck": {
             "type": "ChannelMapper", "in_channels": [width] * 3, "kernel_size": 1, "out_channels": width,

@@ -18,7 +18,6 @@ from crosskd.adapters.decoders import folded, layer_states
 from crosskd.adapters.mmdet.heads import summed
 from crosskd.adapters.mmdet.single_stage import MMDetSingleStage, pixel_coding
 from crosskd.adapters.replacing import replaced
-from crosskd.frozen import frozen_copy
 from crosskd.predictions import Predictions
 
 __all__ = ["MMDetTransformer"]
@@ -80,8 +79,8 @@ class MMDetTransformer(MMDetSingleStage):
         self.pixel_coding = pixel_coding(detector)
         self.pad_divisor = int(getattr(detector.data_preprocessor, "pad_size_divisor", 1))
         pixels = next(detector.parameters()).new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
-        with torch.no_grad(), unchanged(detector):  # the copy shares its buffers
-            run = _forward(frozen_copy(detector), self._of_pixels(pixels))
+        with torch.no_grad(), unchanged(detector):
+            run = _forward(detector.eval(), self._of_pixels(pixels))
         self.strides = tuple(_PROBE_PIXELS / level.shape[-1] for level in run.maps)
         self.widths = tuple(level.shape[1] for level in run.maps)
         self.head: Any = _Decoder(detector, run)

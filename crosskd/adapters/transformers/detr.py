@@ -29,7 +29,6 @@ from crosskd.adapters.base import (
 )
 from crosskd.adapters.decoders import folded, layer_states
 from crosskd.adapters.replacing import replaced
-from crosskd.frozen import frozen_copy
 from crosskd.predictions import Predictions
 
 __all__ = ["TransformersDetr"]
@@ -109,11 +108,11 @@ class TransformersDetr(Adapter):
         return int(fixed[0]) if fixed else _PROBE_PIXELS
 
     def _probed(self) -> _OwnForward:
-        """What a frozen copy leaves of an image of zeros."""
+        """What the detector leaves of an image of zeros."""
         like, size = next(self.detector.parameters()), self.probe_size
-        pixels = like.new_zeros(1, 3, size, size)
-        with torch.no_grad(), unchanged(self.detector):  # the copy shares its buffers
-            return _forward(frozen_copy(self.detector), Batch(pixels, ((size, size),), extra=_OwnForward()))
+        batch = Batch(like.new_zeros(1, 3, size, size), ((size, size),), extra=_OwnForward())
+        with torch.no_grad(), unchanged(self.detector):
+            return _forward(self.detector.eval(), batch)
 
     def from_keywords(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """The detector's own keywords: all but the labels are images."""
