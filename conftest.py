@@ -1,4 +1,4 @@
-"""What happens to tests that need mmdet or ultralytics, and to the modules that do, where there is none."""
+"""What happens to tests and modules that need mmdet, ultralytics or transformers, where there is none."""
 
 import atexit
 import os
@@ -39,7 +39,17 @@ def missing_ultralytics() -> str | None:
     return None
 
 
-MISSING = {"mmdet": missing_mmdet, "ultralytics": missing_ultralytics}
+def missing_transformers() -> str | None:
+    """Why transformers can't be used here, or None where it can."""
+    try:
+        import scipy  # noqa: F401  # its losses match by it
+        import transformers  # noqa: F401
+    except ImportError as error:
+        return f"needs transformers and scipy, see docs/transformers.md ({error})"
+    return None
+
+
+MISSING = {"mmdet": missing_mmdet, "ultralytics": missing_ultralytics, "transformers": missing_transformers}
 
 
 def needs(peer: str, path: Path) -> bool:

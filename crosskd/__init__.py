@@ -24,6 +24,7 @@ from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, Predi
 from crosskd.methods.cosine import CosineAlignment
 from crosskd.methods.drkd import DRKD
 from crosskd.methods.imitation import FeatureImitation
+from crosskd.methods.queries import DecoderCrossKD, MatchedQueries, QueryDistillation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.schedule import Schedule
 
@@ -39,10 +40,13 @@ __all__ = [
     "PKD",
     "CosineAlignment",
     "CrossKD",
+    "DecoderCrossKD",
     "Distiller",
     "FeatureImitation",
+    "MatchedQueries",
     "Method",
     "PredictionMimicking",
+    "QueryDistillation",
     "ResponseDistillation",
     "Schedule",
     "StructuralKD",

@@ -172,19 +172,28 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
             )
 
 
-def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> list[str]:
-    """The losses above 0 whose gradient is 0 at all of the student's feature maps."""
+def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor], student: nn.Module) -> list[str]:
+    """The losses above 0 whose gradient is 0 at all of the student's feature maps, and of its parameters."""
     reached = [feature_map for feature_map in maps if feature_map.requires_grad]
     stuck = []
     for key, loss in losses.items():
         if not reached or float(loss.detach()) == 0:
             continue
-        # Enlarged as a GradScaler does it, or float16 would round what is small to 0.
-        gradients = torch.autograd.grad(loss * 2.0**16, reached, retain_graph=True, allow_unused=True)
-        found = [gradient for gradient in gradients if gradient is not None]
-        if found and not any(bool(gradient.any()) for gradient in found):
+        found = _gradients(loss, reached)
+        if not found or any(bool(gradient.any()) for gradient in found):
+            continue
+        # Predictors of boxes that begin with zeros pass nothing on before they have moved themselves.
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if not any(bool(gradient.any()) for gradient in _gradients(loss, trained)):
             stuck.append(key)
     return stuck
+
+
+def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a loss at those tensors that it depends on."""
+    # Enlarged as a GradScaler does it, or float16 would round what is small to 0.
+    gradients = torch.autograd.grad(loss * 2.0**16, tensors, retain_graph=True, allow_unused=True)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 class GradientWatch:
@@ -203,15 +212,18 @@ class GradientWatch:
         """Watches a method until each of its losses has moved something on one step."""
         self._looked[name] = 0
 
-    def look(self, losses: Mapping[str, Mapping[str, Tensor]], maps: Sequence[Tensor]) -> None:
+    def look(
+        self, losses: Mapping[str, Mapping[str, Tensor]], maps: Sequence[Tensor], student: nn.Module
+    ) -> None:
         """Warns on a method's first step, raises ``ValueError`` on its third.
 
         Args:
             losses: of each method that was active.
             maps: the student's, which the losses were calculated from.
+            student: whose parameters may get a gradient where the maps get none.
         """
         for name in self._looked.keys() & losses.keys():
-            stuck = _without_gradient(losses[name], maps)
+            stuck = _without_gradient(losses[name], maps, student)
             if not stuck:
                 del self._looked[name]
                 continue

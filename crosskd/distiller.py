@@ -304,7 +304,7 @@ class Distiller(nn.Module):
         copied.__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         return copied
 
-    def forward(self, images: Any, targets: Any = None) -> Any:
+    def forward(self, images: Any = None, targets: Any = None, **inputs: Any) -> Any:
         """Losses in training, the student's detections in eval.
 
         Args:
@@ -312,6 +312,8 @@ class Distiller(nn.Module):
                 (3, height, width), values from 0 to 1.
             targets: what the student itself takes; for torchvision a list of dicts of ``boxes``
                 (objects, 4), xyxy in pixels, and ``labels`` (objects,). ``None`` for unlabelled images.
+            inputs: what the student itself is called with by keywords, instead of the two: of a model of
+                ``transformers`` its ``pixel_values``, ``pixel_mask`` and ``labels``.
 
         Returns:
             In training a flat dict of scalar tensors to be summed; in eval the student's detections.
@@ -320,6 +322,10 @@ class Distiller(nn.Module):
             ValueError: images or targets that the student would refuse, a detector whose own forward computes
                 something else than its pieces, or a distillation that would have no effect.
         """
+        if inputs and (images is not None or targets is not None):
+            raise TypeError(f"images and targets were given beside the keywords {sorted(inputs)}")
+        if inputs:
+            images, targets = self.student_adapter.from_keywords(inputs)
         if not self.training and self.student.training:
             raise ValueError(
                 "the distiller is in eval mode and its student in train mode, which would train it without "
@@ -362,13 +368,13 @@ class Distiller(nn.Module):
         # The teacher runs first, so that what it needed is freed.
         theirs = run_teacher(pair, seen, active) if active else None
         del seen  # pixels of the teacher's own coding are freed before the student runs
-        maps = student.maps(batch.pixels)
+        maps = student.maps_of(batch)
         if any(method.watches_maps for method in active.values()):
             maps = between_graphs(maps)
         ours = DetectorTrace(student, batch, maps, {})
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
-            run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0))
+            run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0), batch=batch)
             ours.heads[head.name] = with_own_losses(run, batch, ours.maps, distilled=bool(active))
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
@@ -537,7 +543,7 @@ class Distiller(nn.Module):
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
         if not compiled:
-            self._gradients.look(losses, trace.student.maps)
+            self._gradients.look(losses, trace.student.maps, self.student)
         self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1

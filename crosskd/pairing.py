@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosskd.adapters.base import Adapter, Head
+from crosskd.adapters.base import Adapter, DecoderHead, Head
 from crosskd.step import Step
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "require_all_levels",
     "require_branches",
     "require_classes",
+    "require_decoders",
+    "require_detections",
     "require_grid",
     "require_heads",
     "require_predictions_alike",
@@ -37,8 +39,11 @@ __all__ = [
     "require_same_bins",
     "require_same_boxes",
     "require_same_regions",
+    "require_same_shares",
+    "require_shared_queries",
 ]
 
+_SAME_SHARE = 0.02  # sizes are rounded to whole pixels
 ClassMap = Sequence[int] | Mapping[int, int]
 """The teacher's class for each of the student's: a sequence, or a mapping with the keys 0 to n - 1."""
 
@@ -215,8 +220,57 @@ def require_grid(pair: Pair) -> None:
             raise ValueError(
                 f"the {side}'s rows of predictions are a set of queries in no order, so comparing them row "
                 "by row with another detector's compares unrelated objects: choose a method of feature maps, "
-                "such as crosskd.PKD(), or one made for queries"
+                "such as crosskd.PKD(), or one made for queries, such as crosskd.QueryDistillation()"
             )
+
+
+def require_decoders(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
+    """The (teacher's, student's) decoder; raises ``ValueError`` where one of the two has none."""
+    heads = require_heads(pair)
+    for side, head in zip(("teacher", "student"), heads, strict=True):
+        if not isinstance(head, DecoderHead):
+            detector = type(getattr(pair, side).detector).__name__
+            raise ValueError(
+                f"the {side}, a {detector}, has no decoder that can be run with shared queries: choose a "
+                "method of feature maps, such as crosskd.PKD(), or a detection transformer that an adapter "
+                "knows as one (docs/transformers.md)"
+            )
+    return heads  # type: ignore[return-value]
+
+
+def require_shared_queries(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
+    """The (teacher's, student's) decoder; raises ``ValueError`` where their queries are of other kinds."""
+    teacher, student = require_decoders(pair)
+    if teacher.kind != student.kind:
+        raise ValueError(
+            f"a decoder's queries are {teacher.kind} (teacher, {teacher.head_type}), {student.kind} "
+            f"(student, {student.head_type}), so the two can't be run with the same ones. Take detectors of "
+            "one kind, a method of feature maps, such as crosskd.PKD(), or crosskd.MatchedQueries(), which "
+            "matches predictions"
+        )
+    return teacher, student
+
+
+def require_detections(pair: Pair) -> DecoderHead:
+    """The student's decoder, where a dense teacher's detections can be its queries; else ``ValueError``."""
+    teacher, student = require_heads(pair)
+    name = type(pair.teacher.detector).__name__
+    if not isinstance(student, DecoderHead):
+        require_decoders(pair)
+    elif student.kind != "boxes":
+        raise ValueError(
+            f"the teacher, a {name}, has no decoder, and its boxes can't be the queries of a "
+            f"{student.head_type}, which are {student.kind}. Take a student whose queries are boxes alone, "
+            "such as RT-DETR, D-FINE or DINO, or a method of feature maps, such as crosskd.PKD()"
+        )
+    elif teacher.rows != "grid" or not teacher.decodes or teacher.background != student.background:
+        raise ValueError(
+            f"the detections of a {name} can't be queries: its head must be dense, decode boxes and predict "
+            "classes as the student does, by a sigmoid each. Take another teacher, or a method of feature "
+            "maps, such as crosskd.PKD()"
+        )
+    require_classes(pair)
+    return student  # type: ignore[return-value]
 
 
 def require_branches(pair: Pair) -> None:
@@ -273,6 +327,7 @@ def require_classes(pair: Pair) -> None:
 def require_predictions_alike(pair: Pair) -> None:
     """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
     teacher, student = require_heads(pair)
+    other = "DecoderCrossKD" if isinstance(teacher, DecoderHead) else "CrossKD"
     kinds = []
     for head in (teacher, student):
         objectness = ", times an objectness" if head.objectness else ""
@@ -281,14 +336,14 @@ def require_predictions_alike(pair: Pair) -> None:
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "
-            "be compared with those of the other. Build both heads alike, or choose crosskd.CrossKD(), where "
-            "the teacher's head judges both sides"
+            f"be compared with those of the other. Build both heads alike, or choose crosskd.{other}(), "
+            "where the teacher's head judges both sides"
         )
     if teacher.bins != student.bins:
         raise ValueError(
             f"the sides of boxes are predicted as distributions over {teacher.bins} (teacher), "
             f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
-            "alike, or choose crosskd.CrossKD(), where the teacher's head judges both sides"
+            f"alike, or choose crosskd.{other}(), where the teacher's head judges both sides"
         )
 
 
@@ -358,6 +413,22 @@ def require_same_bins(step: Step) -> None:
             'of one size, or compare boxes, regression="giou" in PredictionMimicking, or choose '
             "crosskd.CrossKD(), where the teacher's head judges both sides"
         )
+
+
+def require_same_shares(step: Step) -> None:
+    """Raises ``ValueError`` where the two decoders' boxes are shares of other parts of the padded images."""
+    sides = (step.teacher, step.student)
+    images = [side.batch.image_sizes for side in sides]
+    sizes = [side.decoder.box_sizes(side.batch) for side in sides]
+    for image, whole, other_image, other_whole in zip(images[0], sizes[0], images[1], sizes[1], strict=True):
+        parts = zip(image, whole, other_image, other_whole, strict=True)
+        if any(abs(a / of_a - b / of_b) > _SAME_SHARE for a, of_a, b, of_b in parts):
+            raise ValueError(
+                f"the decoders' boxes are shares of {whole} for an image of {image} (teacher), of "
+                f"{other_whole} for {other_image} (student), as (height, width), so the same numbers are "
+                "other boxes: transformers counts the batch's padding in, mmdet leaves it out. Pad both "
+                "alike, and a pair of the two not at all"
+            )
 
 
 def require_same_boxes(step: Step) -> None:

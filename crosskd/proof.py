@@ -85,13 +85,13 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
     runs = []
     before = {id(buffer): buffer.clone() for buffer in adapter.detector.buffers()}
     with _proving(adapter.detector) as outputs:
-        maps = adapter.maps(batch.pixels)
+        maps = adapter.maps_of(batch)
         for head, given in zip(adapter.heads, own, strict=False):
             if isinstance(head, RegionHead):
                 feed, levels = [head.pool(given.maps, given.regions, batch)], [0]
             else:
                 feed, levels = maps, list(range(len(maps)))
-            runs.append((head, given, run_head(head, feed, levels).predictions))
+            runs.append((head, given, run_head(head, feed, levels, batch=batch).predictions))
         written = {id(b) for b in adapter.detector.buffers() if not _same(b, before.get(id(b)))}
     _unshare(adapter.detector, written)
     _check_types(name, own_outputs, outputs)
@@ -137,9 +137,9 @@ def losses_of_pieces(adapter: Adapter, images: Any, targets: Any) -> dict[str, T
         targets: likewise.
     """
     batch = adapter.prepare(images, targets)
-    student = DetectorTrace(adapter, batch, adapter.maps(batch.pixels), {})
+    student = DetectorTrace(adapter, batch, adapter.maps_of(batch), {})
     head = adapter.heads[0]
-    run = run_head(head, student.maps, range(len(student.maps)))
+    run = run_head(head, student.maps, range(len(student.maps)), batch=batch)
     student.heads[head.name] = with_own_losses(run, batch, student.maps)
     run_region_heads(Pair(adapter, adapter), None, student, {})
     return {name: loss for run in student.heads.values() for name, loss in run.losses.items()}

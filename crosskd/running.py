@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
+from crosskd.adapters.base import Adapter, Anchors, Batch, DecoderHead, Head, Objects, RegionHead
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair, classes_agree
 from crosskd.predictions import Assignment, of_this_rank
@@ -78,14 +78,16 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
     adapter = pair.teacher
     # No decorator: the compiler doesn't follow a decorated function into no_grad and out again.
     with torch.no_grad():
-        maps = adapter.maps(batch.pixels)
+        maps = adapter.maps_of(batch)
         heads = {}
         head = _head_named(adapter, pair.student.heads[0].name)
         if head is not None and _of_head(methods, head.name):
-            levels = (
-                [level for _, level in pair.levels] if pair.levels is not None else list(range(len(maps)))
+            levels = list(range(len(maps)))
+            if pair.levels is not None and not isinstance(pair.student_head, DecoderHead):
+                levels = [level for _, level in pair.levels]
+            heads[head.name] = _observed(
+                pair, head, [maps[level] for level in levels], levels, methods, batch
             )
-            heads[head.name] = _observed(pair, head, [maps[level] for level in levels], levels, methods)
     kept = any("maps" in method.requires or method.head not in (None, *heads) for method in methods.values())
     batch = replace(batch, pixels=shape_only(batch.pixels))
     return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
@@ -97,6 +99,7 @@ def _observed(
     maps: Sequence[Tensor],
     levels: Sequence[int],
     methods: Methods,
+    batch: Batch,
 ) -> HeadTrace:
     """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
 
@@ -104,7 +107,7 @@ def _observed(
         return methods[name].keep_of_teacher(tapped)
 
     points, columns = points_of(head, methods, 1), _columns(pair, head)
-    return run_head(head, maps, levels, points, keep, class_map=columns)
+    return run_head(head, maps, levels, points, keep, columns, batch)
 
 
 def _columns(pair: Pair, head: Head) -> tuple[int, ...] | None:
@@ -136,6 +139,8 @@ def with_own_losses(
     run = replace(run, anchors=anchors, all_anchors=anchors)
     if batch.targets is None:
         return run
+    if isinstance(run.head, DecoderHead):
+        return replace(run, losses=run.head.own_losses(batch))
     with nullcontext() if distilled else of_this_rank():
         losses, assignment = run.head.losses(run.predictions, anchors, batch)
     return replace(run, losses=losses, assignment=assignment)
@@ -164,7 +169,7 @@ def run_region_heads(
             assert isinstance(theirs, RegionHead)
             with torch.no_grad():
                 pooled = theirs.pool(teacher.maps, regions, teacher.batch)
-                observed = _observed(pair, theirs, [pooled], [0], methods)
+                observed = _observed(pair, theirs, [pooled], [0], methods, teacher.batch)
             teacher.heads[head.name] = replace(observed, anchors=regions, all_anchors=regions)
         pooled = head.pool(student.maps, regions, student.batch)
         run = replace(run_head(head, [pooled], [0], points_of(head, methods, 0)), anchors=regions)
@@ -220,7 +225,7 @@ def steps_of(
             )
         required = frozenset(method.requires)
         steps[name] = Step(
-            Side(teacher, theirs, required, name),
+            Side(teacher, theirs, required, name, pair.class_map),
             Side(student, ours, required, name),
             class_map=pair.class_map,
             scale=pair.scale,
@@ -249,7 +254,9 @@ def _placement(
     Raises:
         ValueError: the two lie otherwise than by the strides' factor, without ``resize_levels``.
     """
-    if run.head.rows == "regions":
+    if run.head.rows == "regions" or any(
+        isinstance(head, DecoderHead) for head in (run.head, pair.student_head)
+    ):
         return None
     last = run.head.branches[0].towers[0].channels_last
     theirs = [space(teacher.maps[level], channels_last=last) for level in run.levels]
@@ -390,7 +397,8 @@ def _found_by_teacher(
             + ("has no head" if head is None else "decodes no boxes: pass its adapter decode=")
             + ". Give images with targets, or another method for those without"
         )
-    run = run_head(head, teacher.maps, range(len(teacher.maps)), class_map=_columns(pair, head))
+    columns = _columns(pair, head)
+    run = run_head(head, teacher.maps, range(len(teacher.maps)), class_map=columns, batch=teacher.batch)
     boxes = head.decode(run.predictions, head.anchors(teacher.batch, teacher.maps)).float()
     scores, labels = run.predictions.probabilities().float().max(dim=-1)
     found = []

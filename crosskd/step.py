@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from crosskd.adapters.base import Adapter, Batch, Head, Objects
+from crosskd.adapters.base import Adapter, Batch, DecoderHead, DecoderLayer, Head, Objects, Queries
 from crosskd.predictions import Assignment, Predictions, join_levels
 from crosskd.towers import Tapped, TapPoint
 
@@ -127,12 +127,18 @@ class Side:
     Attributes:
         adapter: takes the detector apart.
         batch: as the detector took it: image sizes, the pixels' shape.
+        class_map: of the teacher's side, the columns of the logits that are compared, where there is a map.
     """
 
     def __init__(
-        self, trace: DetectorTrace, run: HeadTrace | None, requires: frozenset[str], method: str
+        self,
+        trace: DetectorTrace,
+        run: HeadTrace | None,
+        requires: frozenset[str],
+        method: str,
+        class_map: tuple[int, ...] | None = None,
     ) -> None:
-        self.adapter, self.batch = trace.adapter, trace.batch
+        self.adapter, self.batch, self.class_map = trace.adapter, trace.batch, class_map
         self._trace, self._run, self._requires, self._method = trace, run, requires, method
 
     def require(self, name: str) -> None:
@@ -194,6 +200,31 @@ class Side:
         """What the predictions stand at (``"predictions"``)."""
         self.require("predictions")
         return self._head_run.anchors
+
+    @property
+    def decoder(self) -> DecoderHead:
+        """The decoder that the method distils (``"queries"``); `pairing.require_decoders` has seen to it."""
+        self.require("queries")
+        assert isinstance(self.head, DecoderHead)
+        return self.head
+
+    def queries(self) -> Queries:
+        """What the decoder started from in the detector's own forward, as constants (``"queries"``)."""
+        return self.decoder.own_queries(self.batch)
+
+    def decoded(self, queries: Queries, states: Mapping[int, Tensor] | None = None) -> list[DecoderLayer]:
+        """Runs the decoder once more, with queries of the method's own (``"queries"``).
+
+        Args:
+            queries: of this decoder's width.
+            states: by a layer's index, what goes on instead of the layer's own state.
+
+        Returns:
+            One entry a layer; the teacher's classes are those of the ``class_map``.
+        """
+        layers = self.decoder.run(self.batch, queries, states)
+        columns = self.class_map
+        return [replace(layer, predictions=layer.predictions.of_classes(columns)) for layer in layers]
 
     @property
     def resized_boxes(self) -> Tensor | None:
@@ -303,8 +334,11 @@ def run_head(
     points: Points | None = None,
     keep: Callable[[str, Tapped], Any] | None = None,
     class_map: tuple[int, ...] | None = None,
+    batch: Batch | None = None,
 ) -> HeadTrace:
     r"""Runs a head's towers and predictors, tapping the towers on the way.
+
+    A `DecoderHead` has run already, with the maps.
 
     Args:
         head: the head.
@@ -313,7 +347,11 @@ def run_head(
         points: where to tap.
         keep: makes of a method's name and features what is kept of them; the features themselves without it.
         class_map: keeps these columns of the logits.
+        batch: whose maps they are, for a `DecoderHead`.
     """
+    if isinstance(head, DecoderHead):
+        assert batch is not None
+        return HeadTrace(head, head.own_predictions(batch).of_classes(class_map), (0,), {})
     taps: Taps = {}
     predictions = []
     fed = head.feed(maps)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule, check
+from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule, check
 from crosskd.predictions import mean_over_ranks, of_this_rank
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
@@ -293,6 +293,35 @@ def test_every_method_ends_with_equal_weights(tmp_path):
     changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
     assert trained <= changed  # the methods' names
     assert len(trained) > 5
+
+
+def queries_job(rank: int) -> dict[str, Any]:
+    """One step of a detection transformer; the second rank's images hold no object."""
+    from tests.helpers import detr
+
+    torch.manual_seed(rank)  # each rank's random queries are its own
+    distiller = detr.distiller_of("rt_detr", [*detr.methods_of_queries(), PKD()], prove=False)
+    parallel = DistributedDataParallel(distiller, find_unused_parameters=True)  # denoising needs objects
+    inputs = detr.batch_of(seed=rank)
+    if rank:
+        inputs["labels"] = [{name: part[:0] for name, part in label.items()} for label in inputs["labels"]]
+    for _ in range(2):
+        parallel.zero_grad()
+        losses = parallel(**inputs)
+        sum(losses.values()).backward()
+    return {
+        "losses": {name: loss.detach() for name, loss in losses.items()},
+        "gradients": gradients(distiller),
+    }
+
+
+@pytest.mark.transformers
+def test_detection_transformers(tmp_path):
+    first, second = on_two_ranks(tmp_path, queries_job)
+    assert first["losses"]["queries_kd_cls"] != second["losses"]["queries_kd_cls"]
+    assert any(name.startswith("methods") for name in first["gradients"])
+    for name, gradient in first["gradients"].items():
+        assert torch.equal(gradient, second["gradients"][name]), name
 
 
 def uneven_job(rank: int, joined: bool) -> Tensor:

@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms.functional import to_pil_image
 
 import crosskd
+from tests.helpers import detr
 from tests.helpers.mmdet_recipes import mmdet_batch
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.yolo import batch_of
@@ -58,6 +59,7 @@ ELSEWHERE = (
     "docs/in_your_loop.md",
     "docs/methods/ld.md",
     "docs/mmdet.md",
+    "docs/transformers.md",
     "docs/two_stages.md",
     "docs/yolo.md",
     "docs/your_classes.md",
@@ -188,6 +190,7 @@ def sections(page: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 IN_YOUR_LOOP = sections(ROOT / "docs/in_your_loop.md")
+QUERIES = {"kd_cls", "kd_l1", "kd_giou"}
 # What a snippet needs beside the library, and what the tests are installed without.
 NEEDS = {
     "TensorBoard": "tensorboard",
@@ -347,6 +350,61 @@ def test_python_of_yolos_pages_runs(name, distilled):
     assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", *distilled]
 
 
+TRANSFORMERS = sections(ROOT / "docs/transformers.md")
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("heading", [name for name in TRANSFORMERS if name != "mmdet"])
+def test_python_of_transformers_page_runs(heading, monkeypatch, tmp_path, capsys):
+    needs = {"Under the Trainer": "accelerate", "A vision transformer as the teacher": "timm"}
+    if heading in needs:
+        pytest.importorskip(needs[heading])
+    monkeypatch.chdir(tmp_path)
+    for side, width in (("teacher", 48), ("student", 32)):
+        detr.detector_of("rt_detr", width).save_pretrained(f"folder/of/the/{side}")
+    inputs = detr.batch_of()
+    rows = [
+        {"pixel_values": pixels, "labels": labels}
+        for pixels, labels in zip(inputs["pixel_values"], inputs["labels"], strict=True)
+    ]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
+
+    shown: dict[str, Any] = {"__name__": "transformers_page", "loader": [inputs], "inputs": inputs}
+    shown |= {"dataset": rows, "collate": collate}
+    page = ROOT / "docs/transformers.md"
+    blocks = [*TRANSFORMERS["Ten lines"], *(TRANSFORMERS[heading] if heading != "Ten lines" else ())]
+    for line, block in blocks:
+        exec(compile("\n" * line + block, str(page), "exec"), shown)
+    if heading.startswith("What is shared"):
+        # The page has the message as it is printed, broken into lines.
+        assert " ".join(capsys.readouterr().out.split()) in " ".join(page.read_text().split())
+    if heading in ("Ten lines", "Under the Trainer"):  # the others go on with the student
+        result = detr.detector_of("rt_detr").from_pretrained("folder/of/the/result").state_dict()
+        assert all(torch.equal(result[name], value) for name, value in shown["student"].state_dict().items())
+    distilled = {"A vision transformer as the teacher": {"kd_cosine"}, "Feature maps": QUERIES | {"kd_pkd"}}
+    found = {name for name in shown["losses"] if name.startswith("kd_")}
+    assert found == distilled.get(heading, QUERIES)
+
+
+@pytest.mark.mmdet
+@pytest.mark.transformers
+def test_python_of_mmdets_transformers_runs(monkeypatch):
+    from mmdet.registry import MODELS
+
+    from tests.helpers import mmdet_detr
+
+    small = [mmdet_detr.detector_of("dino", seed=seed) for seed in range(2)]
+    monkeypatch.setattr(MODELS, "build", lambda config: small.pop())
+    images, samples = mmdet_detr.batch_of()
+    shown: dict[str, Any] = {"loader": [{"inputs": images, "data_samples": samples}]}
+    ((line, block),) = TRANSFORMERS["mmdet"]
+    exec(compile("\n" * line + block, "docs/transformers.md", "exec"), {**shown, "__name__": "mmdet"}, shown)
+    assert {*QUERIES, "kd_pkd", "loss_cls", "d0.dn_loss_iou"} <= set(shown["losses"])
+
+
 @pytest.mark.parametrize(
     "page", [*sorted(ROOT.glob("docs/**/*.md")), ROOT / "README.md"], ids=lambda p: p.name
 )
@@ -367,6 +425,7 @@ def test_every_page_stands_in_the_table_of_contents():
 def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", ".ci/run"))
     assert ".venv/bin/python -m pytest" in readme
-    step = r"^CROSSKD_REQUIRE_MMDET=1 CROSSKD_REQUIRE_ULTRALYTICS=1 \\\n +python -m pytest -n 2 "
+    required = "CROSSKD_REQUIRE_MMDET=1 CROSSKD_REQUIRE_TRANSFORMERS=1 CROSSKD_REQUIRE_ULTRALYTICS=1"
+    step = rf"^{required} \\\n +python -m pytest -n 2 "
     assert re.search(step, ci, flags=re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -12,10 +12,13 @@ from crosskd.adapters.base import (
     AdapterSpec,
     Anchors,
     Batch,
+    DecoderHead,
+    DecoderLayer,
     Head,
     Objects,
     OwnOutput,
     PixelCoding,
+    Queries,
     RegionHead,
 )
 from crosskd.adapters.generic import generic
@@ -31,10 +34,13 @@ __all__ = [
     "AdapterSpec",
     "Anchors",
     "Batch",
+    "DecoderHead",
+    "DecoderLayer",
     "Head",
     "Objects",
     "OwnOutput",
     "PixelCoding",
+    "Queries",
     "RegionHead",
     "TorchvisionFCOS",
     "TorchvisionFasterRCNN",
@@ -62,10 +68,11 @@ def find_adapter(detector: nn.Module) -> Adapter:
         return adapter
     raise TypeError(
         f"no adapter understands a {type(detector).__name__}{_detector_inside(detector)}. There are adapters "
-        "for torchvision's RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, and for mmdet's "
-        "one-stage detectors. crosskd.adapters.generic() makes one of a detector of your own, to be passed "
-        "as adapter= (docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a "
-        "head, as teacher_adapter="
+        "for torchvision's RetinaNet, FCOS, SSD and Faster R-CNN, for ultralytics' YOLOs, for mmdet's "
+        "one-stage detectors and DINO, and for transformers' RT-DETR, D-FINE and DETRs. "
+        "crosskd.adapters.generic() makes one of a detector of your own, to be passed as adapter= "
+        "(docs/your_detector.md), and crosskd.adapters.backbone() one of a teacher without a head, as "
+        "teacher_adapter="
     )
 
 
@@ -85,9 +92,14 @@ def _known_adapter(detector: nn.Module) -> Adapter | None:
 
         return UltralyticsDetect(detector)
     if _is_of("mmdet", detector):
-        from crosskd.adapters.mmdet import MMDetSingleStage
+        from crosskd.adapters.mmdet import MMDetSingleStage, MMDetTransformer
 
-        return MMDetSingleStage(detector)
+        transformer = hasattr(detector, "forward_transformer")
+        return MMDetTransformer(detector) if transformer else MMDetSingleStage(detector)
+    if _is_of("transformers", detector):
+        from crosskd.adapters.transformers import TransformersDetr
+
+        return TransformersDetr(detector)
     return None
 
 

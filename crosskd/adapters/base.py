@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from crosskd.predictions import Assignment, Predictions, positives_of_teacher
 from crosskd.towers import Branch
@@ -31,10 +32,13 @@ __all__ = [
     "AdapterSpec",
     "Anchors",
     "Batch",
+    "DecoderHead",
+    "DecoderLayer",
     "Head",
     "Objects",
     "OwnOutput",
     "PixelCoding",
+    "Queries",
     "RegionHead",
     "Rows",
     "recoded",
@@ -310,6 +314,111 @@ class RegionHead(Head):
         raise TypeError(f"{type(self).__name__} answers for regions: call regions()")
 
 
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What a decoder starts from, in the order of its rows; which parts there are is the decoder's ``kind``.
+
+    Attributes:
+        content: shape (batch, queries, width), what the decoder's layers turn into predictions.
+        position: shape (batch, queries, width), an embedding that is added in each layer; ``None`` where
+            the decoder makes it of the boxes.
+        boxes: where the queries look, as shares of `DecoderHead.box_sizes`: shape (batch, queries, 4),
+            centre, width and height, or (batch, queries, 2), the centre alone; ``None`` where only
+            ``position`` says.
+    """
+
+    content: Tensor
+    position: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """What one layer of a decoder has made of queries.
+
+    Attributes:
+        state: shape (batch, queries, width), what the layer gives to the next.
+        predictions: of the layer's predictors, one row a query; ``regression`` holds boxes (batch, queries,
+            4), centre, width and height as shares of `DecoderHead.box_sizes`.
+    """
+
+    state: Tensor
+    predictions: Predictions
+
+
+class DecoderHead(Head):
+    """A decoder of queries: its rows are a set in no order, and it can be run with queries handed to it.
+
+    It isn't taken apart. The detector's own forward runs once a step, as a whole, in `Adapter.maps_of`, with
+    denoising and auxiliary losses where there are any, and leaves in the batch what the head is asked for.
+    So its predictions and losses are the detector's own.
+
+    Attributes:
+        kind: what its queries are made of, such as ``"boxes"``: decoders of one kind can share queries.
+        width: channels of a query.
+        num_queries: how many it has of its own.
+        num_layers: how many of its layers predict.
+    """
+
+    rows: Rows = "queries"
+    branches: tuple[Branch, ...] = ()
+    kind: str
+    width: int
+    num_queries: int
+    num_layers: int
+
+    @abstractmethod
+    def own_predictions(self, batch: Batch) -> Predictions:
+        """What the last layer predicted in the detector's own forward, without denoising queries."""
+
+    @abstractmethod
+    def own_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of the detector's own forward by their own names, weighted: their sum is its loss."""
+
+    @abstractmethod
+    def own_queries(self, batch: Batch) -> Queries:
+        """What the decoder started from in the detector's own forward, as constants."""
+
+    @abstractmethod
+    def run(
+        self, batch: Batch, queries: Queries, states: Mapping[int, Tensor] | None = None
+    ) -> list[DecoderLayer]:
+        """Runs decoder and predictors once more, on the memory of the detector's own forward.
+
+        Args:
+            batch: that has gone through `Adapter.maps_of`.
+            queries: of this head's kind and width.
+            states: by a layer's index, what goes on instead of the layer's own state.
+
+        Returns:
+            One entry a layer, first layer first.
+        """
+
+    @abstractmethod
+    def box_sizes(self, batch: Batch) -> Sequence[tuple[int, int]]:
+        """(height, width) in pixels of what boxes are shares of, one an image: with or without padding."""
+
+    def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
+        """Queries stand at no fixed place; what boxes are shares of is kept for `decode`."""
+        return Anchors(None, (self.num_queries,), extra=self.box_sizes(batch))
+
+    def decode(self, predictions: Predictions, anchors: Anchors) -> Tensor:
+        """Boxes in pixels of the batch."""
+        boxes: Tensor = box_convert(predictions.regression, "cxcywh", "xyxy")
+        scale = [[width, height, width, height] for height, width in anchors.extra]
+        return boxes * boxes.new_tensor(scale)[:, None]
+
+    def predict(self, level: int, towers: Mapping[str, Tensor]) -> Predictions:
+        """There are no towers; predictions are what `own_predictions` and `run` give."""
+        raise TypeError(f"{type(self).__name__} has no towers: call own_predictions() or run()")
+
+    def losses(
+        self, predictions: Predictions, anchors: Anchors, batch: Batch
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """They belong to the detector's own forward: `own_losses`."""
+        raise TypeError(f"{type(self).__name__} has no losses of its own: call own_losses()")
+
+
 class Adapter(ABC):
     """One detector, taken apart.
 
@@ -343,6 +452,26 @@ class Adapter(ABC):
     @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """What the heads are fed: one map (batch, channels, height, width) per level, finest first."""
+
+    def maps_of(self, batch: Batch) -> list[Tensor]:
+        """The maps of a batch: those of its pixels, unless the detector's own forward needs more of it.
+
+        Args:
+            batch: as `prepare` or `take` gave it. An adapter with a `DecoderHead` leaves in its ``extra``
+                what the head is asked for.
+        """
+        return self.maps(batch.pixels)
+
+    def from_keywords(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """(images, targets) of what the detector itself is called with by keywords.
+
+        Raises:
+            TypeError: this detector is called with images and targets.
+        """
+        raise TypeError(
+            f"a {type(self.detector).__name__} is called with images and targets, got the keywords "
+            f"{sorted(inputs)}: hand in pairs of those two"
+        )
 
     def take(self, batch: Batch) -> Batch:
         """Another detector's batch in the form that this one's own functions need: the pixels are recoded.

@@ -6,21 +6,23 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crosskd._checks import compute_dtype
-from crosskd.adapters.base import Adapter, Batch, Head, Objects, RegionHead
+from crosskd.adapters.base import Adapter, Batch, DecoderHead, Head, Objects, RegionHead
 from crosskd.diagnostics._objects import counts_of, overlaps, rows_of_images
 from crosskd.distiller import Distiller
+from crosskd.methods.base import Method, Requirement
 from crosskd.predictions import Assignment, Predictions
 from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import TapPoint
 
-__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "moved", "run_heads"]
+__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "differ", "gradients_at", "moved", "run_heads"]
 
 Variation = Callable[[Any, Any], tuple[Any, Any]]  # makes another batch of images and targets
 # A head, what it was fed per level, what it predicted, and at which anchors or regions.
@@ -31,6 +33,7 @@ _ROUNDING, _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-5, 1e-3, 1e-2
 # What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
 # assignment may follow the predictions, and give an anchor another object at the last moment.
 _OVERLAP, _SHARE = 0.9, 0.75
+_SUM = "the sum of the losses"  # of a detector whose own forward names none
 # Steps of Adam in logits and in sides; the nudge that shows a slope, the least slope; proposals' shift.
 _LOGIT_STEP, _BOX_STEP, _NUDGE, _FLATTEST, _OFF = 0.2, 0.05, 1e-2, 1e-3, 0.15
 
@@ -55,6 +58,18 @@ class Bench:
         adapter: Adapter = self.settings["adapter"](copy.deepcopy(self.student).train())
         return adapter
 
+    @cached_property
+    def decodes_queries(self) -> bool:
+        """Whether the student has a decoder of queries."""
+        return any(isinstance(head, DecoderHead) for head in self.of_student().heads)
+
+    def demand(self, part: Requirement, otherwise: str) -> None:
+        """Raises ``Skipped`` where no method asks for a part of a step."""
+        given = self.settings["methods"]
+        methods = [given] if isinstance(given, Method) else given
+        if not any(part in method.requires for method in methods):
+            raise Skipped(f"{' + '.join(type(method).__name__ for method in methods)} {otherwise}")
+
     def distiller(self) -> Distiller:
         """A distiller of copies, in train mode."""
         return Distiller(*copy.deepcopy((self.teacher, self.student)), **self.settings).train()
@@ -72,6 +87,10 @@ class Bench:
         batch = distiller.student_adapter.prepare(*given)
         seen = distiller.teacher_batch(batch, *given)
         return ("teacher", distiller.teacher_adapter, seen), ("student", distiller.student_adapter, batch)
+
+    def fresh_batch(self) -> tuple[Any, Any]:
+        """A copy of the batch, which a step may write over."""
+        return copy.deepcopy(self.batch)
 
     def varied(self, name: str, otherwise: Variation) -> tuple[Any, Any]:
         """Another batch: what the argument of that name makes, or a function that may not know how."""
@@ -101,7 +120,7 @@ def moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | N
 @torch.no_grad()
 def run_heads(adapter: Adapter, batch: Batch, maps: Any = None, fitted: Any = ()) -> Iterator[HeadRun]:
     """Runs each head as a step does; one that answers for regions on its own, or on fitted ones."""
-    maps, runs = adapter.maps(batch.pixels) if maps is None else maps, list[HeadRun]()
+    maps, runs = adapter.maps_of(batch) if maps is None else maps, list[HeadRun]()
     for head in adapter.heads:
         if not isinstance(head, RegionHead):
             anchors, feed = head.anchors(batch, maps), list(maps)
@@ -111,7 +130,8 @@ def run_heads(adapter: Adapter, batch: Batch, maps: Any = None, fitted: Any = ()
                 before.losses(made, at, batch)
             anchors = fitted[-1].regions_of(head) if fitted else head.regions(made, at, batch)
             feed = [head.pool(maps, anchors, batch)]
-        predictions = run_head(head, [level.clone() for level in feed], range(len(feed))).predictions
+        copies = [level.clone() for level in feed]
+        predictions = run_head(head, copies, range(len(feed)), batch=batch).predictions
         runs.append((head, feed, predictions, anchors))
         yield runs[-1]
 
@@ -123,7 +143,7 @@ def _predicted(head: Head, level: int, towers: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in parts if part is not None])
 
 
-def _differ(theirs: Tensor, ours: Tensor, tolerance: float = _ROUNDING) -> bool:
+def differ(theirs: Tensor, ours: Tensor, tolerance: float = _ROUNDING) -> bool:
     """Whether two tensors differ by more than a share of the largest number."""
     if theirs.shape != ours.shape or not theirs.numel():
         return theirs.shape != ours.shape
@@ -131,7 +151,7 @@ def _differ(theirs: Tensor, ours: Tensor, tolerance: float = _ROUNDING) -> bool:
     return not bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-12))
 
 
-def _gradients(losses: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients_at(losses: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of a sum of losses at those tensors that it depends on; the graph stays."""
     learning = [loss for loss in losses if loss.requires_grad]
     at = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad and learning}
@@ -149,7 +169,7 @@ def structure(bench: Bench) -> Iterator[str]:
     """Levels (finest first), strides, widths, classes, bins, anchors and regions are those of the maps."""
     for side, adapter, batch in bench.sides():
         with torch.no_grad():
-            maps = adapter.maps(batch.pixels)
+            maps = adapter.maps_of(batch)
         yield from (f"{side}: {found}" for found in _level_findings(adapter, maps, batch.size))
         for run in run_heads(adapter, batch, maps):
             wrong = _head_findings(run, len(batch.pixels))
@@ -223,26 +243,25 @@ def taps_and_tail(bench: Bench) -> Iterator[str]:
                     for block in tower.blocks[position:]:
                         rest = block(rest)
                     at = f"{head.name or 'head'}: {branch.name} branch, level {level}, position {position}"
-                    if _differ(outputs[branch.name], rest):
+                    if differ(outputs[branch.name], rest):
                         yield f"{at}: the blocks behind the split make another tower output"
-                    elif _differ(whole, _predicted(head, level, {**outputs, branch.name: rest})):
+                    elif differ(whole, _predicted(head, level, {**outputs, branch.name: rest})):
                         yield f"{at}: predict() gives other predictions for the same tower output"
 
 
 def gradients_through_the_tail(bench: Bench) -> Iterator[str]:
     """Each kd_* has a gradient in the student, their sum one at its features of each branch and level."""
-    if "towers" not in bench.settings["methods"].requires:
-        raise Skipped(f"{type(bench.settings['methods']).__name__} taps no features")
+    bench.demand("towers", "taps no features")
     distiller, trace = bench.step(*bench.batch)
     for name, step in trace.steps.items():
         losses, head = trace.losses[name], step.student.head.name or "head"
         for key, loss in losses.items():
-            gradients = _gradients([loss], dict(distiller.student.named_parameters()))
+            gradients = gradients_at([loss], dict(distiller.student.named_parameters()))
             if not any(bool(gradient.any()) for gradient in gradients.values()):
                 yield f"{head}: {key} has no gradient in the student"
         for branch, taps in step.student.taps.items():
             levels = {f"level {level}": tap.read() for level, tap in enumerate(taps)}
-            lost = sorted(levels.keys() - _gradients(losses.values(), levels).keys())
+            lost = sorted(levels.keys() - gradients_at(losses.values(), levels).keys())
             if lost:
                 yield f"{head}: {' + '.join(losses)} has no gradient at {branch} features of {lost}"
 
@@ -254,6 +273,8 @@ def _plain_losses(adapter: Adapter, images: Any, targets: Any) -> Mapping[str, T
             plain = adapter.own_losses(*copy.deepcopy((images, targets)))
     except Exception as error:
         raise Skipped(f"the student alone can't train on it ({type(error).__name__}: {error})") from error
+    if isinstance(plain, Tensor):
+        plain = {_SUM: plain}
     if not isinstance(plain, Mapping | None):
         raise TypeError(f"own_losses() gives a {type(plain).__name__} and not a dict of scalar tensors")
     if plain and not all(loss.isfinite() for loss in plain.values()):
@@ -266,23 +287,27 @@ def _step_findings(bench: Bench, images: Any, targets: Any) -> Iterator[str]:
     alone = bench.of_student()
     plain = {} if targets is None else _plain_losses(alone, images, targets)
     distiller, trace = bench.step(images, targets)
-    own, losses = trace.own_losses, distiller.named_losses(trace)
+    losses = distiller.named_losses(trace)
+    own: Mapping[str, Tensor] = trace.own_losses
+    distilled = losses.keys() - own.keys()
+    if plain is not None and plain.keys() == {_SUM}:
+        own = {_SUM: torch.stack([*own.values()]).sum()}
     parameters = dict(distiller.student.named_parameters())
     if plain is not None:
-        if plain.keys() != own.keys() or any(_differ(plain[name], own[name]) for name in own):
+        if plain.keys() != own.keys() or any(differ(plain[name], own[name]) for name in own):
             values = [{name: f"{float(loss):.6g}" for name, loss in side.items()} for side in (own, plain)]
             yield f"the student's own losses are {values[0]} through the adapter and {values[1]} alone"
-        expected = _gradients(plain.values(), dict(alone.detector.named_parameters()))
-        ours = _gradients(own.values(), parameters)
-        wrong = [n for n, g in expected.items() if _differ(g, ours.get(n, 0 * g), _GRADIENT_ROUNDING)]
+        expected = gradients_at(plain.values(), dict(alone.detector.named_parameters()))
+        ours = gradients_at(own.values(), parameters)
+        wrong = [n for n, g in expected.items() if differ(g, ours.get(n, 0 * g), _GRADIENT_ROUNDING)]
         if wrong:
             yield f"gradients of the student's own losses are not plain training's at {', '.join(wrong[:3])}"
     runs = [run.predictions for run in trace.student.heads.values()]
     wide = {compute_dtype(part) for run in runs for part in (run.logits, run.regression)}
-    for name in losses.keys() - own.keys():
+    for name in distilled:
         if wide and losses[name].dtype not in wide:
             yield f"{name} is {losses[name].dtype}, the predictions' type or float32 is {wide}"
-    for what, tensors in (("losses", losses), ("gradients", _gradients(losses.values(), parameters))):
+    for what, tensors in (("losses", losses), ("gradients", gradients_at(losses.values(), parameters))):
         infinite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
         if infinite:
             yield f"{what} that are not finite: {', '.join(infinite[:3])}"
@@ -297,9 +322,15 @@ def student_losses(bench: Bench) -> Iterator[str]:
     prove_student(bench.of_student(), *bench.batch)
 
 
+def _require_losses_of_pieces(bench: Bench) -> None:
+    if bench.decodes_queries:
+        raise Skipped("matching and losses of a decoder are part of the detector's own forward")
+
+
 @torch.no_grad()
 def label_assignment(bench: Bench) -> Iterator[str]:
     """The assignment is (batch, anchors), its normalizer above 0; assign() gives that of the losses."""
+    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
     for head, _, predictions, anchors in run_heads(adapter, batch):
         with same_random_numbers(adapter.detector):
@@ -316,7 +347,7 @@ def label_assignment(bench: Bench) -> Iterator[str]:
                     other = head.assign(predictions, anchors, replace(batch, targets=None))
             except ValueError as error:
                 raise Skipped(f"assign() refuses: {error}") from error
-            if not torch.equal(own.positive, other.positive) or _differ(own.normalizer, other.normalizer):
+            if not torch.equal(own.positive, other.positive) or differ(own.normalizer, other.normalizer):
                 counts = [(int(each.positive.sum()), float(each.normalizer)) for each in (own, other)]
                 yield f"{name} of losses() and of assign() differ: (positives, normalizer) are {counts}"
 
@@ -353,12 +384,13 @@ def rows_permuted(bench: Bench) -> Iterator[str]:
         order = torch.randperm(own.logits.shape[1], device=own.logits.device)
         permuted = replace(own, logits=own.logits[:, order], regression=own.regression[:, order])
         boxes = head.decode(own, anchors)[:, order]
-        if len(order) > 1 and not _differ(boxes, head.decode(permuted, anchors)):
+        if len(order) > 1 and not differ(boxes, head.decode(permuted, anchors)):
             yield f'{head.name or "head"}: rows is "grid", but permuted predictions decode to the same boxes'
 
 
 def decoding_and_classes(bench: Bench) -> Iterator[str]:
     """Predictions that minimise the student's own losses decode to the objects' boxes, of their labels."""
+    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
     if not all(head.decodes for head in adapter.heads):
         raise Skipped("the adapter decodes no boxes")
@@ -534,7 +566,7 @@ def other_device(bench: Bench) -> Iterator[str]:
         distiller, trace = at.step(*at.batch)
         sides.append(distiller.named_losses(trace))
     for name, loss in sides[0].items():
-        if _differ(loss, sides[1][name], _DEVICE_ROUNDING):
+        if differ(loss, sides[1][name], _DEVICE_ROUNDING):
             yield f"{name} is {float(loss):.6g} on {here} and {float(sides[1][name]):.6g} on {there}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from crosskd.adapters.base import Adapter, AdapterSpec, Head
-from crosskd.diagnostics.adapter_checks import CHECKS, Bench, Skipped, Variation
+from crosskd.diagnostics import adapter_checks
+from crosskd.diagnostics.adapter_checks import Bench, Skipped, Variation
+from crosskd.diagnostics.decoder_checks import DECODER_CHECKS
 from crosskd.methods import CrossKD, Method
 from crosskd.proof import same_random_numbers
 
 __all__ = ["CHECKS", "AdapterError", "AdapterReport", "Fault", "check_adapter"]
+
+
+CHECKS = adapter_checks.CHECKS | DECODER_CHECKS
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def check_adapter(
     without_objects: Variation | None = None,
     one_image: Variation | None = None,
     odd_size: Variation | None = None,
-    method: Method | None = None,
+    method: Method | Sequence[Method] | None = None,
     skip: Mapping[str, str] | None = None,
     steps: int = 200,
     **distiller_options: Any,
@@ -84,7 +89,8 @@ def check_adapter(
         without_objects: gives, of images and targets, a batch without objects; for targets without ``boxes``.
         one_image: likewise, a batch of one image, where images and targets can't be sliced.
         odd_size: likewise, of an odd size, with targets ``None`` if they can't follow; needed for cropping.
-        method: ``CrossKD()`` unless given; heads of queries, and teachers without a head, need ``PKD()``.
+        method: ``CrossKD()`` unless given; or several. Decoders need methods of queries such as
+            ``QueryDistillation()``; other heads of queries, and teachers without a head, need ``PKD()``.
         skip: by name, checks to leave out, and why.
         steps: of the optimisation in ``decoding and classes``.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.

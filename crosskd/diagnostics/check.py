@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crosskd._unchanged import unchanged
-from crosskd.adapters.base import Adapter, AdapterSpec, Batch, PixelCoding
+from crosskd.adapters.base import Adapter, AdapterSpec, Batch, DecoderHead, PixelCoding
 from crosskd.adapters.replacing import replaced
 from crosskd.align import ChannelProjection
 from crosskd.diagnostics._detections import Seen, fit_of, seen_in
@@ -62,7 +62,8 @@ def check(
         teacher: as for `Distiller`.
         student: likewise.
         images: a batch, as the student takes it; or several, a loader or another iterable of (images,
-            targets). Best are some dozens of real images that the teacher wasn't trained on.
+            targets), or of the keywords that the student is called with. Best are some dozens of real images
+            that the teacher wasn't trained on.
         targets: of a single batch. With them the teacher's detections are compared with the objects.
         methods: ``CrossKD()`` unless given.
         adapter: as for `Distiller`.
@@ -95,7 +96,7 @@ def check(
     distiller = Distiller(teacher, student, given, adapter, **distiller_options)
     for method in distiller.methods.values():
         method.schedule = None  # type: ignore[assignment]
-    looked_at = _batches_of(images, targets, batches, seconds, distiller.student)
+    looked_at = _batches_of(images, targets, batches, seconds, distiller.student_adapter)
     with (
         unchanged(distiller.student),
         unchanged(distiller.teacher),
@@ -108,22 +109,26 @@ def check(
 
 
 def _batches_of(
-    images: Any, targets: Any, batches: int, seconds: float, student: nn.Module
+    images: Any, targets: Any, batches: int, seconds: float, student: Adapter
 ) -> Iterator[tuple[Any, Any]]:
     """The one batch; of a loader the first ones, on the student's device, as long as there is time."""
     if isinstance(images, list | tuple):
-        several = bool(images) and isinstance(images[0], list | tuple)
+        several = bool(images) and isinstance(images[0], list | tuple | Mapping)
     else:
         several = isinstance(images, Iterable) and not isinstance(images, Mapping)
         several = several and not hasattr(images, "shape")
+    if targets is None and isinstance(images, Mapping):
+        images, targets = student.from_keywords(images)
     if targets is not None or not several:
         yield images, targets
         return
-    device, end = next(student.parameters()).device, time.monotonic() + seconds
-    for batch in islice(images, batches):
+    device, end = next(student.detector.parameters()).device, time.monotonic() + seconds
+    for given in islice(images, batches):
+        batch = student.from_keywords(given) if isinstance(given, Mapping) else given
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise TypeError(
-                "a loader must give pairs (images, targets) in the student's own form, got a "
+                "a loader must give pairs (images, targets) in the student's own form, or the keywords that "
+                "it is called with, got a "
                 f"{type(batch).__name__}: pass a generator that makes pairs of what yours gives"
             )
         yield moved(batch[0], device), moved(batch[1], device)
@@ -167,7 +172,9 @@ def _report(distiller: Distiller, batches: Iterator[tuple[Any, Any]]) -> CheckRe
         teacher=_kind(teacher),
         student=_kind(distiller.student_adapter),
         images=images_seen,
-        head_types=tuple(run.head.head_type for run in trace.teacher.heads.values()),
+        head_types=tuple(
+            run.head.head_type for run in trace.teacher.heads.values() if run.head.rows != "queries"
+        ),
         splits=tuple(_splits(distiller, trace)),
         projections=tuple(_projections(distiller)),
         differences=tuple(_differences(pair, trace.teacher, trace.student)),
@@ -285,8 +292,8 @@ def _teacher_faults(pair: Pair, fit: Fit | None, confidence: Confidence | None) 
         return [
             f"the teacher finds {fit.found or 'none'} of the {fit.objects} objects in the targets, "
             f"{fit.found_in_any_class} in any class, AP50 {fit.ap50:.1f}. Check its weights, that boxes are "
-            "xyxy in pixels, and that it sees images as it was trained with; if these objects are too hard, "
-            "look at other images, or for another teacher"
+            "in the form that the student takes, and that it sees images as it was trained with; if these "
+            "objects are too hard, look at other images, or for another teacher"
         ]
     return []
 
@@ -422,7 +429,11 @@ def _projections(distiller: Distiller) -> Iterator[str]:
     for name, module in distiller.methods.named_modules():
         if isinstance(module, ChannelProjection):
             widths = f"{module.student_width} to {module.teacher_width} channels"
-            yield f"{name.replace('.projections', '')}: {widths}"
+        elif isinstance(module, nn.Linear) and ".projections." in name:  # of queries
+            widths = f"{module.in_features} to {module.out_features} channels"
+        else:
+            continue
+        yield f"{name.replace('.projections', '')}: {widths}"
 
 
 def _differences(pair: Pair, teacher: DetectorTrace, student: DetectorTrace) -> Iterator[str]:
@@ -455,6 +466,12 @@ def _differences(pair: Pair, teacher: DetectorTrace, student: DetectorTrace) -> 
 def _head_differences(theirs: HeadTrace, ours: HeadTrace) -> Iterator[str]:
     if theirs.head.head_type != ours.head.head_type:
         yield f"heads: {theirs.head.head_type} (teacher), {ours.head.head_type} (student)"
+    decoders = []
+    for head in (theirs.head, ours.head):
+        if isinstance(head, DecoderHead):
+            decoders.append(f"{head.num_layers} layers, {head.num_queries} queries of width {head.width}")
+    if len(set(decoders)) == 2:
+        yield f"decoders: {decoders[0]} (teacher), {decoders[1]} (student)"
     own = {branch.name: branch.tower(0) for branch in ours.head.branches}
     for branch in theirs.head.branches:
         teacher, student = branch.tower(0), own.get(branch.name, branch.tower(0))

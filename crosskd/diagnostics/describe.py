@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from crosskd.adapters import find_adapter
-from crosskd.adapters.base import Adapter, AdapterSpec, Head
+from crosskd.adapters.base import Adapter, AdapterSpec, DecoderHead, Head
 from crosskd.methods.settings import settings_for
 from crosskd.towers import Block, Branch
 
@@ -65,7 +65,14 @@ def _head_lines(head: Head) -> list[str]:
     name = f"head {head.name}" if head.name else "head"
     background = "" if head.background is None else f", of which {head.background} is the background"
     lines = [f"{name}: {head.head_type}, {head.num_classes} classes{background}"]
-    if head.rows == "queries":
+    if isinstance(head, DecoderHead):
+        lines += [
+            f"decoder: {head.num_queries} queries of width {head.width}, which are {head.kind}; predicts at "
+            f"{head.num_layers} layers",
+            "methods of queries: crosskd.QueryDistillation() and crosskd.DecoderCrossKD() with decoders of "
+            f"{head.kind}, crosskd.MatchedQueries() with any",
+        ]
+    elif head.rows == "queries":
         lines.append("its predictions are a set of queries, which no method compares row by row")
     for branch in head.branches:
         lines += _branch_lines(branch)

@@ -13,6 +13,7 @@ from crosskd.methods.maps import MapMethod
 from crosskd.methods.mgd import MGD
 from crosskd.methods.mimicking import PredictionMimicking
 from crosskd.methods.pkd import PKD
+from crosskd.methods.queries import DecoderCrossKD, MatchedQueries, QueryDistillation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.methods.ssim import StructuralKD
 from crosskd.step import Step
@@ -27,10 +28,13 @@ __all__ = [
     "PKD",
     "CosineAlignment",
     "CrossKD",
+    "DecoderCrossKD",
     "FeatureImitation",
     "MapMethod",
+    "MatchedQueries",
     "Method",
     "PredictionMimicking",
+    "QueryDistillation",
     "ResponseDistillation",
     "Step",
     "StructuralKD",

@@ -561,12 +561,93 @@ def method_between(teacher: dict[str, Box], student: dict[str, Box]) -> list[str
     return parts
 
 
+# -- decoders of queries ----------------------------------------------------------------------------
+
+
+def rows_of(y: float) -> list[Box]:
+    """The places of a decoder's four predictions."""
+    return [Box(640 + 46 * number, y - 17, 36, 34) for number in range(4)]
+
+
+def queries() -> str:
+    """What two decoders share, and what is matched where they share nothing."""
+    parts = [
+        label((24, 32), "Shared: QueryDistillation, DecoderCrossKD", TEXT, "start", bold=True),
+        *shared_queries(),
+        line((24, 372), (WIDTH - 24, 372), colour=FAINT, width=1),
+        label((24, 398), "Matched: MatchedQueries", TEXT, "start", bold=True),
+        *matched_queries(),
+    ]
+    meanings = (("teacher", "Teacher, not trained"), ("student", "Student, trained"), ("losses", "Losses"))
+    parts += legend(582, meanings)
+    description = (
+        "Above: both decoders read the memory of their own detector and get the same queries, so row 1 of "
+        "the teacher's predictions belongs to row 1 of the student's. In DecoderCrossKD the student's state "
+        "after a layer goes through the rest of the teacher's decoder. Below: each decoder has its own "
+        "queries, and rows are paired by the least cost."
+    )
+    return picture("What decoders share and what is matched", description, 612, parts)
+
+
+def shared_queries() -> list[str]:
+    """Both decoders on the same queries, and their rows, which belong together one by one."""
+    image, shared = Box(20, 174, 62, 42), Box(296, 169, 130, 52)
+    parts = [
+        box(image, "Image"),
+        box(shared, "Queries: random,\nthe teacher's own"),
+        arrow(shared.top, (361, 111)),
+        arrow(shared.right, (447, 195), (447, 279)),
+        label((438, 250), "A linear layer,\nwhere widths differ", anchor="end"),
+        bracket(640, 814, 54, "Predictions, row by row"),
+    ]
+    for y, kind, places in ((90, "teacher", (330, 416, 502)), (300, "student", (416, 502))):
+        backbone, layers = Box(106, y - 21, 100, 42), [Box(x, y - 21, 62, 42) for x in places]
+        turn = (image.top[0], y)
+        parts += [
+            arrow(image.top if kind == "teacher" else image.bottom, turn, backbone.left),
+            box(backbone, "Backbone,\nencoder", kind),
+            label((262, y - 11), "Memory"),
+            *forward_arrows([backbone, *layers, rows_of(y)[0]]),
+        ]
+        parts += [box(place, f"Layer {number}", kind) for number, place in enumerate(layers, 1)]
+        parts += [box(place, str(number), kind) for number, place in enumerate(rows_of(y), 1)]
+    for above, below in zip(rows_of(90), rows_of(300), strict=True):
+        parts.append(line(above.bottom, below.top, colour=OUTLINES["losses"], width=2.5))
+    crossed = "DecoderCrossKD: the\nstudent's state goes\non in the teacher"
+    return [
+        *parts,
+        pill(Box(632, 179, 190, 32), "kd_cls, kd_l1, kd_giou"),
+        dot((490, 300)),
+        arrow((490, 300), (490, 92), dashed=True),
+        label((498, 150), crossed, anchor="start"),
+    ]
+
+
+def matched_queries() -> list[str]:
+    """Rows of either side, in the order of its own queries, joined across."""
+    sides = ((446, "teacher"), (536, "student"))
+    parts = []
+    for y, kind in sides:
+        whole, rows = Box(106, y - 21, 300, 42), rows_of(y)
+        parts.append(box(whole, f"The {kind}, on its own queries", kind))
+        parts.append(arrow(whole.right, rows[0].left))
+        parts += [box(place, str(number), kind) for number, place in enumerate(rows, 1)]
+    above, below = (rows_of(y) for y, _ in sides)
+    for number, partner in enumerate((2, 0, 3, 1)):
+        ends = above[number].bottom, below[partner].top
+        parts.append(line(*ends, colour=OUTLINES["losses"], width=2.5))
+    cost = "By the least cost of\nclasses, L1 and GIoU"
+    parts.append(label((622, 491), cost, anchor="end", colour=OUTLINES["losses"]))
+    return parts
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "method.svg": method,
     "gradients.svg": gradients,
     "position.svg": position,
     "levels.svg": levels,
     "adapter.svg": adapter,
+    "queries.svg": queries,
 }
 
 

@@ -1,4 +1,4 @@
-"""Adapter for mmdet's one-stage detectors.
+"""Adapters for mmdet's one-stage detectors, and for its Deformable DETR and DINO.
 
 Importing this needs mmdet 3 with mmcv's compiled operators; `crosskd.adapters.find_adapter` imports it for
 mmdet's detectors only.
@@ -20,8 +20,9 @@ except ImportError as error:
 
 from crosskd.adapters.mmdet.heads import MMDetHead
 from crosskd.adapters.mmdet.single_stage import MMDetSingleStage
+from crosskd.adapters.mmdet.transformer import MMDetTransformer
 
-__all__ = ["MMDetHead", "MMDetSingleStage"]
+__all__ = ["MMDetHead", "MMDetSingleStage", "MMDetTransformer"]
 
 _INTEGRATION = "crosskd.integrations.mmdet"
 

@@ -16,7 +16,7 @@ from crosskd.adapters.base import Adapter, Batch, Objects, OwnOutput, PixelCodin
 from crosskd.adapters.mmdet.heads import HEADS, MMDetHead, head_class_of, summed
 from crosskd.adapters.replacing import replaced
 
-__all__ = ["MMDetSingleStage"]
+__all__ = ["MMDetSingleStage", "pixel_coding"]
 
 _PIXEL_MAX = 255.0
 
@@ -50,7 +50,7 @@ class MMDetSingleStage(Adapter):
         self.heads = (self.head,)
         self.strides = tuple(float(stride) for stride in self.head.strides)
         self.widths = (int(detector.bbox_head.in_channels),) * len(self.strides)
-        self.pixel_coding = _pixel_coding(detector)
+        self.pixel_coding = pixel_coding(detector)
         self.pad_divisor = int(getattr(detector.data_preprocessor, "pad_size_divisor", 1))
 
     def prepare(self, images: Any, targets: Any) -> Batch:
@@ -150,7 +150,8 @@ def _head_class(detector: nn.Module) -> type[MMDetHead]:
     if not isinstance(detector, SingleStageDetector):
         stages = "a detector of two stages" if hasattr(detector, "roi_head") else "not a one-stage detector"
         raise TypeError(
-            f"{name} is {stages}: mmdet's adapter takes a SingleStageDetector with one of the heads {known}"
+            f"{name} is {stages}: mmdet's adapter takes a SingleStageDetector with one of the heads {known}, "
+            "a DeformableDETR or a DINO"
         )
     family = head_class_of(detector.bbox_head)
     if family is None:
@@ -161,7 +162,7 @@ def _head_class(detector: nn.Module) -> type[MMDetHead]:
     return family
 
 
-def _pixel_coding(detector: Any) -> PixelCoding | None:
+def pixel_coding(detector: Any) -> PixelCoding | None:
     """What the data preprocessor makes of images; ``None`` for one that leaves them as they are given."""
     preprocessor = detector.data_preprocessor
     if not hasattr(preprocessor, "_enable_normalize"):
