@@ -41,19 +41,16 @@ def run(gpu, folder, *options):
 
 
 def test_tables(gpu, tmp_path):
-    names = ["step-retinanet-crosskd-eager-none-channels_last", "teacher-retinanet-eager", LOSSES[1]]
+    names = ["step-retinanet-crosskd-eager-none-channels_last-bf", "teacher-retinanet-eager", LOSSES[1]]
     steps, teachers, losses = run(gpu, tmp_path, "--only", *names)
     (step,) = steps
     assert step["method"] == "CrossKD"
-    assert step["how"] == "eager, float32, channels last"
+    assert step["how"] == "eager, float32, channels last, teacher in bfloat16"
     assert float(step["distilled, ms"]) > float(step["teacher, ms"]) > 0
     assert 0 < float(step["teacher / distilled"]) < 1
     assert float(step["plain, MiB"]) > 0
     assert len(teachers) == 8
-    # The means that round, and those that only add up in another order.
-    rounding = {row["teacher"]: float(row["difference"]) for row in teachers}
-    assert rounding["float32"] == 0
-    assert 0 < rounding["float32, batch norm folded"] < 1e-3 < rounding["bfloat16 by autocast"] < 0.5
+    assert all(float(row["forward, ms"]) > 0 for row in teachers)
     assert [row["implementation"] for row in losses] == ["a copy", "plain", "crosskd", "crosskd compiled"]
     assert all(float(row["forward + backward, ms"]) >= 0 for row in losses)
     assert losses[1]["loss"] == "distribution_kl 1x500x17"
@@ -70,7 +67,7 @@ def test_compiled_steps(gpu, tmp_path):
 def test_what_matters_most_comes_first(gpu):
     cells = gpu.planned([])
     assert [cell.name for cell in cells[:2]] == [
-        f"step-{family}-crosskd-compiled-bfloat16-channels_last" for family in ("retinanet", "gfl")
+        f"step-{family}-crosskd-compiled-bfloat16-channels_last-same" for family in ("retinanet", "gfl")
     ]
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.subject for cell in cells if cell.method == "ld"} == {"gfl"}
