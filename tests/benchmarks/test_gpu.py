@@ -51,7 +51,8 @@ def test_tables(gpu, tmp_path):
     assert float(step["plain, MiB"]) > 0
     assert len(teachers) == 8
     assert all(float(row["forward, ms"]) > 0 for row in teachers)
-    assert [row["implementation"] for row in losses] == ["a copy", "plain", "crosskd", "crosskd compiled"]
+    compiled = ["crosskd compiled", "compiled for any size"]
+    assert [row["implementation"] for row in losses] == ["a copy", "plain", "crosskd", *compiled]
     assert all(float(row["forward + backward, ms"]) >= 0 for row in losses)
     assert losses[1]["loss"] == "distribution_kl 1x500x17"
 
@@ -61,7 +62,7 @@ def test_compiled_steps(gpu, tmp_path):
     ((step,),) = run(gpu, tmp_path, "--only", "step-retinanet-crosskd-compiled-bfloat16")
     assert step["how"] == "compiled, bfloat16, channels last"
     assert float(step["first calls, s"]) > 0
-    assert float(step["teacher, ms"]) > 0
+    assert step["teacher, ms"] == ""  # it would have to be compiled by itself
 
 
 def test_what_matters_most_comes_first(gpu):
