@@ -75,18 +75,18 @@ HEADER = (
 
 def make_inputs(name: str, size: tuple[int, int, int], options: argparse.Namespace) -> list[Tensor]:
     """Student's and teacher's side, the student's with a gradient, and a weight a row."""
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    settings = {"generator": generator, "device": options.device}
     images, anchors, width = size
     if name == "giou":
-        corners = torch.rand(2, images, anchors, 4, generator=generator) * 400
+        corners = torch.rand(2, images, anchors, 4, **settings) * 400
         corners[..., 2:] += corners[..., :2] + 1
         sides = corners
     else:
         # Logits as a detector's: most classes improbable nearly everywhere.
-        sides = torch.randn(2, images, anchors, width, generator=generator) * 2 - 3
-    weight = torch.rand(images, anchors, generator=generator).to(options.device)
-    dtype = getattr(torch, options.dtype)
-    student, teacher = (side.to(options.device, dtype) for side in sides)
+        sides = torch.randn(2, images, anchors, width, **settings) * 2 - 3
+    weight = torch.rand(images, anchors, **settings)
+    student, teacher = (side.to(getattr(torch, options.dtype)) for side in sides)
     return [student.requires_grad_(), teacher, weight]
 
 

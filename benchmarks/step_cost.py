@@ -67,7 +67,7 @@ METHOD_MEMORY_HEADER = (
     "alive after the teacher, MiB",
 )
 # What the table of methods makes them of: nothing is set.
-_DEFAULTS = argparse.Namespace(
+DEFAULTS = argparse.Namespace(
     position=None, tap="post", cls_weight=None, reg_weight=None, stop_distilling=None
 )
 
@@ -178,12 +178,10 @@ class Pieces:
         torch.manual_seed(options.seed)
         self.device, self.amp = options.device, options.amp
         self.images, self.targets = make_batch(options)
-        self.teacher = self._build(f"{family}_{options.teacher}", options)
-        self.student = self._build(f"{family}_{options.student}", options).train()
-        self._settle_statistics()
-        self.distiller = Distiller(self.teacher, self.student, METHODS[method].make(_DEFAULTS), adapter_of)
+        self.teacher, self.student = build_pair(family, options, self.images)
+        self.distiller = Distiller(self.teacher, self.student, METHODS[method].make(DEFAULTS), adapter_of)
         with self._autocast():
-            self.distiller(self.images, self.targets)  # the first step compares the pieces with the detectors
+            take_first_steps(self.distiller, self.images, self.targets)
         self.tail = self._tail()
         self.distillation = torch.compile(self.distiller) if options.compiled else self.distiller
         self.pixels = self._pixels()
@@ -203,23 +201,6 @@ class Pieces:
         with self._autocast():
             trace = recording.trace(self.images, self.targets)
         return Tail(trace, recording.methods["crosskd"])  # type: ignore[arg-type]
-
-    def _build(self, name: str, options: argparse.Namespace) -> nn.Module:
-        height, width = options.size
-        detector = build_detector(name, options.classes, short_side=[height], long_side=max(height, width))
-        detector.to(self.device)
-        return detector.to(memory_format=torch.channels_last) if options.channels_last else detector
-
-    @torch.no_grad()
-    def _settle_statistics(self) -> None:
-        """Gives the untrained teacher's batch norms statistics that keep its features in range."""
-        norms = [m for m in self.teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = None  # the average over all batches seen
-        self.teacher.train()
-        for _ in range(2):
-            self.teacher.backbone(self._pixels())
-        self.teacher.eval()
 
     def _pixels(self) -> Tensor:
         pixels: Tensor = self.student.transform(self.images)[0].tensors
@@ -296,6 +277,43 @@ def _before_forward(module: nn.Module, function: Callable[[], object]) -> Iterat
         yield
     finally:
         hook.remove()
+
+
+def build_pair(family: str, options: argparse.Namespace, images: list[Tensor]) -> tuple[nn.Module, nn.Module]:
+    """An untrained teacher in eval mode, whose features are in range all the same, and a student.
+
+    Args:
+        family: of both.
+        options: the script's.
+        images: what the statistics of the teacher's batch norms are taken from.
+    """
+    height, width = options.size
+    detectors = []
+    for backbone in (options.teacher, options.student):
+        with torch.device(options.device):  # initialising a large detector on the CPU takes seconds
+            name = f"{family}_{backbone}"
+            detector = build_detector(
+                name, options.classes, short_side=[height], long_side=max(height, width)
+            )
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        detectors.append(detector.to(memory_format=layout))
+    teacher, student = detectors
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average over all batches seen
+    with torch.no_grad():
+        teacher.train().backbone(teacher.transform(images)[0].tensors)
+    return teacher.eval(), student.train()
+
+
+def take_first_steps(distiller: Distiller, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+    """Trains for a few steps, after which the distiller has checked all that it checks at first."""
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.stack(list(distiller(images, targets).values())).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def make_batch(options: argparse.Namespace) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

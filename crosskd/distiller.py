@@ -34,7 +34,14 @@ from crosskd.frozen import frozen_copy, sharing_memo
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
 from crosskd.proof import prove_student, prove_teacher
-from crosskd.running import points_of, run_region_heads, run_teacher, steps_of, with_own_losses
+from crosskd.running import (
+    points_of,
+    run_region_heads,
+    run_teacher,
+    steps_of,
+    teacher_autocast,
+    with_own_losses,
+)
 from crosskd.step import DetectorTrace, Step, Trace, between_graphs, outside_graph, run_head
 from crosskd.views import check_same_scene, unpadded
 
@@ -85,6 +92,10 @@ class Distiller(nn.Module):
             several answers; else it is the factor by which most levels have equal strides.
         resize_levels: bring the teacher's predictions to the student's locations where its images are of
             another size than the strides say, which is an error otherwise.
+        teacher_dtype: ``torch.bfloat16`` or ``torch.float16``: what the teacher's own forward calculates in,
+            by autocast, while the student stays in float32. Its weights, and the part of it that the
+            student's features pass in the cross-head, stay as they are. Under autocast the teacher is cheap
+            already: leave it out.
         unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
             (class probability) counts as one object in the losses' normalizer.
         prove: compare the pieces with the detectors' own forward on the first step. To be switched off for a
@@ -132,6 +143,7 @@ class Distiller(nn.Module):
         teacher_view: TeacherView | None = None,
         view_scale: float | None = None,
         resize_levels: bool = False,
+        teacher_dtype: torch.dtype | None = None,
         unlabelled_threshold: float = 0.5,
         prove: bool = True,
     ) -> None:
@@ -141,6 +153,11 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
             )
+        if teacher_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                "teacher_dtype is what the teacher's own forward calculates in, torch.bfloat16 or "
+                f"torch.float16, got {teacher_dtype}: leave it out for the type of the weights"
+            )
         check_shared(teacher, student)
         if view_scale is not None and (teacher_view is None or not 0 < view_scale < math.inf):
             raise ValueError(
@@ -148,6 +165,7 @@ class Distiller(nn.Module):
                 f"number above 0; got {view_scale} {'without' if teacher_view is None else 'with'} a view"
             )
         self.teacher_view, self.view_scale, self.resize_levels = teacher_view, view_scale, resize_levels
+        self.teacher_dtype = teacher_dtype
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
         hint = ""
         if adapter is not None and teacher_adapter is None and type(teacher) is not type(student):
@@ -222,6 +240,7 @@ class Distiller(nn.Module):
             scale=scale,
             class_map=columns,
             resize_levels=self.resize_levels,
+            teacher_dtype=self.teacher_dtype,
         )
         left_out, _ = pair.left_out()
         if left_out and levels:
@@ -399,7 +418,8 @@ class Distiller(nn.Module):
             return batch, batch
         seen = self.teacher_batch(batch, images, targets)
         if self.prove and "teacher" not in self._proved:
-            prove_teacher(teacher, seen)
+            with teacher_autocast(self.pair):
+                prove_teacher(teacher, seen)
             self._proved.add("teacher")
         return batch, seen
 

@@ -63,6 +63,7 @@ class Pair:
             another resolution.
         class_map: the teacher's column of the logits for each of the student's, where the user gave one.
         resize_levels: the teacher's predictions are resized to the student's levels.
+        teacher_dtype: what the teacher's own forward calculates in; ``None`` for what the student's does.
     """
 
     teacher: Adapter
@@ -73,6 +74,7 @@ class Pair:
     scale: float = 1.0
     class_map: tuple[int, ...] | None = None
     resize_levels: bool = False
+    teacher_dtype: torch.dtype | None = None
 
     def left_out(self) -> tuple[list[float], list[float]]:
         """The strides of levels without a counterpart: (the teacher's, the student's)."""

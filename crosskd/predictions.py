@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -159,9 +159,16 @@ class Predictions:
 
     def detach(self) -> Predictions:
         """The same numbers without their history."""
-        quality = None if self.quality is None else self.quality.detach()
+        return self._by(Tensor.detach)
+
+    def to(self, dtype: torch.dtype) -> Predictions:
+        """The same numbers in another type."""
+        return self._by(lambda tensor: tensor.to(dtype))
+
+    def _by(self, function: Callable[[Tensor], Tensor]) -> Predictions:
+        quality = None if self.quality is None else function(self.quality)
         return replace(
-            self, logits=self.logits.detach(), regression=self.regression.detach(), quality=quality
+            self, logits=function(self.logits), regression=function(self.regression), quality=quality
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -35,6 +35,7 @@ __all__ = [
     "run_region_heads",
     "run_teacher",
     "steps_of",
+    "teacher_autocast",
     "with_own_losses",
 ]
 
@@ -67,6 +68,17 @@ def points_of(head: Head, methods: Methods, side: int) -> dict[str, dict[str, Ta
 # -- the teacher ---------------------------------------------------------------------------------
 
 
+def teacher_autocast(pair: Pair) -> AbstractContextManager[object]:
+    """Autocast for the teacher's own forward, where it has a type of its own; else whatever is there already.
+
+    Args:
+        pair: the two detectors.
+    """
+    if pair.teacher_dtype is None:
+        return nullcontext()
+    return torch.autocast(next(pair.teacher.detector.parameters()).device.type, dtype=pair.teacher_dtype)
+
+
 def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
     """The teacher's maps and its first head's run, as far as methods require them.
 
@@ -77,7 +89,7 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
     """
     adapter = pair.teacher
     # No decorator: the compiler doesn't follow a decorated function into no_grad and out again.
-    with torch.no_grad():
+    with torch.no_grad(), teacher_autocast(pair):
         maps = adapter.maps_of(batch)
         heads = {}
         head = _head_named(adapter, pair.student.heads[0].name)
@@ -90,7 +102,21 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
             )
     kept = any("maps" in method.requires or method.head not in (None, *heads) for method in methods.values())
     batch = replace(batch, pixels=shape_only(batch.pixels))
-    return DetectorTrace(adapter, batch, maps if kept else [shape_only(m) for m in maps], heads)
+    dtype = _dtype_for_methods(pair)
+    if not kept:
+        maps = [shape_only(feature_map, dtype) for feature_map in maps]
+    elif dtype is not None:
+        maps = [feature_map.to(dtype) for feature_map in maps]
+    return DetectorTrace(adapter, batch, maps, heads)
+
+
+def _dtype_for_methods(pair: Pair) -> torch.dtype | None:
+    """What a teacher's maps and predictions are given on in where it calculates in a type of its own.
+
+    It is that of the weights: losses needn't mix types, and anchors, which torchvision makes in the type of
+    the maps, aren't rounded to 8 bits.
+    """
+    return None if pair.teacher_dtype is None else next(pair.teacher.detector.parameters()).dtype
 
 
 def _observed(
@@ -107,7 +133,9 @@ def _observed(
         return methods[name].keep_of_teacher(tapped)
 
     points, columns = points_of(head, methods, 1), _columns(pair, head)
-    return run_head(head, maps, levels, points, keep, columns, batch)
+    run = run_head(head, maps, levels, points, keep, columns, batch)
+    dtype = _dtype_for_methods(pair)
+    return run if dtype is None else replace(run, predictions=run.predictions.to(dtype))
 
 
 def _columns(pair: Pair, head: Head) -> tuple[int, ...] | None:
@@ -167,7 +195,7 @@ def run_region_heads(
         if teacher is not None and distilled:
             theirs = _head_named(pair.teacher, head.name)
             assert isinstance(theirs, RegionHead)
-            with torch.no_grad():
+            with torch.no_grad(), teacher_autocast(pair):
                 pooled = theirs.pool(teacher.maps, regions, teacher.batch)
                 observed = _observed(pair, theirs, [pooled], [0], methods, teacher.batch)
             teacher.heads[head.name] = replace(observed, anchors=regions, all_anchors=regions)
@@ -397,8 +425,9 @@ def _found_by_teacher(
             + ("has no head" if head is None else "decodes no boxes: pass its adapter decode=")
             + ". Give images with targets, or another method for those without"
         )
-    columns = _columns(pair, head)
-    run = run_head(head, teacher.maps, range(len(teacher.maps)), class_map=columns, batch=teacher.batch)
+    with teacher_autocast(pair):
+        columns = _columns(pair, head)
+        run = run_head(head, teacher.maps, range(len(teacher.maps)), class_map=columns, batch=teacher.batch)
     boxes = head.decode(run.predictions, head.anchors(teacher.batch, teacher.maps)).float()
     scores, labels = run.predictions.probabilities().float().max(dim=-1)
     found = []

@@ -395,6 +395,11 @@ def distinct_objects(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[
     return Objects(boxes[kept], labels[kept])
 
 
-def shape_only(tensor: Tensor) -> Tensor:
-    """A stand-in of the same shape and no memory, so that what the teacher has used can be freed."""
-    return tensor.new_empty(()).expand(tensor.shape)
+def shape_only(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A stand-in of the same shape and no memory, so that what the teacher has used can be freed.
+
+    Args:
+        tensor: what it stands for.
+        dtype: the tensor's unless given.
+    """
+    return tensor.new_empty((), dtype=dtype).expand(tensor.shape)

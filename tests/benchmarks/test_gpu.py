@@ -1,0 +1,155 @@
+"""The GPU script: its measurements at toy sizes on a CPU, their order, and what becomes of failed ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from tests.benchmarks.test_benchmarks import FOLDER, load, tables
+
+TOY = """--device cpu --size 64x64 --batch 1 --classes 3 --objects 2 --teacher resnet18 --student resnet18
+--anchors 500 --rounds 1 --threads 1 --backend eager"""
+LOSSES = ("loss-giou-float32", "loss-distribution_kl-float32")
+
+
+@pytest.fixture
+def gpu():
+    """The script."""
+    return load("gpu")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(gpu, folder, *options):
+    """Runs the script at its smallest and returns its tables."""
+    output = folder / "gpu.md"
+    gpu.main([*TOY.split(), "--folder", str(folder / "cells"), "--output", str(output), *options])
+    return tables(output)
+
+
+def test_tables(gpu, tmp_path):
+    names = ["step-retinanet-crosskd-eager-none-channels_last-bf", "teacher-retinanet-eager", LOSSES[1]]
+    steps, teachers, losses = run(gpu, tmp_path, "--only", *names)
+    (step,) = steps
+    assert step["method"] == "CrossKD"
+    assert step["how"] == "eager, float32, channels last, teacher in bfloat16"
+    assert float(step["distilled, ms"]) > float(step["teacher, ms"]) > 0
+    assert 0 < float(step["teacher / distilled"]) < 1
+    assert float(step["plain, MiB"]) > 0
+    assert len(teachers) == 8
+    assert all(float(row["forward, ms"]) > 0 for row in teachers)
+    compiled = ["crosskd compiled", "compiled for any size"]
+    assert [row["implementation"] for row in losses] == ["a copy", "plain", "crosskd", *compiled]
+    assert all(float(row["forward + backward, ms"]) >= 0 for row in losses)
+    assert losses[1]["loss"] == "distribution_kl 1x500x17"
+
+
+@pytest.mark.slow
+def test_compiled_steps(gpu, tmp_path):
+    ((step,),) = run(gpu, tmp_path, "--only", "step-retinanet-crosskd-compiled-bfloat16")
+    assert step["how"] == "compiled, bfloat16, channels last"
+    assert float(step["first calls, s"]) > 0
+    assert step["teacher, ms"] == ""  # it would have to be compiled by itself
+
+
+def test_what_matters_most_comes_first(gpu):
+    cells = gpu.planned([])
+    assert [cell.name for cell in cells[:2]] == [
+        f"step-{family}-crosskd-compiled-bfloat16-channels_last-same" for family in ("retinanet", "gfl")
+    ]
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.subject for cell in cells if cell.method == "ld"} == {"gfl"}
+    for family in gpu.FAMILIES:
+        eager = {cell.method for cell in cells if cell.subject == family and cell.mode == "eager"}
+        assert eager == gpu.METHODS.keys() - ({"ld"} if family != "gfl" else set())
+
+
+def test_a_failed_measurement_is_a_row_and_the_next_one_is_made(gpu, tmp_path, monkeypatch):
+    calls = []
+
+    def fail_once(cell, options):
+        calls.append(cell.name)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory\nand more of it")
+        return gpu.measure_loss(cell, options)
+
+    monkeypatch.setitem(gpu.MEASURES, "loss", fail_once)
+    losses, failed = run(gpu, tmp_path, "--only", *LOSSES)
+    assert {row["loss"] for row in losses} == {"giou 1x500x4"}
+    assert failed == [{"measurement": LOSSES[1], "error": "OutOfMemoryError: out of memory"}]
+    # Made again, nothing is measured twice; without its file the failed one is.
+    assert run(gpu, tmp_path, "--only", *LOSSES) == [losses, failed]
+    (tmp_path / "cells" / f"{LOSSES[1]}.json").unlink()
+    assert len(run(gpu, tmp_path, "--only", *LOSSES)) == 1
+    assert len(calls) == 3
+
+
+def test_time(gpu, tmp_path, monkeypatch):
+    def endless(cell, options):
+        while True:
+            with contextlib.suppress(Exception):  # as a compiler might
+                time.sleep(0.01)
+
+    monkeypatch.setitem(gpu.MEASURES, "loss", endless)
+    (failed,) = run(gpu, tmp_path, "--only", LOSSES[0], "--cell-seconds", "0.1")
+    assert failed == [{"measurement": LOSSES[0], "error": "not done in 0 s"}]
+    # The script's own time is no failure of what it interrupts.
+    begin = time.monotonic()
+    assert run(gpu, tmp_path, "--only", LOSSES[1], "--minutes", "0.005") == []
+    assert time.monotonic() - begin < 5
+    assert f"Not measured, for the minutes were over: {LOSSES[1]}" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_process_that_died_is_not_sent_into_it_again(gpu, tmp_path, monkeypatch):
+    def die(cell, options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu.MEASURES, "loss", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(gpu, tmp_path, "--only", LOSSES[0])
+    (failed,) = run(gpu, tmp_path, "--only", LOSSES[0])
+    assert failed == [{"measurement": LOSSES[0], "error": "the process ended in it"}]
+
+
+def test_a_folder_of_other_options_is_refused(gpu, tmp_path):
+    run(gpu, tmp_path, "--only", LOSSES[0], "--minutes", "0")
+    with pytest.raises(ValueError, match=r"cells holds measurements with batch 1, and this is 2"):
+        run(gpu, tmp_path, "--only", LOSSES[0], "--batch", "2")
+    assert json.loads((tmp_path / "cells" / "settings.json").read_text())["batch"] == "1"
+
+
+def test_names_that_are_none(gpu, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse_options(["--only", "tail"])
+    assert "--only tail" in capsys.readouterr().err
+
+
+def test_folded_batch_norms_give_the_same_numbers(gpu):
+    network = resnet18(num_classes=5).double()
+    pixels = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    for _ in range(3):
+        network(pixels)  # statistics that are not those of a new layer
+    network.eval()
+    folded = gpu.folded(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert isinstance(network.bn1, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(pixels), network(pixels), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_it_needs_no_pycocotools():
+    code = "import sys; sys.modules['pycocotools'] = None; sys.path.insert(0, sys.argv[1]); import gpu"
+    subprocess.run([sys.executable, "-c", code, str(FOLDER)], check=True)
