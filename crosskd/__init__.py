@@ -16,6 +16,7 @@ from crosskd import (
     testing,
     towers,
 )
+from crosskd.compare import collect_detections, compare
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
@@ -50,6 +51,8 @@ __all__ = [
     "check",
     "check_adapter",
     "checkpoints",
+    "collect_detections",
+    "compare",
     "describe",
     "inherit",
     "losses",

@@ -55,6 +55,7 @@ from models import (
 )
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
+from report import write_comparison
 from shapes_data import write_shapes
 from torch import nn
 from training import AMP_TYPES, History, Trainer, memory_format, save_atomically
@@ -428,6 +429,7 @@ def write_report(
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
     draw_curves({name: h for name, h in metrics["histories"].items() if h}, options.output / "curves.png")
     draw_detections(models, val, options.output / "detections.png", device=processes.device)
+    write_comparison(models, val, options.output, batch_size=options.eval_batch_size, device=processes.device)
     width = max(20, *(len(label_of(name)) + 2 for name in metrics["results"]))
     print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():

@@ -46,6 +46,7 @@ PAGES = (
 )
 # Pages that another test runs, with a framework of their own or on the examples' path.
 ELSEWHERE = (
+    "docs/compare.md",
     "docs/methods/ld.md",
     "docs/mmdet.md",
     "docs/two_stages.md",

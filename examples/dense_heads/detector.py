@@ -142,7 +142,7 @@ class DenseHead(nn.Module):
 
 def _as_rows(feature_map: Tensor) -> Tensor:
     """A map (batch, channels, height, width) as (batch, anchors, channels)."""
-    return feature_map.flatten(2).mT
+    return feature_map.flatten(2).transpose(1, 2)  # ONNX has no mT
 
 
 class DenseDetector(nn.Module, ABC):
@@ -308,7 +308,8 @@ class DenseDetector(nn.Module, ABC):
         for level in scores.split(level_sizes):
             flat = level.flatten()
             sure = (flat > self.score_thresh).nonzero().squeeze(1)
-            best = flat[sure].topk(min(self.topk_candidates, len(sure))).indices
+            # Not topk: an exported model would keep this image's number of candidates.
+            best = flat[sure].argsort(descending=True)[: self.topk_candidates]
             kept.append(start * classes + sure[best])
             start += len(level)
         chosen = torch.cat(kept)

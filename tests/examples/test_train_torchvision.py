@@ -88,7 +88,7 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
     assert all(result["images"] == 3 for result in metrics["results"].values())
     written = {path.name for path in tmp_path.iterdir()}
     weights = {f"{name}.pt" for name in metrics["results"]}
-    assert {*weights, "metrics.json", "curves.png", "detections.png"} <= written
+    assert {*weights, "metrics.json", "comparison.md", "curves.png", "detections.png"} <= written
     for picture in ("curves.png", "detections.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
