@@ -36,7 +36,9 @@ class DataSet:
         classes: how many.
         side: of the canvas in pixels, which an image's longer side is brought to.
         crop: side of the crops for training, a multiple of 32.
-        scales: crops are drawn at a scale between these two.
+        shown: pixels that a detector is shown per pixel of the canvas; below 1 a teacher that sees images of
+            twice the size sees more.
+        scales: crops are drawn at a scale between these two, times ``shown``.
         flips: "" for none, "h" for left and right, "hv" for up and down too.
         colour: brightness and contrast change by at most this share.
         pair: folder of the same scenes as a teacher sees them, under the same names.
@@ -47,6 +49,7 @@ class DataSet:
     classes: int
     side: int
     crop: int
+    shown: float = 1.0
     scales: tuple[float, float] = (0.75, 1.33)
     flips: str = "h"
     colour: float = 0.0
@@ -163,7 +166,7 @@ def draw_windows(
     thetas, gains, offsets, targets = [], [], [], []
     for index in chosen:
         draw = torch.rand(7, generator=generator).tolist()
-        scale = float(torch.tensor(low + (high - low) * draw[0]).exp())
+        scale = data.shown * float(torch.tensor(low + (high - low) * draw[0]).exp())
         window = data.crop / scale  # canvas pixels
         height, width = images.sizes[index].tolist()
         left, top = (
@@ -196,7 +199,13 @@ def _in_crop(boxes: Tensor, labels: Tensor, crop: int, signs: Sequence[float]) -
 
 
 def crops(
-    pixels: Tensor, chosen: Sequence[int], window: Window, size: int, device: torch.device
+    pixels: Tensor,
+    chosen: Sequence[int],
+    window: Window,
+    size: int,
+    device: torch.device,
+    *,
+    finer: int = 1,
 ) -> list[Tensor]:
     """A batch's crops, each (3, size, size), values from 0 to 1.
 
@@ -208,20 +217,36 @@ def crops(
         window: what `draw_windows` returned.
         size: in pixels.
         device: where to make them.
+        finer: they are sampled at so many times the size, and averaged: where the canvas is finer than they.
     """
     window = Window(*(part.to(device, non_blocking=True) for part in window))
     rows = torch.tensor(chosen, device=pixels.device)
     canvases = pixels[rows].to(device, non_blocking=True).float() / 255
-    grid = F.affine_grid(window.theta, [len(chosen), 3, size, size], align_corners=False)
+    side = size * finer
+    grid = F.affine_grid(window.theta, [len(chosen), 3, side, side], align_corners=False)
     sampled = F.grid_sample(canvases, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    sampled = F.avg_pool2d(sampled, finer) if finer > 1 else sampled
     coloured = sampled * window.gain[:, None, None, None] + window.offset[:, None, None, None]
     return list(coloured.clamp(0, 1))
 
 
-def whole_images(images: Images, chosen: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Images without the canvas around them, each (3, height, width), values from 0 to 1."""
+def whole_images(
+    images: Images, chosen: Sequence[int], device: torch.device, scale: float = 1.0
+) -> list[Tensor]:
+    """Images without the canvas around them, each (3, height, width), values from 0 to 1.
+
+    Args:
+        images: of a split.
+        chosen: which of them.
+        device: where to make them.
+        scale: times the canvas's size.
+    """
     whole = []
     for index in chosen:
         height, width = images.sizes[index].tolist()
-        whole.append(images.pixels[index, :, :height, :width].to(device).float() / 255)
+        image = images.pixels[index, :, :height, :width].to(device).float() / 255
+        if scale != 1:
+            size = (round(height * scale), round(width * scale))
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+        whole.append(image)
     return whole

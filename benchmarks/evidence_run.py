@@ -26,6 +26,7 @@ import torch
 from evidence_data import (
     DataSet,
     Images,
+    Window,
     chosen_images,
     coco_folder,
     crops,
@@ -35,7 +36,6 @@ from evidence_data import (
 )
 from measure import versions
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -371,12 +371,10 @@ def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
         generator = torch.Generator().manual_seed(hash((seed, training.step, 1)) % 2**63)
         window, targets = draw_windows(images["train"], chosen, run.data, generator)
         of_student = images["teacher" if run.teacher is None and run.sees == "pair" else "train"]
-        size = run.data.crop * (2 if run.sees == "zoom" else 1)
-        given = crops(of_student.pixels, chosen, window, size, device)
+        given = _crops(run, of_student, chosen, window, device)
         if run.teacher is not None and run.teacher.sees != "images":
-            seen = images["teacher" if run.teacher.sees == "pair" else "train"].pixels
-            twice = 2 if run.teacher.sees == "zoom" else 1
-            training.view["teacher"] = crops(seen, chosen, window, run.data.crop * twice, device)
+            seen = images["teacher" if run.teacher.sees == "pair" else "train"]
+            training.view["teacher"] = _crops(run.teacher, seen, chosen, window, device)
         factor = 2.0 if run.sees == "zoom" else 1.0
         objects: list[dict[str, Tensor]] | None = [
             {"boxes": factor * target["boxes"].to(device), "labels": target["labels"].to(device)}
@@ -396,6 +394,13 @@ def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
         training.averaged.update_parameters(training.student)
     training.step += 1
     return total.detach()
+
+
+def _crops(run: Run, images: Images, chosen: list[int], window: Window, device: torch.device) -> list[Tensor]:
+    """A batch as the model of a run sees it."""
+    zoom = 2 if run.sees == "zoom" else 1
+    finer = max(1, round(1 / (run.data.shown * zoom)))
+    return crops(images.pixels, chosen, window, run.data.crop * zoom, device, finer=finer)
 
 
 def _shares(run: Run, count: int) -> tuple[list[int], list[int]]:
@@ -426,14 +431,13 @@ def measure(
     detector.eval()
     folder = coco_folder(options.root, run.data, split)
     folder.ids = folder.ids[:count]
+    scale = run.data.shown * (2 if run.sees == "zoom" else 1)
     results = []
     for begin in range(0, len(folder.ids), run.batch):
         chosen = range(begin, min(begin + run.batch, len(folder.ids)))
-        given = whole_images(images, chosen, options.device)
-        if run.sees == "zoom":
-            given = [F.interpolate(image[None], scale_factor=2.0, mode="bilinear")[0] for image in given]
+        given = whole_images(images, chosen, options.device, scale)
         for index, output in zip(chosen, detector(given), strict=True):
-            factor = float(images.factors[index]) * (2 if run.sees == "zoom" else 1)
+            factor = float(images.factors[index]) * scale
             found = {**output, "boxes": output["boxes"] / factor}
             results += coco_results(folder, folder.ids[index], found)
     detector.train(was_training)

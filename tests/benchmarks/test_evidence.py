@@ -56,6 +56,18 @@ def test_a_crops_boxes_are_where_its_objects_are(root, flips, scales):
                     assert (crop[:, y, outside] - crop[:, y, x]).abs().max() > 0.3
 
 
+def test_a_detector_is_shown_half_the_size_and_a_teacher_all_of_it(root):
+    settings = replace(evidence.TOY, crop=32, shown=0.5, scales=(1.0, 1.0), flips="")
+    images = data.load_images(root, settings, "train", root / "cache")
+    window, targets = data.draw_windows(images, [3], settings, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(targets[0]["boxes"], images.boxes[3] / 2)
+    (half,) = run._crops(small_run(data=settings), images, [3], window, CPU)
+    (whole,) = run._crops(small_run(data=settings, sees="zoom"), images, [3], window, CPU)
+    torch.testing.assert_close(whole, images.pixels[3] / 255)
+    torch.testing.assert_close(half, torch.nn.functional.avg_pool2d(whole[None], 2)[0])
+    assert data.whole_images(images, [3], CPU, 0.5)[0].shape == half.shape
+
+
 def test_a_smaller_image_stands_whole_in_a_larger_crop(root):
     settings = replace(evidence.TOY, crop=128, scales=(1.0, 1.0), flips="")
     images = data.load_images(root, settings, "val", root / "cache")
