@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 # Where it is set, the peer must be there: a test run that was to use it can't pass by skipping.
 REQUIRED = "CROSSKD_REQUIRE_{}"
@@ -53,6 +54,12 @@ def pytest_configure() -> None:
         reason = missing() if os.environ.get(variable) else None
         if reason:
             raise pytest.UsageError(f"{variable} is set: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Each test, and each docstring's example, draws the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

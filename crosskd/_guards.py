@@ -7,20 +7,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed.fsdp
 from torch import Tensor, nn
 
-from crosskd.adapters.base import Adapter
+from crosskd.adapters.base import Adapter, Batch
+from crosskd.pairing import Pair, match_levels
 from crosskd.step import DetectorTrace
 
 __all__ = [
+    "GradientWatch",
     "TrainingWatch",
     "bare",
     "check_devices",
     "check_effect",
-    "check_gradient",
+    "check_frozen",
     "check_same_pixels",
+    "check_scale",
+    "check_sharding",
     "check_shared",
     "check_strides",
+    "is_sharded",
 ]
 
 
@@ -94,6 +100,51 @@ def check_devices(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
+_SHARDED = getattr(torch.distributed.fsdp, "FSDPModule", ())  # since PyTorch 2.6
+
+
+def is_sharded(detector: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers weights of a detector, and lets go of them in a backward pass."""
+    return any(isinstance(module, _SHARDED) for module in detector.modules())
+
+
+def check_sharding(student: Adapter) -> None:
+    """Raises ``ValueError`` where ``fully_shard`` gathers weights for a module that is never called."""
+    if not is_sharded(student.detector):
+        return
+    called: set[nn.Module] = set()
+    for head in student.heads:
+        for branch in head.branches:
+            blocks = [block for tower in branch.towers for block in tower.blocks]
+            called.update(layer for block in blocks for layer in block.layers)
+            called.update(branch.predictors.values())
+    for path, module in student.detector.named_modules():
+        inside = set(module.modules()) - {module}
+        if isinstance(module, _SHARDED) and module not in called and called & inside:
+            raise ValueError(
+                f"student: {path or type(module).__name__} was sharded by fully_shard, which gathers its "
+                "weights when it is called, but distillation calls the layers in it one by one. Shard the "
+                "backbone, if need be single layers of the head, and last the distiller as a whole: "
+                "fully_shard(distiller)"
+            )
+
+
+def check_frozen(losses: Mapping[str, Mapping[str, Tensor]], checked: set[str]) -> None:
+    """Raises ``ValueError`` for a method that had an effect and has none any more.
+
+    Args:
+        losses: each method's.
+        checked: the methods that have trained the student.
+    """
+    for name in losses.keys() & checked:
+        still = [key for key, loss in losses[name].items() if not loss.requires_grad]
+        if still:
+            raise ValueError(
+                f"{name}: {', '.join(still)} depends on no trainable parameter of the student any more: what "
+                "it distils was frozen since the last step. Leave it trainable, or let a schedule stop it"
+            )
+
+
 def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
     """Raises ``ValueError`` for losses that are none, warns for one that is zero."""
     if not losses:
@@ -121,15 +172,10 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_gradient(name: str, losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> None:
-    """Raises ``ValueError`` for a loss above 0 whose gradient is 0 at all of the student's feature maps.
-
-    Args:
-        name: of the method.
-        losses: its own.
-        maps: the student's, which the losses were calculated from.
-    """
+def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> list[str]:
+    """The losses above 0 whose gradient is 0 at all of the student's feature maps."""
     reached = [feature_map for feature_map in maps if feature_map.requires_grad]
+    stuck = []
     for key, loss in losses.items():
         if not reached or float(loss.detach()) == 0:
             continue
@@ -137,11 +183,49 @@ def check_gradient(name: str, losses: Mapping[str, Tensor], maps: Sequence[Tenso
         gradients = torch.autograd.grad(loss * 2.0**16, reached, retain_graph=True, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
         if found and not any(bool(gradient.any()) for gradient in found):
-            raise ValueError(
-                f"{name}: {key} is {float(loss.detach()):.4g}, but its gradient is 0 at every feature map of "
-                "the student, so distilling it has no effect: a layer between the split and the teacher's "
-                "predictions passes no gradient on, as rounding and dynamically quantised layers do"
+            stuck.append(key)
+    return stuck
+
+
+class GradientWatch:
+    """Refuses a method with a loss that moves nothing on each of its first three steps.
+
+    On a single step that happens by chance: an empty box and a ReLU that is 0 everywhere pass no gradient on,
+    as in detectors that are small or hardly trained.
+    """
+
+    steps = 3
+
+    def __init__(self) -> None:
+        self._looked: dict[str, int] = {}
+
+    def add(self, name: str) -> None:
+        """Watches a method until each of its losses has moved something on one step."""
+        self._looked[name] = 0
+
+    def look(self, losses: Mapping[str, Mapping[str, Tensor]], maps: Sequence[Tensor]) -> None:
+        """Warns on a method's first step, raises ``ValueError`` on its third.
+
+        Args:
+            losses: of each method that was active.
+            maps: the student's, which the losses were calculated from.
+        """
+        for name in self._looked.keys() & losses.keys():
+            stuck = _without_gradient(losses[name], maps)
+            if not stuck:
+                del self._looked[name]
+                continue
+            self._looked[name] += 1
+            values = " and ".join(f"{key} is {float(losses[name][key].detach()):.4g}" for key in stuck)
+            message = (
+                f"{name}: {values}, but the gradient is 0 at every feature map of the student, so distilling "
+                "has no effect: a layer between the split and the teacher's predictions passes no gradient "
+                "on, as rounding and dynamically quantised layers do, or all of the predicted boxes are empty"
             )
+            if self._looked[name] == self.steps:
+                raise ValueError(f"{message}. So it was on each of the first {self.steps} steps")
+            if self._looked[name] == 1:
+                warnings.warn(f"{message}. Two more such steps are refused", stacklevel=5)
 
 
 class TrainingWatch:
@@ -198,6 +282,30 @@ def _equal(now: list[Tensor], before: list[Tensor]) -> bool:
     return len(now) == len(before) and all(
         a.device == b.device and torch.equal(a, b) for a, b in zip(now, before, strict=True)
     )
+
+
+def check_scale(pair: Pair, teacher: Batch, student: Batch) -> None:
+    """Raises ``ValueError`` where levels were matched by a factor that the images' sizes speak against.
+
+    Args:
+        pair: its levels matched by the strides alone, which allow several factors where a level is left out.
+        teacher: its batch of the view.
+        student: its batch.
+    """
+    theirs, ours = pair.teacher.strides, pair.student.strides
+    if pair.levels is None or theirs is None or ours is None:
+        return
+    found = teacher.image_sizes[0][0] / student.image_sizes[0][0]
+    factors = [a / b for a in theirs for b in ours]
+    nearest = min([pair.scale, *factors], key=lambda factor: abs(math.log(factor / found)))
+    levels, _ = match_levels(theirs, ours, scale=nearest)
+    if nearest != pair.scale and len(levels) >= len(pair.levels):
+        raise ValueError(
+            f"strides {list(theirs)} (teacher) and {list(ours)} (student) match with images of the teacher's "
+            f"that are {pair.scale:g} or {nearest:g} times as large as the student's, and these are "
+            f"{found:.3g} times: pass view_scale={nearest:g}, or view_scale={pair.scale:g} if levels are to "
+            "be matched so"
+        )
 
 
 def check_strides(side: str, trace: DetectorTrace) -> None:

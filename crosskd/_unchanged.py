@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["unchanged"]
+__all__ = ["probing", "unchanged"]
 
 
 @contextmanager
@@ -44,6 +44,29 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             vars(child).update(of_child)
         for value, content in contents.values():
             _restore(value, content)
+
+
+@contextmanager
+def probing(module: nn.Module) -> Iterator[None]:
+    """For a run that leaves no trace: in eval mode, without gradients, and without the user's hooks.
+
+    Args:
+        module: as for `unchanged`.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with probing(norm):
+        ...     norm.training
+        False
+        >>> norm.training
+        True
+    """
+    with torch.no_grad(), unchanged(module):
+        module.eval()
+        for inner in module.modules():
+            inner._forward_hooks.clear()
+            inner._forward_pre_hooks.clear()
+        yield
 
 
 def _save(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:

@@ -109,15 +109,24 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint of PyTorch's, or only a part of one: {error}") from error
 
 
+def _allowed_name(entry: Any) -> str:
+    """What a file calls an entry of the safe globals, which may be a pair of an object and its name."""
+    return str(entry[1]) if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}"
+
+
 @contextlib.contextmanager
 def also_allowing(classes: list[Any]) -> Iterator[None]:
     """Adds classes to PyTorch's safe globals, which are one list for the process, for a while.
 
-    PyTorch 2.4 has no ``safe_globals`` context yet.
+    Those that another library has allowed under the same names are left out meanwhile: of two, PyTorch would
+    take either. PyTorch 2.4 has no ``safe_globals`` context yet.
     """
+    names = {_allowed_name(entry) for entry in classes}
     with _ALLOWING:
         before = list(torch.serialization.get_safe_globals())
-        torch.serialization.add_safe_globals(classes)
+        others = [entry for entry in before if _allowed_name(entry) not in names]
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([*others, *classes])
         try:
             yield
         finally:

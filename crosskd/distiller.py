@@ -9,19 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from crosskd._guards import (
+    GradientWatch,
     TrainingWatch,
     bare,
     check_devices,
     check_effect,
-    check_gradient,
+    check_frozen,
     check_same_pixels,
+    check_scale,
+    check_sharding,
     check_shared,
     check_strides,
+    is_sharded,
 )
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
@@ -53,7 +58,7 @@ class Distiller(nn.Module):
     The student is trained in place and stays the plain detector that it was. The teacher is never
     changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory. What
     is loaded into the teacher later is followed, but not by ``load_state_dict(assign=True)``, which gives it
-    other memory: load before the distiller is made.
+    other memory, and is warned of: load before the distiller is made.
     ``parameters()`` and ``state_dict()`` hold the student and what the methods train, never the teacher;
     ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module; a deep copy
     shares the teacher's weights' memory too, a pickle holds them.
@@ -87,6 +92,8 @@ class Distiller(nn.Module):
 
     Attributes:
         pair: the two adapters, the levels that belong together, the class map.
+        unscheduled: the losses of the last training step by name, detached and before the schedules' factors;
+            0 for a method at rest, whose teacher was not run.
 
     Raises:
         ValueError: a pair that can't be distilled, or settings that don't fit it, saying what differs.
@@ -166,8 +173,12 @@ class Distiller(nn.Module):
         # teacher.
         self.pair = self._paired(theirs, ours, class_map)
         self._structure = dict(student.named_modules())
+        # The user's own teacher, and which parameters it had; a copy of the distiller knows of none.
+        self._given: tuple[Any, list[int]] | None = (ref(teacher), [id(p) for p in teacher.parameters()])
+        self._own_names: set[str] = set()
         self._proved: set[str] = set()
         self._checked: set[str] = set()
+        self._gradients = GradientWatch()
         self.methods = nn.ModuleDict(_named(methods, ours.heads))
         self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
         for name, method in self._methods().items():
@@ -181,6 +192,7 @@ class Distiller(nn.Module):
         # Until an optimizer is seen to move what the methods train.
         trains = next(self.methods.parameters(), None) is not None
         self._watch: TrainingWatch | None = TrainingWatch() if trains else None
+        self.unscheduled: dict[str, Tensor] = {}
 
     def _paired(self, teacher: Adapter, student: Adapter, class_map: ClassMap | None) -> Pair:
         """The two adapters, with levels of equal strides and the class map checked."""
@@ -251,6 +263,12 @@ class Distiller(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Refuses the file of a student alone; steps count from 0 where a schedule is new."""
         strict = arguments[1]
+        wrapped = f"module.{prefix}student."
+        if strict and any(key.startswith(wrapped) for key in state_dict):
+            raise ValueError(
+                "this is the state of a distiller inside DistributedDataParallel, whose keys start with "
+                "module. Load it into such a one, or leave that beginning out"
+            )
         if strict and state_dict and not any(key.startswith(f"{prefix}student.") for key in state_dict):
             raise ValueError(
                 "this is no distiller's state, for it has no key that starts with student., the first is "
@@ -273,12 +291,16 @@ class Distiller(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the reference to the user's teacher, which can't be pickled."""
+        return vars(self) | {"_given": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
         """Copies the student and the methods; the copy's teacher shares this one's weights."""
         memo.update(sharing_memo(self.teacher))
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        state = {name: deepcopy(value, memo) for name, value in vars(self).items()}
+        state = {name: deepcopy(value, memo) for name, value in self.__getstate__().items()}
         copied.__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
         return copied
 
@@ -322,7 +344,7 @@ class Distiller(nn.Module):
             factors: what each method's losses are multiplied by, by its name; 1 unless given.
         """
         factors = dict.fromkeys(self.methods, 1.0) if factors is None else factors
-        return _flat(trace, self._methods(), factors, self.student)
+        return _flat(trace, self._methods(), factors, self.student, self._own_names)
 
     # -- one training step ----------------------------------------------------------------------
 
@@ -335,8 +357,8 @@ class Distiller(nn.Module):
             methods: those that are active, by name; all of them unless given.
         """
         active = self._methods() if methods is None else methods
-        pair, student = self.pair, self.pair.student
         batch, seen = self._prepare(images, targets, active)
+        pair, student = self.pair, self.pair.student  # which a change of the student's has made anew
         # The teacher runs first, so that what it needed is freed.
         theirs = run_teacher(pair, seen, active) if active else None
         del seen  # pixels of the teacher's own coding are freed before the student runs
@@ -347,7 +369,7 @@ class Distiller(nn.Module):
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
             run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0))
-            ours.heads[head.name] = with_own_losses(run, batch, ours.maps)
+            ours.heads[head.name] = with_own_losses(run, batch, ours.maps, distilled=bool(active))
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
         steps = {} if theirs is None else self._steps(theirs, ours, active)
@@ -361,8 +383,8 @@ class Distiller(nn.Module):
     @outside_graph
     def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
-        teacher, student = self.pair.teacher, self.pair.student
         self._check_unchanged()
+        teacher, student = self.pair.teacher, self.pair.student
         batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
@@ -385,7 +407,7 @@ class Distiller(nn.Module):
         """
         teacher, student = self.pair.teacher, self.pair.student
         if self.teacher_view is not None:
-            view = self.teacher_view(images, targets)
+            view = self._view(images, targets)
             seen = teacher.prepare(view, None)
             sizes = unpadded(view, images, seen, batch)
             if sizes != seen.image_sizes:
@@ -395,6 +417,19 @@ class Distiller(nn.Module):
         pixels = recoded(batch, student.pixel_coding, teacher.pixel_coding)
         return teacher.take(Batch(pixels, batch.image_sizes))
 
+    def _view(self, images: Any, targets: Any) -> Any:
+        """What ``teacher_view`` makes of a batch; says so where it needs the targets and there are none."""
+        assert self.teacher_view is not None
+        try:
+            return self.teacher_view(images, targets)
+        except (TypeError, AttributeError) as error:
+            if targets is not None:
+                raise
+            raise TypeError(
+                f"teacher_view= failed on images without targets: {error}. It is called with (images, None) "
+                "there: let it do without targets, or give it what it needs in the images"
+            ) from error
+
     def _check_unchanged(self) -> None:
         """Raises ``ValueError`` where something has changed that the methods were set up by."""
         made_for = self.student_adapter.detector
@@ -403,6 +438,16 @@ class Distiller(nn.Module):
                 f"distiller.student, a {type(made_for).__name__}, was replaced by a "
                 f"{type(self.student).__name__}: make a new Distiller for it"
             )
+        if self._given is not None:
+            teacher, before = self._given[0](), self._given[1]
+            if teacher is not None and [id(parameter) for parameter in teacher.parameters()] != before:
+                self._given = None
+                warnings.warn(
+                    f"the teacher, a {type(teacher).__name__}, was given other parameters since the "
+                    "distiller was made, by load_state_dict(assign=True) or another layer: the distiller "
+                    "goes on with those that it had. Make it after such a change",
+                    stacklevel=5,
+                )
         now = dict(self.student.named_modules())
         for path, module in self._structure.items():
             if now.get(path) is not module:
@@ -415,6 +460,7 @@ class Distiller(nn.Module):
             )
         if not self._checked:
             check_devices(self.teacher, self.student)
+            check_sharding(self.student_adapter)
 
     def _read_again(self, path: str) -> None:
         """Reads the student once more, some of whose layers were replaced.
@@ -464,6 +510,8 @@ class Distiller(nn.Module):
         if not self._checked:
             check_strides("teacher", teacher)
             check_strides("student", student)
+            if self.teacher_view is not None and self.view_scale is None:
+                check_scale(self.pair, teacher.batch, student.batch)
         steps = steps_of(self._pairs, teacher, student, active, self.unlabelled_threshold)
         for name in steps.keys() - self._checked:
             active[name].check(steps[name])
@@ -473,15 +521,24 @@ class Distiller(nn.Module):
     def _finish(self, trace: Trace, compiled: bool) -> None:
         """Refuses, on a method's first step, a distillation that would silently do nothing; counts steps."""
         losses = trace.losses
+        self._own_names.update(trace.own_losses)
+        if torch.is_grad_enabled():
+            check_frozen(losses, self._checked)
         for name in losses.keys() - self._checked:
             check_effect(name, losses[name])
             # Without gradients it can't be seen whether the student would learn: check again when there are.
             if torch.is_grad_enabled():
-                if not compiled:  # a compiled graph may be gone through once
-                    check_gradient(name, losses[name], trace.student.maps)
+                # A compiled graph may be gone through once, and so may sharded weights. A method that watches
+                # gradients would take this for one of training.
+                watches = self._methods()[name].watches_maps
+                if not (compiled or watches or is_sharded(self.student)):
+                    self._gradients.add(name)
                 self._checked.add(name)
         if not torch.is_grad_enabled():
             return  # no training step: of a validation, say
+        if not compiled:
+            self._gradients.look(losses, trace.student.maps)
+        self.unscheduled = {name: loss.detach() for name, loss in self.named_losses(trace).items()}
         if self.progress is not None:
             self.progress[0] += 1
         if self._watch is not None and self._watch.found(self.student, self._methods(), set(losses)):
@@ -607,10 +664,14 @@ def _heads_of(method: Method, names: Sequence[str]) -> Sequence[str | None]:
 
 
 def _flat(
-    trace: Trace, methods: Mapping[str, Method], factors: Mapping[str, float], student: nn.Module
+    trace: Trace,
+    methods: Mapping[str, Method],
+    factors: Mapping[str, float],
+    student: nn.Module,
+    own_names: set[str],
 ) -> dict[str, Tensor]:
     """All losses of a step by name, the methods' times their factors, with their names in front where names
-    clash.
+    clash: with each other's, or with the student's own, which images without targets have none of.
     """
     own = trace.own_losses
     named: list[tuple[str, str, Tensor]] = []
@@ -618,7 +679,7 @@ def _flat(
         losses = trace.losses[name] if name in trace.losses else _nothing(method, student)
         for key, loss in losses.items():
             named.append((name, _loss_name(key, method.head), loss))
-    taken = [*own, *(key for _, key, _ in named)]
+    taken = [*{*own_names, *own}, *(key for _, key, _ in named)]
     flat = dict(own)
     for name, key, loss in named:
         head = methods[name].head

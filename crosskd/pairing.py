@@ -273,12 +273,11 @@ def require_classes(pair: Pair) -> None:
 def require_predictions_alike(pair: Pair) -> None:
     """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
     teacher, student = require_heads(pair)
-    kinds = [
-        "a sigmoid per class"
-        if head.background is None
-        else f"a softmax whose class {head.background} is no object"
-        for head in (teacher, student)
-    ]
+    kinds = []
+    for head in (teacher, student):
+        objectness = ", times an objectness" if head.objectness else ""
+        softmax = f"a softmax whose class {head.background} is no object"
+        kinds.append(f"a sigmoid per class{objectness}" if head.background is None else softmax)
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from crosskd._checks import compute_dtype, shape_text
 
-__all__ = ["Assignment", "Predictions", "join_levels", "mean_over_ranks", "positives_of_teacher"]
+__all__ = [
+    "Assignment",
+    "Predictions",
+    "join_levels",
+    "mean_over_ranks",
+    "of_this_rank",
+    "positives_of_teacher",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +35,16 @@ class Predictions:
         regression: shape (batch, anchors, 4) as the head encodes boxes,
             (batch, anchors, 4, bins) for a distribution over each side, or
             (batch, anchors, classes, 4) with ``box_per_class``.
-        quality: shape (batch, anchors), the logits of a centerness or IoU prediction, or ``None``.
+        quality: shape (batch, anchors), the logits of a centerness, an IoU or an objectness, or ``None``.
         background: the class that means no object, of heads whose classes share a softmax; ``None`` for
             heads with a sigmoid a class.
         box_per_class: each class has a box of its own.
+        objectness: ``quality`` says whether there is an object at all, and the classes which one: a class's
+            probability is the product of the two sigmoids, as in YOLOX and in YOLOv3 to v7.
 
     Raises:
-        ValueError: other shapes than these, a background that is none of the classes.
+        ValueError: other shapes than these, a background that is none of the classes, objectness without
+            ``quality`` or beside a background.
     """
 
     logits: Tensor
@@ -40,6 +52,7 @@ class Predictions:
     quality: Tensor | None
     background: int | None = None
     box_per_class: bool = False
+    objectness: bool = False
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3:
@@ -67,10 +80,30 @@ class Predictions:
             raise ValueError(
                 f"background must be one of the {classes} classes, 0 to {classes - 1}, got {self.background}"
             )
+        if self.objectness and (self.quality is None or self.background is not None):
+            raise ValueError(
+                "objectness=True says that quality, the logits of whether there is an object, multiplies a "
+                f"sigmoid per class; got quality {self.quality if self.quality is None else 'given'} and "
+                f"background {self.background}"
+            )
+
+    def class_logits(self) -> Tensor:
+        r"""The logits of the classes' probabilities, shape (batch, anchors, classes).
+
+        They are ``logits``, except with ``objectness``: of a class's logit :math:`a` and the objectness's
+        :math:`b` the product of the sigmoids has the logit
+        :math:`-\log(e^{-a} + e^{-b} + e^{-a-b})`; float32 at least.
+        """
+        if not self.objectness or self.quality is None:
+            return self.logits
+        dtype = compute_dtype(self.logits, self.quality)
+        a, b = -self.logits.to(dtype), -self.quality.to(dtype).unsqueeze(-1)
+        return -torch.logaddexp(torch.logaddexp(a, b), a + b)  # large numbers don't overflow
 
     def probabilities(self) -> Tensor:
         """Each class's probability, shape (batch, anchors, classes), the background's 0; float32 at least."""
-        logits = self.logits.to(compute_dtype(self.logits))
+        logits = self.class_logits()
+        logits = logits.to(compute_dtype(logits))
         if self.background is None:
             return logits.sigmoid()
         column = torch.tensor(self.background, device=logits.device)
@@ -79,7 +112,10 @@ class Predictions:
     def confidence(self) -> Tensor:
         """The largest class probability at each anchor, shape (batch, anchors), in float32 at least."""
         if self.background is None:  # the same with one sigmoid an anchor
-            return self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
+            largest = self.logits.amax(dim=-1).to(compute_dtype(self.logits)).sigmoid()
+            if self.objectness and self.quality is not None:
+                return largest * self.quality.to(largest.dtype).sigmoid()
+            return largest
         return self.probabilities().amax(dim=-1)
 
     def box_confidence(self) -> Tensor:
@@ -185,16 +221,44 @@ def positives_of_teacher(teacher: Predictions, threshold: float, *, sum_quality:
     return Assignment(label_weights=None, positive=positive, normalizer=normalizer)
 
 
+_alone = False
+
+
+@contextmanager
+def of_this_rank() -> Iterator[None]:
+    """Inside, `mean_over_ranks` takes this process for the only one: for what other processes may not run.
+
+    Example:
+        >>> with of_this_rank():
+        ...     mean_over_ranks(torch.tensor(2.0))
+        tensor(2.)
+    """
+    global _alone  # noqa: PLW0603  # a step is run by one thread of a process
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """A number averaged over the processes of a distributed run; itself where there is one process.
 
-    Every process must call it as often as the others.
+    Under `DistributedDataParallel` they are those of its group. Every process must call it as often as the
+    others; inside DDP's ``join()``, where a process may have run out of batches, each has its own number.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if _alone or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    ranks = torch.distributed.get_world_size()
+    group = None
+    # The one whose forward runs, which the compiler can't ask for.
+    parallel = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
+    if parallel is not None:
+        if parallel._join_config.enable:
+            return value
+        group = parallel.process_group
+    ranks = torch.distributed.get_world_size(group)
     if ranks == 1:
         return value
     value = value.detach().clone()
-    torch.distributed.all_reduce(value)
+    torch.distributed.all_reduce(value, group=group)
     return value / ranks

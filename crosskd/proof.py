@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, Batch, RegionHead
 from crosskd.pairing import Pair
-from crosskd.predictions import Predictions
+from crosskd.predictions import Predictions, of_this_rank
 from crosskd.running import run_region_heads, with_own_losses
 from crosskd.step import DetectorTrace, run_head
 
@@ -195,15 +195,22 @@ def _own_forward(name: str) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"{name}'s own forward, which the first step compares with its pieces, failed with "
-            f"{type(error).__name__}: {error}. If it takes something else than images and targets, say how "
-            "it is called (generic() takes own_losses= and detect=), or pass prove=False to the Distiller"
+            f"{type(error).__name__}: {error}. Look at what it was given first: alone it would fail, too. If "
+            "it takes something else than images and targets, say how it is called (generic() takes "
+            "own_losses= and detect=), or pass prove=False to the Distiller"
         ) from error
 
 
 @contextmanager
 def _proving(detector: nn.Module) -> Iterator[Outputs]:
     """Records the outputs of a detector's layers; all else that runs inside leaves no trace."""
-    with torch.no_grad(), unchanged(detector), same_random_numbers(detector), _recorded(detector) as outputs:
+    with (
+        torch.no_grad(),
+        unchanged(detector),
+        same_random_numbers(detector),
+        of_this_rank(),  # others may prove at another step
+        _recorded(detector) as outputs,
+    ):
         yield outputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, RegionHead
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair, classes_agree
-from crosskd.predictions import Assignment
+from crosskd.predictions import Assignment, of_this_rank
 from crosskd.step import (
     DetectorTrace,
     HeadTrace,
@@ -119,19 +120,24 @@ def _head_named(adapter: Adapter, name: str) -> Head | None:
 
 
 @outside_graph
-def with_own_losses(run: HeadTrace, batch: Batch, maps: Sequence[Tensor]) -> HeadTrace:
+def with_own_losses(
+    run: HeadTrace, batch: Batch, maps: Sequence[Tensor], *, distilled: bool = True
+) -> HeadTrace:
     """A run of one of the student's heads with its anchors, own losses and label assignment.
 
     Args:
         run: the head's run; of a `RegionHead` with its regions as anchors.
         batch: as the student takes it.
         maps: the student's.
+        distilled: whether methods are active; else the assignment's normalizer is this process's own, for
+            another's batch may have no targets, and no assignment.
     """
     anchors = run.head.anchors(batch, maps) if run.anchors is None else run.anchors
     run = replace(run, anchors=anchors, all_anchors=anchors)
     if batch.targets is None:
         return run
-    losses, assignment = run.head.losses(run.predictions, anchors, batch)
+    with nullcontext() if distilled else of_this_rank():
+        losses, assignment = run.head.losses(run.predictions, anchors, batch)
     return replace(run, losses=losses, assignment=assignment)
 
 
@@ -162,7 +168,7 @@ def run_region_heads(
             teacher.heads[head.name] = replace(observed, anchors=regions, all_anchors=regions)
         pooled = head.pool(student.maps, regions, student.batch)
         run = replace(run_head(head, [pooled], [0], points_of(head, methods, 0)), anchors=regions)
-        previous = with_own_losses(run, student.batch, student.maps)
+        previous = with_own_losses(run, student.batch, student.maps, distilled=bool(methods))
         student.heads[head.name] = previous
 
 

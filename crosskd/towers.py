@@ -9,11 +9,14 @@ a module.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from crosskd._measured import bends, ending_activation, is_elementwise, measured_widths
 
 __all__ = ["Block", "Branch", "Tap", "TapPoint", "Tapped", "Tower", "split_tower"]
 
@@ -133,13 +136,14 @@ class Block:
         activated: Tensor = self.activation(features)
         return activated
 
-    @property
+    @cached_property
     def has_pre(self) -> bool:
         """Whether a tap before the activation can be taken: none is, or may be, hidden in the layers."""
         if self.opaque or self.activation is not None:
             return not self.opaque
         inside = [module for layer in self.layers for module in layer.modules()]
-        return not any(isinstance(m, _ACTIVATIONS) or _runs_its_own_way(m) for m in inside)
+        width = self.widths[1] if self.widths else 0
+        return not any(_is_activation(m, width) or _runs_its_own_way(m) or _hides(m, width) for m in inside)
 
     @property
     def starts_in_place(self) -> bool:
@@ -147,14 +151,21 @@ class Block:
         first = next((m for m in self.layers[0].modules() if not list(m.children())), None)
         return bool(getattr(first, "inplace", False))
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, int] | None:
         """Channels in and out, where a layer says so."""
         leaves = [leaf for layer in self.layers for leaf in layer.modules()]
         ins = [_first_integer(leaf, "in_channels", "in_features") for leaf in leaves]
         outs = [_first_integer(leaf, "out_channels", "out_features") for leaf in leaves]
         known_ins, known_outs = ([width for width in side if width is not None] for side in (ins, outs))
-        return (known_ins[0], known_outs[-1]) if known_ins and known_outs else None
+        if not known_ins or not known_outs:
+            return None
+        found, several = None, len({*known_ins, *known_outs}) > 1
+        # Layers may stand in another order than they run in, as a LoRA's do.
+        if several and any(_runs_its_own_way(layer) for layer in self.layers):
+            whole, last = nn.Sequential(*self.layers), _takes_channels_last([self])
+            found = measured_widths(whole, dict.fromkeys(known_ins), channels_last=last)
+        return found or (known_ins[0], known_outs[-1])
 
 
 def _first_integer(module: nn.Module, *names: str) -> int | None:
@@ -169,7 +180,37 @@ def _is_weighted_leaf(module: nn.Module) -> bool:
 
 def _runs_its_own_way(module: nn.Module) -> bool:
     """A module with children and a forward that is more than one child after the other."""
-    return any(True for _ in module.children()) and type(module).forward is not nn.Sequential.forward
+    own = type(module).forward is not nn.Sequential.forward or "forward" in vars(module)
+    return any(True for _ in module.children()) and own
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    """One of PyTorch's layers, which does what it is called, and is no activation unless it is listed."""
+    kind = type(layer).__module__
+    known = kind.startswith("torch.nn.modules.") and not kind.endswith(".activation")
+    return known and "forward" not in vars(layer)
+
+
+def _is_activation(layer: nn.Module, width: int) -> bool:
+    """Whether a layer is an activation, also one that nobody has listed.
+
+    Args:
+        layer: any module.
+        width: channels of its input.
+    """
+    if isinstance(layer, _ACTIVATIONS):
+        return True
+    if not width or _is_torchs(layer) or any(True for _ in layer.children()) or _is_weighted_leaf(layer):
+        return False
+    return is_elementwise(layer, width) and bool(bends(layer, width))
+
+
+def _hides(layer: nn.Module, width: int) -> bool:
+    """Whether a layer that is no activation may run one as a function, in a forward of its own."""
+    if _is_torchs(layer) or any(True for _ in layer.children()):
+        return False
+    given = _first_integer(layer, "in_channels", "in_features") or width
+    return not given or bends(layer, given, channels_last=isinstance(layer, nn.Linear)) is not False
 
 
 def _composite_block(module: nn.Module) -> Block:
@@ -178,15 +219,24 @@ def _composite_block(module: nn.Module) -> Block:
     children = [child for child in module._modules.values() if child is not None]
     if not _runs_its_own_way(module):
         return _flat_block(children)
-    activation = children[-1] if isinstance(children[-1], _ACTIVATIONS) else None
-    return Block((module,), activation, opaque=True)
+    block = Block((module,), opaque=True)
+    activations = [inner for inner in module.modules() if isinstance(inner, _ACTIVATIONS)]
+    if not activations or block.widths is None:
+        return block
+    last, width = _takes_channels_last([block]), block.widths[0]
+    measured, ending = ending_activation(module, activations, width, channels_last=last)
+    if not measured and isinstance(children[-1], _ACTIVATIONS):
+        ending = children[-1]
+    return Block((module,), ending, opaque=True)
 
 
 def _flat_block(layers: list[nn.Module]) -> Block:
     """A block of layers that run one after the other."""
     *body, last = layers
-    ends_active = body and isinstance(last, _ACTIVATIONS)
-    return Block(tuple(body), last) if ends_active else Block(tuple(layers))
+    before = Block(tuple(body)) if body else None
+    if before is not None and _is_activation(last, before.widths[1] if before.widths else 0):
+        return replace(before, activation=last)
+    return Block(tuple(layers))
 
 
 def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> tuple[Block, ...]:
@@ -210,6 +260,11 @@ def split_tower(tower: nn.Module | Iterable[nn.Module], name: str = "tower") -> 
         >>> [len(block.layers) for block in blocks], blocks[0].activation
         ([1, 1], ReLU())
     """
+    if isinstance(getattr(tower, "_orig_mod", None), nn.Module):
+        raise ValueError(
+            f"{name} was compiled on its own, but distillation runs it block by block: leave it uncompiled, "
+            "and call torch.compile(distiller) instead"
+        )
     if isinstance(tower, nn.Module) and not isinstance(tower, nn.Sequential | nn.ModuleList):
         raise ValueError(
             f"{name} is a {type(tower).__name__}, which cannot be split: expected an nn.Sequential, "
@@ -266,7 +321,7 @@ def _takes_channels_last(blocks: Iterable[Block]) -> bool:
 
 def _rejoin(previous: Block, joined: tuple[nn.Module, ...], layer: nn.Module) -> Block:
     layers = previous.layers if previous.opaque else joined
-    if isinstance(layer, _ACTIVATIONS):
+    if _is_activation(layer, previous.widths[1] if previous.widths else 0):
         return Block(layers, activation=layer)
     return Block((*layers, layer))
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import (
-    MobileNet_V2_Weights,
-    MobileNet_V3_Large_Weights,
-    mobilenet_v2,
-    mobilenet_v3_large,
-)
+from torchvision.models import mobilenet_v2
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
+from weights import downloading
 
 BACKBONES = (
     "resnet18",
@@ -128,35 +125,49 @@ def build_backbone(
     if levels == 3:
         pyramid_top = NoTop()
     if name in LITE_STAGES:
-        layers = _efficientnet_lite(name, pretrained, fixed_type if fixed else None)
-        stages = list(LITE_STAGES[name])
-    elif name in ("mobilenet_v2", "mobilenet_v2_half"):
-        if pretrained and name == "mobilenet_v2_half":
-            raise ValueError("torchvision publishes no ImageNet weights for mobilenet_v2_half")
-        weights = MobileNet_V2_Weights.IMAGENET1K_V1 if pretrained else None
-        share = 0.5 if name == "mobilenet_v2_half" else 1.0
-        layers = mobilenet_v2(weights=weights, width_mult=share, norm_layer=norm).features
-        stages = [(layer, layers[int(layer)].out_channels) for layer in ("3", "6", "13", "17")]
-    elif name == "mobilenet_v3_large":
-        weights = MobileNet_V3_Large_Weights.IMAGENET1K_V1 if pretrained else None
-        layers = mobilenet_v3_large(weights=weights, norm_layer=norm).features
-        # The last layers at strides 4, 8, 16 and 32, and their channels.
-        stages = [("3", 24), ("6", 40), ("12", 112), ("16", 960)]
+        layers, stages = (
+            _efficientnet_lite(name, pretrained, fixed_type if fixed else None),
+            LITE_STAGES[name],
+        )
     else:
-        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-        layers = torchvision.models.get_model(name, weights=weights, norm_layer=norm)
-        if fixed:
-            for part in (layers.conv1, layers.bn1, layers.layer1):
-                part.requires_grad_(False)
-        stages = [(f"layer{n}", layers.inplanes // 2 ** (4 - n)) for n in range(1, 5)]
+        layers, stages = _torchvisions(name, pretrained, norm, freeze=fixed)
     if style != "two_stage":
-        del stages[0]
+        stages = stages[1:]
     numbered = {layer: str(level) for level, (layer, _) in enumerate(stages)}
     return BackboneWithFPN(layers, numbered, [w for _, w in stages], width, extra_blocks=pyramid_top)
 
 
-def _efficientnet_lite(name: str, pretrained: bool, fixed_type: Any) -> nn.Sequential:
+def _torchvisions(
+    name: str, pretrained: bool, norm: Callable[[int], nn.Module], *, freeze: bool
+) -> tuple[nn.Module, list[tuple[str, int]]]:
+    """The layers of torchvision's backbone; the last at strides 4, 8, 16 and 32, and their channels."""
+    if name == "mobilenet_v2_half":
+        if pretrained:
+            raise ValueError("torchvision publishes no ImageNet weights for mobilenet_v2_half")
+        layers = mobilenet_v2(width_mult=0.5, norm_layer=norm)
+    else:
+        weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        with downloading(weights.url, "start from random numbers, without --pretrained-backbone"):
+            layers = torchvision.models.get_model(
+                name, weights=weights if pretrained else None, norm_layer=norm
+            )
+    if name == "mobilenet_v3_large":
+        return layers.features, [("3", 24), ("6", 40), ("12", 112), ("16", 960)]
+    if name in ("mobilenet_v2", "mobilenet_v2_half"):
+        features = layers.features
+        return features, [(layer, features[int(layer)].out_channels) for layer in ("3", "6", "13", "17")]
+    if freeze:
+        for part in (layers.conv1, layers.bn1, layers.layer1):
+            part.requires_grad_(False)
+    return layers, [(f"layer{n}", layers.inplanes // 2 ** (4 - n)) for n in range(1, 5)]
+
+
+def _efficientnet_lite(
+    name: str, pretrained: bool, fixed_type: Any
+) -> tuple[nn.Module, list[tuple[str, int]]]:
     """An EfficientNet-Lite's layers: recoding, stem, and the blocks, which are named by their numbers.
+
+    Likewise with where its maps come from.
 
     Args:
         name: of ``LITE_STAGES``.
@@ -188,4 +199,4 @@ def _efficientnet_lite(name: str, pretrained: bool, fixed_type: Any) -> nn.Seque
                     fixed = fixed_type(child.num_features, eps=child.eps)
                     fixed.load_state_dict(child.state_dict(), strict=False)
                     setattr(module, key, fixed)
-    return layers
+    return layers, LITE_STAGES[name]

@@ -6,36 +6,52 @@ import contextlib
 import io
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from augmentations import Augmentation, Sample
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import pil_to_tensor
 
-Sample = tuple[Tensor, dict[str, Tensor]]
+ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
+LEAST_SIDE, MOST_RATIO = 8, 100  # pixels; what is smaller or narrower vanishes where images are resized
 
 
-class CocoFolder(Dataset[Sample]):
+class CocoFolder(CocoDetection):
     """Images with their boxes and labels.
 
     Crowd boxes are left out of the targets (evaluation ignores what is found in them), boxes without
     area are left out and counted, images without boxes stay. An image that can't be read is replaced by
     the next one that can and counted, in training; in evaluation it is an image without detections.
 
+    Everything that would end a run late, or be trained on or measured wrongly, is looked for here: ids,
+    boxes, categories, and the size of every image against the file's.
+
     Args:
         images: the folder that file names are relative to.
         annotations: a JSON file in COCO form.
-        raw_labels: labels are the category ids themselves, as torchvision's published weights have them;
-            otherwise categories are numbered in the order of their ids.
+        published: names of the classes of published weights, by label. Where all categories have these ids
+            and names, labels are the ids themselves; otherwise categories are numbered in the order of
+            their ids.
         first_label: where that begins: 1 for detectors that keep 0 for the background.
-        seed: of the horizontal flips, which depend on it, the epoch and the image alone.
-        flip: how likely a training image is flipped; 0 for evaluation.
+        seed: of the augmentations, which depend on it, the epoch and the image alone.
+        augment: what is done to training images, in this order; see ``augmentations.py``.
         keep_empty: keep images without boxes.
+
+    Raises:
+        FileNotFoundError: no such folder or file, or most images are missing.
+        ValueError: annotations that can't be used, saying which.
+        OSError: not one image can be read.
     """
 
     def __init__(
@@ -43,50 +59,120 @@ class CocoFolder(Dataset[Sample]):
         images: Path,
         annotations: Path,
         *,
-        raw_labels: bool = False,
+        published: Sequence[str] = (),
         first_label: int = 0,
         seed: int = 0,
-        flip: float = 0.0,
+        augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
     ) -> None:
-        for path in (images, annotations):
-            if not path.exists():
-                raise FileNotFoundError(f"no such data: {path}")
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            self.coco = COCO(str(annotations))
-        self.images, self.seed, self.flip, self.epoch = images, seed, flip, 0
+        require(images, folder=True)
+        require(annotations, folder=False)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+                super().__init__(images, str(annotations))
+                check_annotations(self.coco)
+        except KeyError as error:
+            raise ValueError(f"{annotations} isn't in COCO form: {error} is missing") from error
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise ValueError(f"{annotations} can't be used: {error}") from error
+        self.images, self.seed, self.augment, self.epoch = images, seed, list(augment), 0
         categories = sorted(self.coco.getCatIds())
         self.names = [category["name"] for category in self.coco.loadCats(categories)]
-        self.label_of = {c: c if raw_labels else n for n, c in enumerate(categories, first_label)}
+        named = dict(enumerate(published))
+        self.is_published = bool(published) and all(
+            named.get(c) == n for c, n in zip(categories, self.names, strict=True)
+        )
+        numbered = {c: n for n, c in enumerate(categories, first_label)}
+        self.label_of = {c: c for c in categories} if self.is_published else numbered
         self.category_of = {label: category for category, label in self.label_of.items()}
-        self.num_classes = max(self.category_of) + 1
-        self.ids = sorted(self.coco.getImgIds())
-        self.crowds = self.degenerate = 0
+        self.num_classes = len(published) if self.is_published else max(self.category_of) + 1
+        self.left_out: Counter[str] = Counter()
         self.boxes, self.labels = self._read_targets()
+        self.missing, self.unreadable = self._check_files()
+        if 2 * len(self.missing) > len(self.ids):
+            path = self._path(self.missing[0])
+            raise FileNotFoundError(
+                f"{annotations} names {len(self.ids)} images, of which {len(self.missing)} are missing. The "
+                f"first was looked for as {path}: {what_is_there(path)}. Is the images folder one level off?"
+            )
         if not keep_empty:
             self.ids = [i for i in self.ids if len(self.boxes[i])]
+        if not any(len(self.boxes[i]) for i in self.ids):
+            raise ValueError(f"{annotations} holds no box of an object, so nothing to train on or measure by")
+        if all(self._decoded(i) is None for i in self.ids):
+            raise OSError(f"not one of the {len(self)} images under {images} can be read")
         self._broken = multiprocessing.Value("i", 0)
 
     def _read_targets(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         boxes, labels = {}, {}
+        known = set(self.ids)
+        self.left_out["of no image"] += sum(len(a) for i, a in self.coco.imgToAnns.items() if i not in known)
         for image_id in self.ids:
             info = self.coco.imgs[image_id]
             kept = []
             for annotation in self.coco.imgToAnns[image_id]:
-                if annotation.get("iscrowd", 0):
-                    self.crowds += 1
+                if annotation["iscrowd"]:
+                    self.left_out["crowd"] += 1
                     continue
                 x, y, width, height = annotation["bbox"]
                 left, top = max(0.0, x), max(0.0, y)
                 right, bottom = min(info["width"], x + width), min(info["height"], y + height)
                 if right - left < 1e-3 or bottom - top < 1e-3:
-                    self.degenerate += 1
+                    self.left_out["empty"] += 1
                     continue
-                label = self.label_of[annotation["category_id"]]
-                kept.append(([left, top, right, bottom], label))
+                kept.append(([left, top, right, bottom], self.label_of[annotation["category_id"]]))
             boxes[image_id] = torch.tensor([b for b, _ in kept], dtype=torch.float32).reshape(-1, 4)
             labels[image_id] = torch.tensor([n for _, n in kept], dtype=torch.int64)
         return boxes, labels
+
+    def _check_files(self) -> tuple[list[int], list[int]]:
+        """Ids of missing images, and of others that can't be read; raises for other sizes than annotated."""
+
+        def other_size(image_id: int) -> tuple[int, int] | None:
+            expected = self._size(image_id)
+            with open_image(self._path(image_id)) as image:
+                if expected == image.size:
+                    return None
+                turned = image.getexif().get(ORIENTATION, 1) >= 5
+                return None if turned and expected == image.size[::-1] else image.size
+
+        def looked_at(image_id: int) -> tuple[int, int] | Exception | None:
+            try:
+                return other_size(image_id)
+            except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything
+                return error
+
+        with ThreadPoolExecutor(16) as pool:
+            found = dict(zip(self.ids, pool.map(looked_at, self.ids), strict=True))
+        differing = [i for i, size in found.items() if isinstance(size, tuple)]
+        if differing:
+            shown = [f"{self._path(i)} is {found[i]}, annotated as {self._size(i)}" for i in differing[:3]]
+            raise ValueError(
+                f"{len(differing)} images have another size (width, height) than their annotations say: "
+                f"{'; '.join(shown)}. Boxes would be elsewhere: correct the JSON file or the images"
+            )
+        unusable = {i: isinstance(e, FileNotFoundError) for i, e in found.items() if isinstance(e, Exception)}
+        return [i for i, gone in unusable.items() if gone], [i for i, gone in unusable.items() if not gone]
+
+    def _path(self, image_id: int) -> Path:
+        return Path(self.images / self.coco.imgs[image_id]["file_name"])
+
+    def _size(self, image_id: int) -> tuple[int, int]:
+        info = self.coco.imgs[image_id]
+        return info["width"], info["height"]
+
+    def _decoded(self, image_id: int) -> Tensor | None:
+        try:
+            return decode(self._path(image_id), self._size(image_id))
+        except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+            return None
 
     @property
     def broken(self) -> int:
@@ -97,47 +183,153 @@ class CocoFolder(Dataset[Sample]):
         return len(self.ids)
 
     def summary(self) -> str:
-        """How much there is, and what was left out, in a line."""
+        """How much there is, and what was left out or can't be read, in a line."""
         boxes = [len(self.boxes[i]) for i in self.ids]
-        left_out = f", {self.crowds} crowd and {self.degenerate} empty boxes left out"
-        return (
+        text = (
             f"{len(boxes)} images, {boxes.count(0)} without objects, {sum(boxes)} boxes of "
-            f"{len(self.names)} categories" + (left_out if self.crowds or self.degenerate else "")
+            f"{len(self.names)} categories"
         )
+        left_out = [f"{count} {kind}" for kind, count in self.left_out.items() if count]
+        if left_out:
+            text += f"; boxes left out: {', '.join(left_out)}"
+        for fault, ids in (("missing images", self.missing), ("images that can't be read", self.unreadable)):
+            if ids:
+                text += f"; {fault}: {len(ids)} ({', '.join(self._path(i).name for i in ids[:3])})"
+        return text
 
     def is_landscape(self, index: int) -> bool:
         """Whether an image is at least as wide as high."""
-        info = self.coco.imgs[self.ids[index]]
-        return bool(info["width"] >= info["height"])
+        width, height = self._size(self.ids[index])
+        return bool(width >= height)
 
     def read(self, index: int) -> Tensor | None:
         """An image as RGB bytes, shape (3, height, width), or ``None`` if it can't be read."""
-        path = self.images / self.coco.imgs[self.ids[index]]["file_name"]
-        try:
-            with Image.open(path) as image:
-                return pil_to_tensor(image.convert("RGB"))
-        # Once ultralytics was imported, Pillow looks for a module for more formats before it gives up.
-        except (OSError, UnidentifiedImageError, SyntaxError, ModuleNotFoundError):
+        image = self._decoded(self.ids[index])
+        if image is None:
             with self._broken.get_lock():
                 self._broken.value += 1
-            return None
+        return image
 
-    def __getitem__(self, index: int) -> Sample:
+    def plain(self, index: int) -> Sample:
+        """The next image that can be read, as bytes, and its target: `tv_tensors`, not augmented."""
         for offset in range(len(self)):
             chosen = (index + offset) % len(self)
             image = self.read(chosen)
             if image is not None:
-                return self._augmented(image, self.ids[chosen])
+                image_id = self.ids[chosen]
+                boxes = tv_tensors.BoundingBoxes(
+                    self.boxes[image_id].clone(), format="XYXY", canvas_size=tuple(image.shape[-2:])
+                )
+                labels = self.labels[image_id].clone()
+                target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
+                return tv_tensors.Image(image), target
         raise OSError(f"not one of the {len(self)} images under {self.images} can be read")
 
-    def _augmented(self, image: Tensor, image_id: int) -> Sample:
-        boxes, labels = self.boxes[image_id].clone(), self.labels[image_id].clone()
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, image_id)) % 2**63)
-        if torch.rand((), generator=generator) < self.flip:
-            image = image.flip(-1)
-            boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-        target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
-        return image.float() / 255, target
+    def __getitem__(self, index: int) -> Sample:
+        image, target = self.plain(index)
+        with torch.random.fork_rng(devices=[]):
+            seed = hash((self.seed, self.epoch, int(target["image_id"]))) % 2**63
+            torch.default_generator.manual_seed(seed)
+            for augmentation in self.augment:
+                image, target = augmentation(self, image, target)
+        target["boxes"] = target["boxes"].as_subclass(Tensor)
+        return image.as_subclass(Tensor).float() / 255, target
+
+
+def check_annotations(coco: COCO) -> None:
+    """Refuses annotations that would be trained on or measured wrongly; adds what COCO's measure needs.
+
+    Raises:
+        ValueError: ids that are there more than once, boxes that aren't four finite numbers or have a
+            negative side, categories or sizes that don't exist.
+        KeyError: what is missing.
+    """
+    content = coco.dataset
+    for kind in ("images", "categories", "annotations"):
+        ids = Counter(entry["id"] for entry in content[kind])
+        if not ids and kind != "annotations":
+            raise ValueError(f"it holds no {kind}")
+        foreign = [i for i in ids if type(i) is not int]
+        repeated = [i for i, count in ids.items() if count > 1]
+        if foreign or repeated:
+            fault = "are no whole numbers" if foreign else "are there more than once"
+            raise ValueError(f"ids of {kind} {fault}, such as {(foreign or repeated)[:3]}")
+    for info in content["images"]:
+        if not (isinstance(info["file_name"], str) and info["width"] > 0 and info["height"] > 0):
+            raise ValueError(f"image {info['id']} needs a file_name, and width and height above 0")
+    for annotation in content["annotations"]:
+        box, name = annotation["bbox"], f"annotation {annotation['id']}"
+        numbers = isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)
+        if not numbers or min(box[2:]) < 0:
+            raise ValueError(f"{name}: bbox must be x, y, width, height, four finite numbers, got {box}")
+        if annotation["category_id"] not in coco.cats:
+            known = f"the ids in categories, {sorted(coco.cats)[:10]}"
+            raise ValueError(f"{name} is of category {annotation['category_id']}, which isn't among {known}")
+        annotation["iscrowd"] = annotation.get("iscrowd") or 0
+        if annotation["iscrowd"] not in (0, 1):
+            raise ValueError(f"{name}: iscrowd must be 0 or 1, got {annotation['iscrowd']}")
+        if not _is_finite(annotation.get("area")):
+            annotation["area"] = box[2] * box[3]
+    if 0 in coco.anns:  # pycocotools takes a match with number 0 for none
+        for number, annotation in enumerate(content["annotations"], 1):
+            annotation["id"] = number
+        coco.createIndex()
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def require(path: Path, *, folder: bool, named: str = "") -> None:
+    """Raises ``FileNotFoundError`` for a folder or file that isn't there, saying what is.
+
+    Args:
+        path: of the folder or file.
+        folder: which of the two it must be.
+        named: what the user called it, for the message.
+    """
+    if not (path.is_dir() if folder else path.is_file()):
+        kind = "folder" if folder else "file"
+        raise FileNotFoundError(f"{named}there is no {kind} {path}: {what_is_there(path)}")
+
+
+def what_is_there(path: Path) -> str:
+    """The nearest folder on the way to a path that exists, and the first names in it."""
+    folder = next(part for part in (path.absolute(), *path.absolute().parents) if part.is_dir())
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    return f"{folder} holds {', '.join(names[:5]) or 'nothing'}" + ", ..." * (len(names) > 5)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens an image without reading its pixels; raises for one that a detector can't use."""
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not path.is_file():  # reading from a pipe would never end
+        raise ValueError(f"{path} is no file")
+    image = Image.open(path)
+    if min(image.size) < LEAST_SIDE or max(image.size) > MOST_RATIO * min(image.size):
+        raise ValueError(f"{path} is too small or too narrow: {image.size}")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"{path} has pixels of 32 bits, of which nobody knows how bright they are")
+    return image
+
+
+def decode(path: Path, size: tuple[int, int]) -> Tensor:
+    """An image as RGB bytes, shape (3, height, width); what 16 bits say is scaled to 8.
+
+    Args:
+        path: the file.
+        size: width and height that its boxes go by. The image is turned as its EXIF says, unless it has
+            this size only as it is stored.
+    """
+    with open_image(path) as image:
+        turned = ImageOps.exif_transpose(image)
+        if turned.size != size == image.size:
+            turned = image
+        if not turned.mode.startswith("I"):
+            return pil_to_tensor(turned.convert("RGB"))
+        bytes_of = (np.asarray(turned).astype(np.float64) / 257).round().astype(np.uint8)
+        return torch.from_numpy(bytes_of).expand(3, -1, -1)
 
 
 class AspectBatches(Sampler[list[int]]):

@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from augmentations import flip
 from coco_data import CocoFolder, Sample, training_loader
 from evaluation import evaluate
 from models import load_weights
 from processes import Processes, start
+from run_folder import claim, fingerprint, save_atomically
 from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 from torchvision.models.detection import RetinaNet
@@ -33,7 +35,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import remove_small_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-from training import Trainer, save_atomically
+from training import Trainer
 
 from crosskd import Distiller, FeatureImitation, Method, ResponseDistillation, Schedule
 
@@ -49,6 +51,7 @@ RECIPE = {  # what the trainer takes beside the options
     "accumulate": 1,
     "amp": "none",
     "compile": False,
+    "ema": 0.0,
     "channels_last": True,
     "resume": True,
 }
@@ -68,7 +71,7 @@ class Pairs(CocoFolder):
 
     def __init__(self, root: Path, folders: list[str], crop: int, seed: int) -> None:
         annotations = root / "annotations" / "train.json"
-        super().__init__(root / folders[0], annotations, seed=seed, flip=0.5)
+        super().__init__(root / folders[0], annotations, seed=seed, augment=[flip])
         self.other = CocoFolder(root / folders[1], annotations) if len(folders) > 1 else None
         self.crop = crop
 
@@ -78,12 +81,7 @@ class Pairs(CocoFolder):
         if first is None or self.other is None:
             return first
         second = self.other.read(index)
-        if second is None:
-            return None
-        if first.shape != second.shape:
-            name = self.coco.imgs[self.ids[index]]["file_name"]
-            raise ValueError(f"the two images called {name} differ in size: {first.shape}, {second.shape}")
-        return torch.cat([first, second])
+        return None if second is None else torch.cat([first, second])
 
     def __getitem__(self, index: int) -> Sample:
         views, target = super().__getitem__(index)
@@ -265,7 +263,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     processes = start(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
+    free = ("output", "students", "seeds", "split", "workers", "threads", "device", "data")
+    settings = {name: value for name, value in vars(options).items() if name not in free}
+    settings["teacher_weights"] = fingerprint(options.teacher_weights)
+    settings["data"] = fingerprint(options.data / "annotations" / "train.json")
+    lock = claim(options.output, settings, resume=True)
     data = Pairs(options.data, [options.images, options.teacher_images], options.crop, 0)
     steps = options.epochs * len(training_loader(data, options.batch_size, seed=0, workers=0))
     results: dict[str, dict[str, float]] = {}
@@ -278,6 +280,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
     for run, result in results.items():
         print(f"{run:<24}AP {result['AP']:.1f} ({options.split})")
+    lock.close()
     return results
 
 

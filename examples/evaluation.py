@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from coco_data import CocoFolder
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
@@ -57,26 +58,30 @@ def coco_results(dataset: CocoFolder, image_id: int, output: dict[str, Tensor]) 
 def evaluate(
     detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device
 ) -> dict[str, float]:
-    """COCO's box metrics, from 0 to 100, and the number of images, the same on every process."""
+    """COCO's box metrics, from 0 to 100, and the numbers of images and of those that can't be read."""
+    before = dataset.broken
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = detect(detector, dataset, batch_size=batch_size, device=device, rank=rank, ranks=ranks)
+    unreadable = dataset.broken - before
     if ranks > 1:
         shares: list[Any] = [None] * ranks
-        dist.all_gather_object(shares, found)
-        found = {image_id: results for share in shares for image_id, results in share.items()}
+        dist.all_gather_object(shares, (found, unreadable))
+        found = {image_id: results for share, _ in shares for image_id, results in share.items()}
+        unreadable = sum(count for _, count in shares)
     results = [result for image_id in sorted(found) for result in found[image_id]]
-    return {**coco_metrics(dataset, results), "images": len(found)}
+    return {**coco_metrics(dataset, results), "images": len(found), "unreadable_images": unreadable}
 
 
 def coco_metrics(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
-    """COCO's box metrics of results, from 0 to 100; all 0 where nothing was detected."""
-    if not results:
-        return dict.fromkeys(METRICS, 0.0)
+    """COCO's box metrics of results, from 0 to 100, without those of sizes that no object has."""
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(results), "bbox")
+        # loadRes takes no empty list.
+        found = dataset.coco.loadRes(results) if results else COCO()
+        evaluation = COCOeval(dataset.coco, found, "bbox")
         evaluation.params.imgIds = dataset.ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    # COCO answers -1 where there is no object of a size.
-    return {name: 100 * max(0.0, float(v)) for name, v in zip(METRICS, evaluation.stats, strict=False)}
+    # COCO answers -1 where there is no object of a size, or none at all.
+    metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=False))
+    return {name: 100 * max(0.0, v) for name, v in metrics.items() if v >= 0 or name in METRICS[:3]}

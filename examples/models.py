@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from backbones import BACKBONES, STRIDES, TWO_STAGE_STRIDES, build_backbone
 from dense_heads import ATSS, GFL, load_mmdet_checkpoint
@@ -23,7 +23,7 @@ from torchvision.models.detection import (
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
-from weights import misfit
+from weights import downloading, misfit, read_weights
 
 DENSE_HEADS = {"gfl": GFL, "atss": ATSS}
 FAMILIES = ("retinanet", "fcos", "fasterrcnn", *DENSE_HEADS)
@@ -41,6 +41,7 @@ def build_detector(
     num_classes: int,
     *,
     pretrained_backbone: bool = False,
+    fixed_norm: bool | None = None,
     width: int = 256,
     head_norm: str = "none",
     anchor_scale: float = 1.0,
@@ -54,6 +55,7 @@ def build_detector(
         name: one of ``MODEL_NAMES``.
         num_classes: how many labels there are, from 0 on; see ``first_label``.
         pretrained_backbone: ImageNet weights in the backbone.
+        fixed_norm: fixed batch statistics and a frozen first stage, as with these weights; for others.
         width: channels of the pyramid's levels and of the head's towers, a multiple of 32; Faster R-CNN's box
             head is four times as wide.
         head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
@@ -67,7 +69,7 @@ def build_detector(
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODEL_NAMES)}")
     family, _, backbone_name = name.partition("_")
     style = "mmdet" if family in DENSE_HEADS else "two_stage" if family == "fasterrcnn" else "torchvision"
-    backbone = build_backbone(backbone_name, pretrained_backbone, width, style)
+    backbone = build_backbone(backbone_name, pretrained_backbone, width, style, fixed_norm=fixed_norm)
     sizes = {"min_size": tuple(short_side or [800]), "max_size": long_side}
     if family in DENSE_HEADS:
         return DENSE_HEADS[family](backbone, num_classes, anchor_scale=8 * anchor_scale, **sizes)
@@ -105,7 +107,32 @@ def load_published(name: str, options: argparse.Namespace) -> nn.Module:
         raise ValueError("published weights were trained with --anchor-scale 1")
     builder, weights = PUBLISHED[name]
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
-    return torchvision.models.get_model(builder, weights=weights, **sizes)
+    with downloading(weights.url, "give a trained teacher by --teacher-weights PATH"):
+        return torchvision.models.get_model(builder, weights=weights, **sizes)
+
+
+def published_classes(name: str) -> list[str]:
+    """The names of the classes of torchvision's published weights, by label."""
+    return list(PUBLISHED[name][1].meta["categories"])
+
+
+def replace_classes(detector: nn.Module, num_classes: int) -> None:
+    """Gives a torchvision detector a new layer, which is not trained, that predicts other classes.
+
+    Args:
+        detector: a Faster R-CNN, whose boxes are each class's own and begin anew too, a RetinaNet or an FCOS.
+        num_classes: how many labels there are, from 0 on.
+    """
+    if isinstance(detector, FasterRCNN):
+        width = detector.roi_heads.box_predictor.cls_score.in_features
+        detector.roi_heads.box_predictor = FastRCNNPredictor(width, num_classes)
+        return
+    head = detector.head.classification_head
+    anchors = head.cls_logits.out_channels // head.num_classes
+    head.cls_logits = nn.Conv2d(head.cls_logits.in_channels, anchors * num_classes, 3, padding=1)
+    nn.init.normal_(head.cls_logits.weight, std=0.01)
+    nn.init.constant_(head.cls_logits.bias, -math.log(0.99 / 0.01))  # all scores begin at 0.01
+    head.num_classes = num_classes
 
 
 def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module:
@@ -117,7 +144,8 @@ def load_mmdet(name: str, source: str, options: argparse.Namespace) -> nn.Module
         options: the script's options.
     """
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
-    detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
+    with downloading(source, "give a copy of it by --teacher-weights PATH"):
+        detector = load_mmdet_checkpoint(source, anchor_scale=8 * options.anchor_scale, **sizes)
     expected = build_detector(name, detector.num_classes).state_dict()
     differing = sorted(expected.keys() ^ detector.state_dict().keys())
     if differing:
@@ -139,9 +167,7 @@ def load_weights(detector: nn.Module, path: Path) -> None:
         ValueError: weights that don't fit, naming the keys or shapes that differ.
         FileNotFoundError: no such file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    state = plain_state(torch.load(path, map_location="cpu", weights_only=True))
+    state = read_state(path)
     difference = misfit(detector.state_dict(), state)
     if difference:
         raise ValueError(
@@ -151,8 +177,11 @@ def load_weights(detector: nn.Module, path: Path) -> None:
     detector.load_state_dict(state)
 
 
-def plain_state(loaded: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of the plain detector in whatever a file held."""
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state of the plain detector in whatever a file holds."""
+    loaded: Any = read_weights(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not the weights of a detector by name")
     for key in ("model", "state_dict"):
         if isinstance(loaded.get(key), dict):
             loaded = loaded[key]

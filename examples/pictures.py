@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from coco_data import CocoFolder
 from methods_table import label_of
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,23 +33,30 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def draw_curves(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws training losses and validation AP by epoch of each model; the student's own losses only."""
+    """Draws training losses, a model's own summed and each of distillation, and validation AP by epoch."""
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     colour = colours(list(histories))
     for name, history in histories.items():
-        style = {"label": label_of(name), "color": colour[name], "lw": 1.8}
+        label, style = label_of(name), {"color": colour[name], "lw": 1.8}
+        epochs = [entry["epoch"] for entry in history]
         own = [sum(v for k, v in entry["losses"].items() if "kd_" not in k) for entry in history]
-        losses.plot([entry["epoch"] for entry in history], own, **style)
+        losses.plot(epochs, own, label=label, **style)
+        distilling = sorted({k for entry in history for k in entry["losses"] if "kd_" in k})
+        for key, line in zip(distilling, itertools.cycle(("--", ":", "-.")), strict=False):
+            values = [entry["losses"].get(key, math.nan) for entry in history]
+            losses.plot(epochs, values, ls=line, label=f"{label}: {key}", **style)
         evaluated = [entry for entry in history if "metrics" in entry]
         values = [entry["metrics"]["AP"] for entry in evaluated]
-        precision.plot([entry["epoch"] for entry in evaluated], values, marker="o", ms=4, **style)
-    losses.set(xlabel="epoch", ylabel="loss against the ground truth", title="training loss", yscale="log")
+        precision.plot(
+            [entry["epoch"] for entry in evaluated], values, marker="o", ms=4, label=label, **style
+        )
+    losses.set(xlabel="epoch", ylabel="loss", title="own losses, and those of distillation", yscale="log")
     precision.set(xlabel="epoch", ylabel="AP", title="validation")
     for axes in (losses, precision):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    if histories:
-        precision.legend(frameon=False)
+        if histories:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -58,10 +68,13 @@ def draw_detections(
     path: Path,
     *,
     device: torch.device,
-    threshold: float = 0.3,
+    threshold: float = 0.4,
     images: int = 4,
 ) -> None:
     """Draws the ground truth and each model's detections side by side, a row an image.
+
+    A right detection is the first on an object of its class, with an IoU of at least 0.5. Its box is a solid
+    line, that of a wrong one dotted; the columns' titles count both.
 
     Args:
         detectors: by name.
@@ -72,29 +85,32 @@ def draw_detections(
         images: how many rows.
     """
     chosen = _busy_images(dataset, images)
-    columns = len(detectors) + 1
-    shapes = [image.shape for _, image in chosen]
-    heights = [3.1 * height / width for _, height, width in shapes]
+    heights = [3.1 * image.shape[1] / image.shape[2] for _, image in chosen]
     figure, grid = plt.subplots(
         len(chosen),
-        columns,
-        figsize=(3.1 * columns, sum(heights) + 0.8),
+        len(detectors) + 1,
+        figsize=(3.1 * (len(detectors) + 1), sum(heights) + 1),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
-    for row, (index, image) in zip(grid, chosen, strict=True):
-        image_id = dataset.ids[index]
-        _show(row[0], image, dataset.boxes[image_id], dataset.labels[image_id], None)
-        for axes, detector in zip(row[1:], detectors.values(), strict=True):
-            was_training = detector.training
-            (output,) = detector.eval()([image.to(device).float() / 255])
-            detector.train(was_training)
+    truths = [(dataset.boxes[dataset.ids[index]], dataset.labels[dataset.ids[index]]) for index, _ in chosen]
+    for axes, (_, image), (boxes, labels) in zip(grid[:, 0], chosen, truths, strict=True):
+        _show(axes, image, boxes, labels)
+    grid[0, 0].set_title(f"ground truth\n{sum(len(boxes) for boxes, _ in truths)} objects")
+    for column, (name, detector) in zip(grid[:, 1:].T, detectors.items(), strict=True):
+        was_training = detector.training
+        detector.eval()
+        right: list[bool] = []
+        for axes, (_, image), truth in zip(column, chosen, truths, strict=True):
+            (output,) = detector([image.to(device).float() / 255])
             kept = output["scores"] >= threshold
             boxes, labels, scores = (output[key][kept].cpu() for key in ("boxes", "labels", "scores"))
-            _show(axes, image, boxes, labels, scores)
-    for axes, name in zip(grid[0], ("ground truth", *(label_of(name) for name in detectors)), strict=True):
-        axes.set_title(name)
+            hits = _right(boxes, labels, *truth)
+            _show(axes, image, boxes, labels, scores, hits)
+            right += hits
+        detector.train(was_training)
+        column[0].set_title(f"{label_of(name)}\n{sum(right)} right, {len(right) - sum(right)} wrong")
     names = [dataset.names[k] for k in range(len(dataset.names))]
     handles = [
         Rectangle((0, 0), 1, 1, color=_class_colour(dataset.label_of[c])) for c in sorted(dataset.label_of)
@@ -117,14 +133,32 @@ def _class_colour(label: int) -> Any:
     return plt.get_cmap("Set1")(label % 9)
 
 
-def _show(axes: Axes, image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None) -> None:
+def _right(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tensor) -> list[bool]:
+    """Whether each detection, the most confident first, is the first on an object of its class."""
+    overlaps = box_iou(boxes, true_boxes) * (labels[:, None] == true_labels)
+    right = []
+    for overlap in overlaps:
+        right.append(bool((overlap >= 0.5).any()))
+        if right[-1]:
+            overlaps[:, overlap.argmax()] = 0
+    return right
+
+
+def _show(
+    axes: Axes,
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor | None = None,
+    right: list[bool] | None = None,
+) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set_axis_off()
-    for number, (box, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
-        left, top, right, bottom = box
+    for number, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
         colour = _class_colour(label)
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, lw=1.6))
+        line = "-" if right is None or right[number] else ":"
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=1.8, ls=line))
         if scores is not None:
             text = f"{scores[number]:.2f}"
             box_style = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-            axes.text(left, top, text, fontsize=6, color="white", bbox=box_style, va="bottom", clip_on=True)
+            axes.text(x1, y1, text, fontsize=6, color="white", bbox=box_style, va="bottom", clip_on=True)

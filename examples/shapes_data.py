@@ -1,21 +1,23 @@
-"""A small detection data set that needs no download: textured shapes that cover one another, in COCO form."""
+"""A small detection data set that needs no download: coloured, textured shapes in COCO form."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from run_folder import save_atomically
 
 SHAPES = ("disc", "triangle", "cross")
+# Red, green and blue: each shape's colours lie about one.
+_COLOURS = ((0.7, 0.65, 0.3), (0.65, 0.35, 0.65), (0.3, 0.6, 0.65))
 SIDE = 192
-_LEAST_VISIBLE = 0.35
-_VERSION = 1
+_MOST_COVERED = 0.25
+_VERSION = 2
 
 Pixels = NDArray[np.float64]
 
@@ -33,12 +35,11 @@ def write_shapes(folder: Path, *, train: int, val: int, seed: int) -> None:
     marker = folder / "settings.json"
     if marker.exists() and json.loads(marker.read_text()) == settings:
         return
+    marker.unlink(missing_ok=True)  # from here on the set is whole no more
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         _write_split(folder, split, count, np.random.default_rng([seed, number]))
     # Last and in one move, so that a killed run leaves no half-written set that looks whole.
-    unfinished = marker.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(settings))
-    os.replace(unfinished, marker)
+    save_atomically(settings, marker)
 
 
 def _write_split(folder: Path, split: str, count: int, random: np.random.Generator) -> None:
@@ -68,38 +69,39 @@ def _write_split(folder: Path, split: str, count: int, random: np.random.Generat
 
 
 def draw_image(random: np.random.Generator) -> tuple[NDArray[np.uint8], list[tuple[int, list[int]]]]:
-    """Draws one image and tells what can be seen in it.
+    """Draws one image and tells where its shapes are.
 
     Returns:
-        Pixels of shape (height, width, 3), and (label, box) of each shape of which enough can be seen;
-        boxes are x, y, width, height of the visible part, in pixels.
+        Pixels of shape (height, width, 3), and (label, box) of each shape; boxes are x, y, width, height
+        of the visible part, in pixels.
     """
-    canvas = _texture(random, contrast=0.12)
+    background = random.uniform(0.3, 0.7) + random.uniform(-0.1, 0.1, size=3)
+    canvas = _texture(random, background, contrast=0.1)
     owner = np.full((SIDE, SIDE), -1)
-    whole: list[int] = []
     labels: list[int] = []
-    for number in range(int(random.integers(2, 6))):
+    for _ in range(int(random.integers(2, 6))):
         label = int(random.integers(len(SHAPES)))
         mask = _mask(random, SHAPES[label])
+        if any((owner[mask] == n).sum() > _MOST_COVERED * (owner == n).sum() for n in range(len(labels))):
+            continue
         shadow = np.pad(mask, ((3, 0), (3, 0)))[:SIDE, :SIDE] & ~mask
         canvas[shadow] *= 0.7
-        canvas[mask] = _texture(random, contrast=0.3)[mask]
-        owner[mask] = number
-        whole.append(int(mask.sum()))
+        colour = _COLOURS[label] + random.uniform(-0.15, 0.15, size=3)
+        canvas[mask] = _texture(random, colour, contrast=0.15)[mask]
+        owner[mask] = len(labels)
         labels.append(label)
     canvas = canvas + random.normal(0, 0.03, canvas.shape)
     objects = []
     for number, label in enumerate(labels):
         rows, columns = np.nonzero(owner == number)
-        if len(rows) >= _LEAST_VISIBLE * whole[number]:
-            x, y = int(columns.min()), int(rows.min())
-            objects.append((label, [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]))
+        x, y = int(columns.min()), int(rows.min())
+        objects.append((label, [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]))
     return (canvas.clip(0, 1) * 255).astype(np.uint8), objects
 
 
 def _mask(random: np.random.Generator, shape: str) -> NDArray[np.bool_]:
     """Where a shape of random size, place and turn lies."""
-    radius = random.uniform(18, 42)
+    radius = random.uniform(26, 48)
     x, y = random.uniform(radius * 0.6, SIDE - radius * 0.6, size=2)
     turn = random.uniform(0, 2 * math.pi)
     image = Image.new("1", (SIDE, SIDE))
@@ -121,18 +123,11 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         arm, inner = math.atan2(0.3, 1.0), 0.3 * math.sqrt(2)
         quarter = [(1.0, -arm), (1.0, arm), (inner, math.pi / 4)]
         return [(d, angle + side * math.pi / 2) for side in range(4) for d, angle in quarter]
-    corners = {"square": 4, "triangle": 3, "star": 5}[shape]
-    step = 2 * math.pi / corners
-    if shape != "star":
-        return [(1.0, corner * step) for corner in range(corners)]
-    return [
-        pair for corner in range(corners) for pair in ((1.0, corner * step), (0.42, (corner + 0.5) * step))
-    ]
+    return [(1.0, corner * 2 * math.pi / 3) for corner in range(3)]
 
 
-def _texture(random: np.random.Generator, contrast: float) -> Pixels:
-    """A picture of (SIDE, SIDE, 3): two colours mixed by stripes, checks, waves or blotches."""
-    base = random.uniform(0.15, 0.85, size=3)
+def _texture(random: np.random.Generator, base: Pixels, contrast: float) -> Pixels:
+    """A picture of (SIDE, SIDE, 3): a colour mixed with one near it by stripes, checks, waves or blotches."""
     other = (base + random.uniform(-contrast, contrast, size=3)).clip(0, 1)
     rows, columns = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     angle, frequency = random.uniform(0, math.pi), random.uniform(4, 16)

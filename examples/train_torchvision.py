@@ -22,21 +22,22 @@ The published headline, GFL-R50 from mmdet's GFL-R101 (its file, or the address 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torchvision
-from coco_data import CocoFolder, training_loader
+from augmentations import AUGMENTATIONS
+from coco_data import CocoFolder, collate, training_loader
 from dense_heads import adapter_of
 from evaluation import METRICS, evaluate
+from loggers import LOGGERS, Log
 from methods_table import (
     ALONE,
     INHERIT,
-    METHODS,
     TEACHER,
     check_name,
     inherits,
@@ -44,7 +45,6 @@ from methods_table import (
     make_methods,
 )
 from models import (
-    MODEL_NAMES,
     PUBLISHED,
     build_detector,
     first_label,
@@ -52,13 +52,18 @@ from models import (
     load_mmdet,
     load_published,
     load_weights,
+    published_classes,
+    read_state,
+    replace_classes,
 )
+from options import add_options, check_data, check_ranges, shaping
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
 from report import write_comparison
+from run_folder import claim, fingerprint, save_atomically
 from shapes_data import write_shapes
 from torch import nn
-from training import AMP_TYPES, History, Trainer, memory_format, save_atomically
+from training import AMP_TYPES, History, Trainer, memory_format
 
 import crosskd
 from crosskd import Distiller
@@ -70,18 +75,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "student": "retinanet_mobilenet_v3_large",
         "head_norm": "group",
         "width": 64,
-        "anchor_scale": 0.5,
-        "short_side": [80],
-        "teacher_epochs": 7,
-        "epochs": 5,
-        "batch_size": 4,
+        "anchor_scale": 0.75,
+        "short_side": [96],
+        "teacher_epochs": 8,
+        "epochs": 4,
+        "batch_size": 8,
         "optimizer": "adamw",
-        "learning_rate": 1.5e-3,
+        "learning_rate": 2e-3,
         "weight_decay": 0.02,
         "schedule": "cosine",
         "warmup_steps": 50,
         "clip": 5.0,
-        "evaluate_every": 2,
+        "evaluate_every": 1,
         "workers": 0,
         "channels_last": True,
     },
@@ -111,13 +116,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, with the defaults of the chosen data."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [--help] [OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    _add_data_options(parser.add_argument_group("data"))
-    _add_model_options(parser.add_argument_group("models"))
-    _add_distillation_options(parser.add_argument_group("distillation"))
-    _add_training_options(parser.add_argument_group("training"))
-    _add_run_options(parser.add_argument_group("run"))
+    add_options(parser)
     options = parser.parse_args(arguments)
     for name, value in DEFAULTS[options.data].items():
         if getattr(options, name) is None:
@@ -127,10 +131,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.teacher_weights == "published" and options.teacher not in PUBLISHED:
         parser.error(f"torchvision publishes detection weights for {', '.join(PUBLISHED)} only")
     try:
+        check_ranges(options)
         for name in options.method:
             check_name(name)
-    except ValueError as error:
-        parser.error(f"--method: {error}")
+        if options.data == "coco":
+            check_data(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
     if options.method != [ALONE] and first_label(options.teacher) != first_label(options.student):
         parser.error(f"{options.student} can't learn from {options.teacher}: take two of one family")
     if len(set(options.method)) < len(options.method):
@@ -139,102 +146,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.method = [name if inherits(name) else f"{name}+{INHERIT}" for name in options.method]
     options.output = options.output or Path("runs") / options.data
     return options
-
-
-def _add_data_options(group: Any) -> None:
-    group.add_argument(
-        "--data", choices=tuple(DEFAULTS), default="shapes", help="shapes are made, not downloaded"
-    )
-    group.add_argument(
-        "--root", type=Path, help="folder of a COCO-format data set; the paths below are in it"
-    )
-    group.add_argument("--train-images", default="train2017")
-    group.add_argument("--train-annotations", default="annotations/instances_train2017.json")
-    group.add_argument("--val-images", default="val2017")
-    group.add_argument("--val-annotations", default="annotations/instances_val2017.json")
-    group.add_argument("--drop-empty", action="store_true", help="train without images that show no object")
-    group.add_argument("--shapes-train", type=int, default=400, help="how many training images to make")
-    group.add_argument("--shapes-val", type=int, default=100)
-
-
-def _add_model_options(group: Any) -> None:
-    group.add_argument("--teacher", choices=MODEL_NAMES)
-    group.add_argument("--student", choices=MODEL_NAMES)
-    group.add_argument(
-        "--teacher-weights",
-        metavar="published|PATH",
-        help="torchvision's published weights; the file of a detector or a distiller; or, for GFL and ATSS, "
-        "a .pth file of mmdet's or its address. Trained if left out",
-    )
-    group.add_argument("--student-weights", type=Path, metavar="PATH", help="start the student from a file")
-    group.add_argument(
-        "--pretrained-backbone", action="store_true", help="torchvision's ImageNet weights (download)"
-    )
-    group.add_argument("--head-norm", choices=("none", "group"), help="of RetinaNet's towers")
-    group.add_argument("--width", type=int, help="channels of pyramid and towers")
-    group.add_argument("--anchor-scale", type=float, help="multiplies the anchors' sizes")
-    group.add_argument(
-        "--regions", type=int, default=512, help="an image's that train Faster R-CNN's box head"
-    )
-    group.add_argument(
-        "--short-side", type=int, nargs="+", help="pixels; several for scale jitter, the last to test"
-    )
-    group.add_argument("--long-side", type=int, default=1333, help="pixels, at most")
-
-
-def _add_distillation_options(group: Any) -> None:
-    group.add_argument(
-        "--method",
-        nargs="+",
-        metavar="METHOD",
-        default=[ALONE, "crosskd"],
-        help=f"one student each: {ALONE} (the student alone), {', '.join(METHODS)}, or several joined by +",
-    )
-    group.add_argument(
-        "--inherit",
-        action="store_true",
-        help="start every student's neck and head from the teacher's weights, as METHOD+inherit does for one",
-    )
-    group.add_argument("--position", type=int, help="of the split; without it the published or the last one")
-    group.add_argument("--tap", choices=("post", "pre"), default="post")
-    group.add_argument("--cls-weight", type=float)
-    group.add_argument("--reg-weight", type=float)
-    group.add_argument(
-        "--stop-distilling", type=int, metavar="EPOCH", help="from this epoch on, ground truth alone"
-    )
-
-
-def _add_training_options(group: Any) -> None:
-    group.add_argument("--epochs", type=int, help="of each student")
-    group.add_argument("--teacher-epochs", type=int)
-    group.add_argument("--batch-size", type=int, help="images a process and step part")
-    group.add_argument("--accumulate", type=int, default=1, help="step parts whose gradients are added up")
-    group.add_argument("--optimizer", choices=("sgd", "adamw"))
-    group.add_argument("--learning-rate", type=float)
-    group.add_argument("--weight-decay", type=float)
-    group.add_argument("--schedule", choices=("step", "cosine"))
-    group.add_argument(
-        "--milestones", type=float, nargs="+", default=[2 / 3, 11 / 12], help="share of the run"
-    )
-    group.add_argument("--warmup-steps", type=int)
-    group.add_argument("--clip", type=float, help="largest norm of the gradient; 0 for no limit")
-    group.add_argument("--flip", type=float, default=0.5, help="how likely an image is flipped")
-    group.add_argument("--amp", choices=tuple(AMP_TYPES), default="none")
-    group.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
-    group.add_argument("--compile", action="store_true", help="torch.compile the training step")
-
-
-def _add_run_options(group: Any) -> None:
-    group.add_argument(
-        "--output", type=Path, help="folder for everything that is written; runs/DATA without it"
-    )
-    group.add_argument("--resume", action="store_true", help="go on with what --output already holds")
-    group.add_argument("--evaluate-every", type=int, help="epochs")
-    group.add_argument("--eval-batch-size", type=int, default=8)
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, help="processes that read images")
-    group.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,7 +165,7 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         processes.wait()
         names = {split: (split, f"annotations/{split}.json") for split in names}
     labels: dict[str, Any] = {
-        "raw_labels": options.teacher_weights == "published",
+        "published": published_classes(options.teacher) if options.teacher_weights == "published" else (),
         "first_label": first_label(options.student),
     }
     (train_images, train_file), (val_images, val_file) = names["train"], names["val"]
@@ -263,23 +174,29 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         root / train_file,
         **labels,
         seed=options.seed,
-        flip=options.flip,
+        augment=[AUGMENTATIONS[name] for name in options.augment],
         keep_empty=not options.drop_empty,
     )
     val = CocoFolder(root / val_images, root / val_file, **labels)
-    if train.names != val.names:
+    if (train.names, train.label_of) != (val.names, val.label_of):
         raise ValueError(f"training data knows the categories {train.names}, validation data {val.names}")
     processes.say(f"training   {train.summary()}\nvalidation {val.summary()}")
     return train, val
 
 
-def new_detector(name: str, options: argparse.Namespace, classes: int) -> nn.Module:
-    """A detector with the weights that the seed gives."""
+def new_detector(
+    name: str, options: argparse.Namespace, classes: int, weights: Path | None = None
+) -> nn.Module:
+    """A detector with the weights of a file, or those that the seed gives."""
+    fixed_norm = options.pretrained_backbone
+    if weights is not None:  # batch norm that doesn't count its batches is fixed, as published detectors' is
+        fixed_norm |= not any(key.endswith("num_batches_tracked") for key in read_state(weights))
     torch.manual_seed(options.seed)
-    return build_detector(
+    detector = build_detector(
         name,
         classes,
-        pretrained_backbone=options.pretrained_backbone,
+        pretrained_backbone=options.pretrained_backbone and weights is None,
+        fixed_norm=fixed_norm,
         width=options.width,
         head_norm=options.head_norm,
         anchor_scale=options.anchor_scale,
@@ -287,21 +204,29 @@ def new_detector(name: str, options: argparse.Namespace, classes: int) -> nn.Mod
         short_side=options.short_side,
         long_side=options.long_side,
     )
+    if weights is not None:
+        load_weights(detector, weights)
+    return detector
 
 
 def make_teacher(
-    options: argparse.Namespace, data: tuple[CocoFolder, CocoFolder], processes: Processes
-) -> tuple[nn.Module, History]:
-    """Loads a teacher, or trains one on the ground truth."""
+    options: argparse.Namespace, data: CocoFolder, processes: Processes
+) -> tuple[nn.Module, bool]:
+    """The teacher, and whether it is to be trained first."""
     if options.teacher_weights == "published":
-        return load_published(options.teacher, options), []
+        teacher = load_published(options.teacher, options)
+        if not data.is_published:
+            torch.manual_seed(options.seed)
+            replace_classes(teacher, data.num_classes)
+            processes.say(
+                f"{options.teacher}: published weights with a new classification layer for {len(data.names)} "
+                f"categories, to be trained for {options.teacher_epochs} epochs"
+            )
+        return teacher, not data.is_published
     if options.teacher_weights is not None and is_of_mmdet(options.teacher, options.teacher_weights):
-        return load_mmdet_teacher(options, data[0], processes), []
-    teacher = new_detector(options.teacher, options, data[0].num_classes)
-    if options.teacher_weights is not None:
-        load_weights(teacher, Path(options.teacher_weights))
-        return teacher, []
-    return teacher, train(teacher, "teacher", options.teacher_epochs, options, data, processes)
+        return load_mmdet_teacher(options, data, processes), False
+    weights = None if options.teacher_weights is None else Path(options.teacher_weights)
+    return new_detector(options.teacher, options, data.num_classes, weights), weights is None
 
 
 def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes: Processes) -> nn.Module:
@@ -323,10 +248,7 @@ def load_mmdet_teacher(options: argparse.Namespace, data: CocoFolder, processes:
 
 def make_student(options: argparse.Namespace, classes: int) -> nn.Module:
     """The student, the same for every method."""
-    student = new_detector(options.student, options, classes)
-    if options.student_weights is not None:
-        load_weights(student, options.student_weights)
-    return student
+    return new_detector(options.student, options, classes, options.student_weights)
 
 
 def with_method(
@@ -347,7 +269,8 @@ def train(
     options: argparse.Namespace,
     data: tuple[CocoFolder, CocoFolder],
     processes: Processes,
-) -> History:
+    log: Log,
+) -> tuple[nn.Module, History]:
     """Trains one model and writes its weights, as the plain detector's, to ``OUTPUT/NAME.pt``."""
     train_data, val_data = data
     folder = options.output / name
@@ -361,11 +284,29 @@ def train(
         rank=processes.rank,
         ranks=processes.ranks,
     )
-    trainer = Trainer(model, loader, folder, options, epochs, processes)
+    trainer = Trainer(model, loader, folder, options, epochs, processes, log)
     history = trainer.run(lambda detector: measure(detector, val_data, options, processes))
     if processes.is_first:
         save_atomically(trainer.detector.state_dict(), options.output / f"{name}.pt")
-    return history
+    return trainer.detector, history
+
+
+def try_out(
+    options: argparse.Namespace, data: CocoFolder, teacher: nn.Module | None, processes: Processes
+) -> None:
+    """One forward of every student in its distiller: what can't work fails before anything is trained."""
+    shown = [index for index, image_id in enumerate(data.ids) if len(data.boxes[image_id])][:2]
+    images, targets = collate([data[index] for index in shown])
+    images = [image.to(processes.device) for image in images]
+    targets = [{name: value.to(processes.device) for name, value in target.items()} for target in targets]
+    for method in options.method:
+        student = make_student(options, data.num_classes)
+        if inherits(method) and teacher is not None:
+            crosskd.inherit(student, teacher)
+        model = with_method(method, student, teacher, options).to(processes.device).train()
+        with warnings.catch_warnings():  # a teacher that is not trained yet is no reason to warn
+            warnings.simplefilter("ignore")
+            model(images, targets)
 
 
 def measure(
@@ -378,20 +319,52 @@ def measure(
 # ---------------------------------------------------------------------------------------------
 
 
+def prepare(
+    options: argparse.Namespace, processes: Processes
+) -> tuple[tuple[CocoFolder, CocoFolder], nn.Module | None, bool, BinaryIO | None]:
+    """Everything that can go wrong before training: data, weights, the students, and the run's folder.
+
+    Returns:
+        The data, the teacher, whether it is to be trained, and the folder's lock.
+    """
+    # A folder that is there is looked at first; a new one is made when all else is well.
+    at_once = options.data == "shapes" or options.output.exists()
+    lock = take_folder(options, processes) if at_once else None
+    data = make_data(options, processes)
+    teacher, untrained = None, False
+    if options.method != [ALONE]:
+        teacher, untrained = make_teacher(options, data[0], processes)
+    try_out(options, data[0], teacher, processes)
+    return data, teacher, untrained, lock if at_once else take_folder(options, processes)
+
+
+def take_folder(options: argparse.Namespace, processes: Processes) -> BinaryIO | None:
+    """The lock of the run's folder, which the first process holds."""
+    if not processes.is_first:
+        return None
+    return claim(options.output, settings(options, processes), resume=options.resume)
+
+
 def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job; returns what is written to ``metrics.json``."""
     if options.threads:
         torch.set_num_threads(options.threads)
     warn_of_slow_bfloat16(options, processes)
-    options.output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    data = make_data(options, processes)
+    try:
+        data, teacher, untrained, lock = prepare(options, processes)
+    except (ValueError, OSError) as error:  # the user's to mend; of what fails later, the traceback helps
+        raise SystemExit(f"train_torchvision.py: error: {error}") from error
+    log = LOGGERS[options.logger if processes.is_first else "none"](options.output / "logs")
     models: dict[str, nn.Module] = {}
     histories: dict[str, History] = {}
     results: dict[str, dict[str, float]] = {}
-    teacher = None
-    if options.method != [ALONE]:
-        teacher, histories["teacher"] = make_teacher(options, data, processes)
+    if teacher is not None:
+        histories["teacher"] = []
+        if untrained:
+            epochs, rate = options.teacher_epochs, options.teacher_learning_rate or options.learning_rate
+            own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
+            teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
         models["teacher"] = teacher.to(processes.device, memory_format=memory_format(options))
         results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:
@@ -399,8 +372,8 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         if inherits(method) and teacher is not None:
             processes.say(f"{method}: {crosskd.inherit(student, teacher)}")
         model = with_method(method, student, teacher, options)
-        histories[method] = train(model, method, options.epochs, options, data, processes)
-        models[method] = student
+        trained, histories[method] = train(model, method, options.epochs, options, data, processes, log)
+        models[method] = trained
         results[method] = _final(histories[method])
     metrics = {
         "results": results,
@@ -411,7 +384,20 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     }
     if processes.is_first:
         write_report(metrics, models, data[1], options, processes)
+    if lock is not None:
+        lock.close()
     return metrics
+
+
+def settings(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """What decides a run's weights: options, the number of processes, and the contents of the files named."""
+    found = {**shaping(options), "nproc_per_node": processes.ranks}
+    for name in ("teacher_weights", "student_weights"):
+        found[name] = fingerprint(getattr(options, name))
+    if options.data == "coco":
+        for name in ("train_annotations", "val_annotations"):
+            found[name] = fingerprint(options.root / getattr(options, name))
+    return found
 
 
 def _final(history: History) -> dict[str, float]:
@@ -426,15 +412,19 @@ def write_report(
     processes: Processes,
 ) -> None:
     """Writes metrics, curves and pictures, and prints the table."""
-    (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    save_atomically(metrics, options.output / "metrics.json")
     draw_curves({name: h for name, h in metrics["histories"].items() if h}, options.output / "curves.png")
     draw_detections(models, val, options.output / "detections.png", device=processes.device)
+    for name, result in metrics["results"].items():
+        if result["unreadable_images"]:
+            print(f"{name}: {result['unreadable_images']} of {result['images']} images can't be read")
     write_comparison(models, val, options.output, batch_size=options.eval_batch_size, device=processes.device)
     width = max(20, *(len(label_of(name)) + 2 for name in metrics["results"]))
     print(f"\n{'':<{width}}{'model':<30}" + "".join(f"{name:>11}" for name in METRICS))
     for name, result in metrics["results"].items():
         model = options.teacher if name == TEACHER else options.student
-        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{result[m]:>11.1f}" for m in METRICS))
+        values = [f"{result[m]:.1f}" if m in result else "-" for m in METRICS]
+        print(f"{label_of(name):<{width}}{model:<30}" + "".join(f"{value:>11}" for value in values))
     print(f"\n{metrics['seconds']:.0f} s; weights, metrics, curves and pictures are in {options.output}/")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -13,23 +12,19 @@ from typing import Any
 
 import torch
 from processes import Processes
+from run_folder import save_atomically
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from weights import read_weights
 
 from crosskd import Distiller
 
 History = list[dict[str, Any]]
 AMP_TYPES = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """Writes a file whole or not at all: a killed run leaves the previous one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
 
 
 def make_optimizer(model: nn.Module, options: Namespace) -> torch.optim.Optimizer:
@@ -69,6 +64,7 @@ class Trainer:
         options: the script's options.
         epochs: how long to train.
         processes: one or several.
+        log: is told each epoch's entry of the history, and whose it is.
     """
 
     def __init__(
@@ -79,7 +75,9 @@ class Trainer:
         options: Namespace,
         epochs: int,
         processes: Processes,
+        log: Callable[[str, dict[str, Any]], None] = lambda name, entry: None,
     ) -> None:
+        self.log = log
         self.loader, self.folder, self.options = loader, folder, options
         self.epochs, self.processes = epochs, processes
         self.model = model.to(processes.device, memory_format=memory_format(options))
@@ -96,13 +94,22 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, total, options))
         self.amp_type = AMP_TYPES[options.amp]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.amp_type == torch.float16)
+        self.average: AveragedModel | None = None
+        if options.ema:
+            average = get_ema_multi_avg_fn(options.ema)
+            self.average = AveragedModel(self.trained, multi_avg_fn=average, use_buffers=True)
         self.epoch = 0
         self.history: History = []
 
     @property
-    def detector(self) -> nn.Module:
-        """The plain detector that is trained."""
+    def trained(self) -> nn.Module:
+        """The plain detector that the optimizer moves."""
         return self.model.student if isinstance(self.model, Distiller) else self.model
+
+    @property
+    def detector(self) -> nn.Module:
+        """The plain detector that is evaluated and kept: the average of the trained one with ``--ema``."""
+        return self.trained if self.average is None else self.average.module
 
     @property
     def checkpoint(self) -> Path:
@@ -120,17 +127,19 @@ class Trainer:
         """
         if self.options.resume and self.checkpoint.exists():
             self._load()
-        while self.epoch < self.epochs:
-            entry = self._train_epoch()
-            last = self.epoch == self.epochs
-            if last or self.epoch % self.options.evaluate_every == 0:
-                entry["metrics"] = evaluate(self.detector)
-            self.history.append(entry)
-            self._report(entry)
-            if self.processes.is_first:
-                save_atomically(self._state(), self.checkpoint)
-            self.processes.wait()
+        while self.epoch < self.epochs or self._lacks_metrics():
+            if not self._lacks_metrics():
+                self.history.append(self._train_epoch())
+                self._save()  # before the evaluation, which would lose the epoch if it failed
+            if self._lacks_metrics():
+                self.history[-1]["metrics"] = evaluate(self.detector)
+                self._save()
+            self._report(self.history[-1])
         return self.history
+
+    def _lacks_metrics(self) -> bool:
+        due = self.epoch == self.epochs or self.epoch % self.options.evaluate_every == 0
+        return bool(self.history) and due and "metrics" not in self.history[-1]
 
     # -- one epoch ------------------------------------------------------------------------------
 
@@ -208,11 +217,13 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.trained)
 
     def _share_buffers(self) -> None:
         """Gives all processes the first one's batch statistics, so that all evaluate the same detector."""
         if self.processes.ranks > 1:
-            for buffer in self.model.buffers():
+            for buffer in (*self.model.buffers(), *(self.average.buffers() if self.average else ())):
                 torch.distributed.broadcast(buffer, 0)
 
     # -- what a person sees ---------------------------------------------------------------------
@@ -226,6 +237,8 @@ class Trainer:
     def _report(self, entry: dict[str, Any]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in entry["losses"].items())
         metrics = f"  AP {entry['metrics']['AP']:.1f}" if "metrics" in entry else ""
+        if self.processes.is_first:
+            self.log(self.folder.name, entry)
         self.processes.say(
             f"{self.folder.name:<8} epoch {self.epoch:>3}/{self.epochs}  {losses}  "
             f"{entry['images_per_second']:.1f} images/s{metrics}"
@@ -233,8 +246,14 @@ class Trainer:
 
     # -- going on -------------------------------------------------------------------------------
 
+    def _save(self) -> None:
+        if self.processes.is_first:
+            save_atomically(self._state(), self.checkpoint)
+        self.processes.wait()
+
     def _state(self) -> dict[str, Any]:
         return {
+            "average": None if self.average is None else self.average.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict()["last_epoch"],
@@ -245,13 +264,19 @@ class Trainer:
         }
 
     def _load(self) -> None:
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        state = read_weights(self.checkpoint)
+        if not isinstance(state, dict) or not self._state().keys() - {"average"} <= state.keys():
+            raise ValueError(f"{self.checkpoint} is no checkpoint of a run: delete it to train anew")
         if state["epochs"] != self.epochs:
             raise ValueError(
                 f"{self.checkpoint} belongs to a run of {state['epochs']} epochs, not {self.epochs}: its "
                 "learning rates would not fit; use the same number, or another --output"
             )
+        if (state.get("average") is None) != (self.average is None):
+            raise ValueError(f"{self.checkpoint}: --ema was {'not ' * (self.average is not None)}given then")
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.last_epoch = state["schedule"]
         self.scaler.load_state_dict(state["scaler"])

@@ -1,10 +1,53 @@
-"""Whether weights fit a model."""
+"""Files of weights, and whether they fit a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlsplit
 
+import torch
 from torch import Tensor
+
+
+def read_weights(path: Path) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU, without running any code in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged, cut off, or something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} is damaged, cut off or no file of weights: {error}") from error
+
+
+@contextlib.contextmanager
+def downloading(address: str, otherwise: str) -> Iterator[None]:
+    """Says where weights belong that can't be downloaded.
+
+    Args:
+        address: of the file.
+        otherwise: what the user can do without it.
+
+    Raises:
+        ConnectionError: there is no network, or no such file in it.
+    """
+    try:
+        yield
+    except (URLError, ConnectionError, TimeoutError) as error:
+        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(address).path).name)
+        raise ConnectionError(
+            f"{address} can't be downloaded ({getattr(error, 'reason', error)}). Copy the file to {path}, "
+            f"where it is looked for first, or {otherwise}"
+        ) from error
 
 
 def misfit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

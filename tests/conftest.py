@@ -9,12 +9,6 @@ settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
-@pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
-    """Each test draws the same random numbers, whichever ran before it."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def one_thread():
     """On a CPU that other work keeps busy, threads wait for one another."""

@@ -82,6 +82,31 @@ def test_reads_what_mmengine_writes(tmp_path, weights, history_buffer, legacy):
     assert safe_globals() == before
 
 
+def test_what_others_allowed_under_the_same_names_is_not_called(tmp_path, weights, history_buffer):
+    """As ultralytics allows a getattr of its own, and leaves it allowed, where it has read a file safely."""
+
+    def rival() -> object:
+        def getattr_of_theirs(*_: object) -> None:
+            raise AssertionError("another library's getattr was called")
+
+        getattr_of_theirs.__module__, getattr_of_theirs.__qualname__ = "builtins", "getattr"
+        return getattr_of_theirs
+
+    path = tmp_path / "epoch_1.pth"
+    history = {"log_scalars": {"train/loss": history_buffer()}}
+    torch.save({"state_dict": weights, "message_hub": history}, path)
+    before = safe_globals()
+    try:
+        # The list is a set, so of two with one name either may win: among many, one of theirs does.
+        torch.serialization.add_safe_globals([rival() for _ in range(16)])
+        with_theirs = safe_globals()
+        assert_same(read_mmdet_checkpoint(path), weights)
+        assert safe_globals() == with_theirs
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(before))
+
+
 @pytest.mark.mmdet
 def test_reads_the_files_of_a_real_mmengine(tmp_path, weights):
     from mmengine.logging import HistoryBuffer, MessageHub

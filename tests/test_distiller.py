@@ -18,6 +18,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from crosskd import CrossKD, Distiller, Method, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionRetinaNet
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
+from tests.helpers.two_stages import tiny_faster_rcnn
 
 OWN_LOSSES = {
     tiny_retinanet: {"classification", "bbox_regression"},
@@ -206,6 +207,37 @@ def test_without_targets_the_sum_over_anchors_is_that_with_targets():
 def test_a_threshold_that_is_no_probability_is_refused(threshold):
     with pytest.raises(ValueError, match=f"between 0 and 1, got {threshold}"):
         distiller_of(tiny_fcos, unlabelled_threshold=threshold)
+
+
+def test_a_view_that_reads_targets_says_so_on_images_without():
+    view = {"teacher_view": lambda images, targets: [image for image, _ in zip(images, targets, strict=True)]}
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), CrossKD(), **view)
+    images, targets = tiny_batch()
+    assert "kd_cls" in distiller(images, targets)
+    with pytest.raises(TypeError, match=r"teacher_view= failed .*\(images, None\)"):
+        distiller(images)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, features):
+        return self.inner(features)
+
+
+@pytest.mark.parametrize("change", [torch.compile, Wrapped])
+@pytest.mark.parametrize("tower", ["head.classification_head.conv", "rpn.head.conv"])
+def test_towers_that_are_no_sequence_are_refused(change, tower):
+    build = tiny_retinanet if tower.startswith("head") else tiny_faster_rcnn
+    student = build(seed=2)
+    *path, name = tower.split(".")
+    parent = student.get_submodule(".".join(path))
+    setattr(parent, name, change(getattr(parent, name)))
+    what = r"was compiled .*torch.compile\(distiller\)" if change is torch.compile else "is a Wrapped"
+    with pytest.raises(ValueError, match=f"student: .*tower {what}"):
+        Distiller(build(seed=1), student, CrossKD())
 
 
 # -- what it holds --------------------------------------------------------------------------------
@@ -433,6 +465,21 @@ def test_schedule_factor_multiplies(build):
         assert second[name].item() == pytest.approx(2 * first[name].item(), rel=1e-6)
 
 
+def test_unscheduled_losses_are_the_last_steps_without_factors(build):
+    images, targets = tiny_batch()
+    distiller = distiller_of(build, CrossKD(position=1, schedule=Schedule(warmup=2, stop=3)))
+    assert distiller.unscheduled == {}
+    full = distiller_of(build)(images, targets)
+    for factor in (0.5, 1.0, 1.0, 0.0):
+        losses = distiller(images, targets)
+        assert losses.keys() == distiller.unscheduled.keys()
+        for name, raw in distiller.unscheduled.items():
+            assert not raw.requires_grad
+            kd = name in DISTILLATION_LOSSES
+            assert raw.item() == (full[name].item() if factor or not kd else 0.0)
+            assert losses[name].item() == pytest.approx(raw.item() * (factor if kd else 1.0), rel=1e-6)
+
+
 def test_a_stopped_method_gives_its_projections_a_gradient_of_zero(build):
     """DistributedDataParallel waits for every parameter."""
     distiller = distiller_of(build, CrossKD(schedule=Schedule(stop=1)))
@@ -482,6 +529,13 @@ def test_a_schedule_may_come_or_go_when_a_run_is_resumed(build):
     with pytest.warns(UserWarning, match="counted from 0"):
         scheduled.load_state_dict(plain.state_dict())
     assert scheduled.progress.tolist() == [0, -1]
+
+
+def test_the_state_of_a_wrapped_distiller_is_refused_in_one_sentence(build):
+    distiller = distiller_of(build)
+    state = {f"module.{key}": value for key, value in distiller.state_dict().items()}
+    with pytest.raises(ValueError, match="DistributedDataParallel, whose keys start with module"):
+        distiller.load_state_dict(state)
 
 
 def test_a_students_file_is_refused_in_one_sentence(build):
@@ -610,6 +664,79 @@ def test_teachers_that_cannot_be_copied_are_refused(build):
         Distiller(teacher, build(seed=1), CrossKD())
 
 
+# -- what changes after construction ---------------------------------------------------------------
+
+
+def test_a_students_layer_that_is_replaced_by_its_like_is_trained_from_the_first_step_on(build):
+    """Its classes and widths are as before."""
+    distiller = distiller_of(build)
+    distiller(*tiny_batch())
+    head = distiller.student.head.classification_head
+    head.cls_logits = nn.Conv2d(head.cls_logits.in_channels, head.cls_logits.out_channels, 3, padding=1)
+    sum(distiller(*tiny_batch()).values()).backward()
+    assert head.cls_logits.weight.grad.abs().max() > 0
+
+
+def test_a_students_head_of_other_classes_is_refused(build):
+    distiller = distiller_of(build)
+    distiller(*tiny_batch())
+    distiller.student.head = build(num_classes=7, width=distiller.student.backbone.out_channels).head
+    with pytest.raises(ValueError, match=r"student's head\S* was replaced .* differ now in classes"):
+        distiller(*tiny_batch())
+
+
+@pytest.mark.parametrize("change", ["assign", "layer"])
+def test_a_teacher_of_other_parameters_is_warned_of_once(build, change):
+    teacher, batch = build(seed=1), tiny_batch()
+    distiller = Distiller(teacher, build(seed=2), CrossKD())
+    before = distiller(*batch)
+    if change == "assign":
+        teacher.load_state_dict(build(seed=5).state_dict(), assign=True)
+    else:
+        teacher.head.classification_head.cls_logits = nn.Conv2d(1, 1, 1)
+    with pytest.warns(UserWarning, match=r"load_state_dict\(assign=True\).*goes on with those that it had"):
+        found = distiller(*batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller(*batch)
+    assert torch.equal(found["kd_cls"], before["kd_cls"])
+
+
+def test_a_teacher_that_is_loaded_in_place_is_followed_without_a_word(build):
+    teacher = build(seed=1)
+    distiller = Distiller(teacher, build(seed=2), CrossKD())
+    teacher.load_state_dict(build(seed=5).state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = distiller(*tiny_batch())
+    expected = Distiller(build(seed=5), build(seed=2), CrossKD())(*tiny_batch())
+    assert torch.equal(found["kd_cls"], expected["kd_cls"])
+
+
+def test_a_student_frozen_after_the_first_step_is_refused(build):
+    distiller = Distiller(build(seed=1), build(seed=2), CrossKD())
+    distiller(*tiny_batch())
+    distiller.student.backbone.requires_grad_(False)
+    distiller(*tiny_batch())  # the towers train
+    distiller.requires_grad_(False)
+    with pytest.raises(ValueError, match="crosskd: kd_cls, kd_reg depends on .* frozen since the last step"):
+        distiller(*tiny_batch())
+    with torch.no_grad():
+        distiller(*tiny_batch())
+
+
+def test_losses_have_one_name_with_targets_and_without():
+    """Of the student's own loss of the same name images without targets tell nothing."""
+    student = tiny_retinanet(seed=2)
+    own = student.compute_loss
+    student.compute_loss = lambda *given: {"kd_cls": sum(own(*given).values())}
+    distiller = Distiller(tiny_retinanet(seed=1), student, CrossKD(), prove=False)
+    images, targets = tiny_batch()
+    labelled = distiller(images, targets)
+    assert set(labelled) == {"kd_cls", "crosskd_kd_cls", "kd_reg"}
+    assert set(distiller(images)) == {"crosskd_kd_cls", "kd_reg"}
+
+
 # -- what it refuses: distillation that would silently do nothing -----------------------------------
 
 
@@ -626,15 +753,43 @@ def test_frozen_student_features_are_refused(build):
 class Rounded(nn.Module):
     """Its output requires a gradient, and the gradient is 0, as that of dynamically quantised layers."""
 
+    passes = False
+
     def forward(self, features: Tensor) -> Tensor:
-        return features.round()
+        return features if self.passes else features.round()
+
+
+def rounding_pair() -> tuple[nn.Module, nn.Module]:
+    teacher, student = tiny_retinanet(), tiny_retinanet(seed=1)
+    teacher.head.classification_head.conv[3].append(Rounded())
+    return teacher, student
 
 
 def test_a_teacher_that_passes_no_gradient_on_is_refused():
-    teacher, student = tiny_retinanet(), tiny_retinanet(seed=1)
-    teacher.head.classification_head.conv[3].append(Rounded())
-    with pytest.raises(ValueError, match=r"crosskd: kd_cls is .* gradient is 0 at every feature map"):
-        Distiller(teacher, student, CrossKD(position=3))(*tiny_batch())
+    distiller = Distiller(*rounding_pair(), CrossKD(position=3))
+    with pytest.warns(UserWarning, match=r"crosskd: kd_cls is .* gradient is 0 at every feature map"):
+        distiller(*tiny_batch())
+    distiller(*tiny_batch())
+    with pytest.raises(ValueError, match=r"crosskd: kd_cls is .* gradient is 0 .* first 3 steps"):
+        distiller(*tiny_batch())
+
+
+def test_a_gradient_that_is_0_on_one_step_is_not_refused(monkeypatch):
+    distiller = Distiller(*rounding_pair(), CrossKD(position=3))
+    with pytest.warns(UserWarning, match="gradient is 0"):
+        distiller(*tiny_batch())
+    monkeypatch.setattr(Rounded, "passes", True)
+    for _ in range(3):
+        distiller(*tiny_batch())
+
+
+def test_the_student_is_searched_for_sharded_weights_on_the_first_step_alone(monkeypatch):
+    searched = []
+    monkeypatch.setattr("crosskd.distiller.is_sharded", lambda student: bool(searched.append(student)))
+    distiller = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), CrossKD(position=3))
+    for _ in range(3):
+        distiller(*tiny_batch())
+    assert searched.count(distiller.student) == 1
 
 
 def test_frozen_features_are_found_after_a_step_without_gradients(build):
@@ -720,6 +875,47 @@ def test_a_student_replaced_after_construction_is_refused(replace):
         ValueError, match=r"distiller.student, a FCOS, was replaced by a \w+: make a new Distiller for it"
     ):
         distiller(*tiny_batch())
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_layer_replaced_by_one_of_its_form_is_followed(build, steps):
+    distiller = distiller_of(build)
+    for _ in range(steps):
+        distiller(*tiny_batch())
+    head = distiller.student.head.classification_head
+    head.cls_logits = copy.deepcopy(head.cls_logits)
+    nn.init.normal_(head.cls_logits.bias)
+    own = copy.deepcopy(distiller.student)(*tiny_batch())
+    losses = distiller(*tiny_batch())
+    for name, loss in own.items():
+        assert torch.equal(losses[name], loss)
+    losses["classification"].backward()
+    assert head.cls_logits.bias.grad is not None
+
+
+# What the quickstart says of changes to the teacher: the copy keeps the weights that it had.
+def load_by_assignment(teacher: nn.Module) -> None:
+    teacher.load_state_dict(tiny_retinanet(width=64, seed=9).state_dict(), assign=True)
+
+
+def replace_the_head(teacher: nn.Module) -> None:
+    teacher.head = tiny_retinanet(2, width=64).head
+
+
+@pytest.mark.parametrize("change", [load_by_assignment, replace_the_head, nn.Module.double, nn.Module.train])
+def test_changes_of_the_teacher_have_no_effect(change):
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller = Distiller(teacher, student, CrossKD(position=1))
+    before = distiller(*tiny_batch())
+    change(teacher)
+    assert_same(distiller(*tiny_batch()), before)
+
+
+def test_weights_loaded_into_the_teacher_are_followed():
+    teacher, student = tiny_retinanet(width=64, seed=1), tiny_retinanet(width=64, seed=2)
+    distiller, other = Distiller(teacher, student, CrossKD(position=1)), tiny_retinanet(width=64, seed=9)
+    teacher.load_state_dict(other.state_dict())
+    assert_same(distiller(*tiny_batch()), Distiller(other, student, CrossKD(position=1))(*tiny_batch()))
 
 
 def test_a_teacher_in_train_mode_is_refused(build):

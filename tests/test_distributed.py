@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule
-from crosskd.predictions import mean_over_ranks
+from crosskd import CrossKD, Distiller, PredictionMimicking, Schedule, check
+from crosskd.predictions import mean_over_ranks, of_this_rank
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
 from tests.methods.test_every_method import all_methods, emptied, plain_gfl
@@ -82,6 +83,16 @@ def mean_job(rank: int) -> Tensor:
 
 def test_mean_over_ranks(tmp_path):
     assert [mean.item() for mean in on_two_ranks(tmp_path, mean_job)] == [1.5, 1.5]
+
+
+def check_job(rank: int) -> Tensor:
+    if rank == 0:
+        check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch())
+    return mean_over_ranks(torch.tensor(rank + 1.0))
+
+
+def test_one_process_may_check_alone(tmp_path):
+    assert [mean.item() for mean in on_two_ranks(tmp_path, check_job)] == [1.5, 1.5]
 
 
 def test_mean_over_one_process_is_the_value_itself(tmp_path):
@@ -284,6 +295,46 @@ def test_every_method_ends_with_equal_weights(tmp_path):
     assert len(trained) > 5
 
 
+def uneven_job(rank: int, joined: bool) -> Tensor:
+    """One rank has a batch more than the other; or, after the stop, no targets."""
+    method = CrossKD(schedule=None if joined else Schedule(stop=1))
+    parallel = DistributedDataParallel(
+        distiller_of(tiny_retinanet, method), find_unused_parameters=not joined
+    )
+    if joined:
+        with parallel.join():
+            for _ in range(2 + rank):
+                sum(parallel(*batch_of(rank)).values()).backward()
+    else:
+        for step in range(4):
+            images, targets = batch_of(rank)
+            sum(parallel(images, None if rank and step else targets).values()).backward()
+            assert mean_over_ranks(torch.tensor(float(rank))) == 0.5  # nothing is left of another reduction
+    return next(parallel.module.student.backbone.parameters()).grad
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["join", "mixed after the stop"])
+def test_ranks_of_uneven_batches(tmp_path, joined):
+    first, second = on_two_ranks(tmp_path, uneven_job, joined)
+    if not joined:
+        assert torch.equal(first, second)
+
+
+def group_job(rank: int) -> list[float]:
+    """Each rank has a DDP of its own group: a normalizer is averaged over that, not over the world."""
+    groups = [dist.new_group([number]) for number in range(RANKS)]
+    parallel = DistributedDataParallel(distiller_of(tiny_retinanet, CrossKD()), process_group=groups[rank])
+    alone = distiller_of(tiny_retinanet, CrossKD())
+    with of_this_rank():
+        expected = alone(*batch_of(rank))["kd_cls"].item()
+    return [parallel(*batch_of(rank))["kd_cls"].item(), expected]
+
+
+def test_normalizers_are_those_of_the_process_group(tmp_path):
+    for found, expected in on_two_ranks(tmp_path, group_job):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
 def wrapped_job(rank: int) -> str:
     student = DistributedDataParallel(tiny_fcos(seed=1))
     with pytest.raises(ValueError, match="student is wrapped in DistributedDataParallel") as caught:
@@ -294,3 +345,45 @@ def wrapped_job(rank: int) -> str:
 def test_a_student_wrapped_inside_is_refused(tmp_path):
     for message in on_two_ranks(tmp_path, wrapped_job):
         assert "wrap the distiller instead" in message
+
+
+# -- fully_shard ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+SHARDED = {
+    "head": lambda distiller: [distiller.student.head],
+    "blocks": lambda distiller: list(distiller.student.head.classification_head.conv),
+    "student": lambda distiller: [distiller.student],
+    None: lambda distiller: [
+        distiller.student.backbone,
+        distiller.student.head.classification_head.cls_logits,
+        distiller,
+    ],
+}
+
+
+@pytest.mark.parametrize("refused", SHARDED)
+def test_what_may_be_sharded(one_process, refused):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("fully_shard came with PyTorch 2.6")
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), CrossKD())
+    expected = distiller(*tiny_batch())
+    distiller._checked.clear()
+    for module in SHARDED[refused](distiller):
+        fsdp.fully_shard(module, mesh=one_process)
+    if refused is not None:
+        with pytest.raises(ValueError, match=r"student: .*(head|RetinaNet).* fully_shard\(distiller\)"):
+            distiller(*tiny_batch())
+        return
+    losses = distiller(*tiny_batch())
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name])
+    sum(losses.values()).backward()

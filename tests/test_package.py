@@ -18,25 +18,22 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages(crosskd.__path_
 # Adapters that can't be imported without their framework are looked at where that is there.
 PEERS = ("mmdet", "ultralytics")
 PUBLIC_MODULES = [
-    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if name.endswith(f".{peer}")])
+    pytest.param(name, marks=[getattr(pytest.mark, peer) for peer in PEERS if f".{peer}" in name])
     for name in ("crosskd", *MODULES)
     if "._" not in name
 ]
 
 
-def imported_by(statement: str) -> set[str]:
-    """Top-level names of the modules that a clean interpreter has loaded after a statement."""
-    code = f"{statement}; import sys; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(result.stdout.split())
-
-
-@pytest.mark.slow
 def test_import_brings_nothing_but_torch_and_torchvision():
-    ours, theirs = imported_by("import crosskd"), imported_by("import torch, torchvision")
-    added = ours - theirs - set(sys.stdlib_module_names)
-    assert added == {"crosskd"}
-    assert not ours & {"mmdet", "mmcv", "mmengine", "ultralytics"}
+    code = (
+        "import sys, torch, torchvision\nbefore = {*sys.modules}\nimport crosskd, crosskd.adapters\n"
+        "print(*{name.split('.')[0] for name in {*sys.modules} - before})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = set(result.stdout.split())
+    assert "crosskd" in added
+    # Of these it may load more modules than torch and torchvision had; nothing of what else is installed.
+    assert added - set(sys.stdlib_module_names) <= {"crosskd", "numpy", "torch", "torchvision"}
 
 
 def test_version_is_that_of_the_project():

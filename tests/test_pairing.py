@@ -213,6 +213,11 @@ def test_error_branches():
             {"background": 3},
             r"a sigmoid per class \(teacher\), a softmax whose class 3 is no object",
         ),
+        (
+            {"objectness": True},
+            {},
+            r"a sigmoid per class, times an objectness \(teacher\), a sigmoid per class \(",
+        ),
         ({"background": 0}, {"background": 3}, r"class 0 is no object \(teacher\), .*class 3 is no object"),
         ({"bins": 17}, {}, r"over 17 \(teacher\), 1 \(student\) bins"),
         ({"bins": 17}, {"bins": 8}, r"over 17 \(teacher\), 8 \(student\) bins"),

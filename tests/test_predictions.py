@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import distributed
 
 from crosskd.predictions import Predictions, join_levels, mean_over_ranks, positives_of_teacher
+from tests.helpers.plain_losses import sigmoid
 
 
 def predictions(logits: torch.Tensor, quality: torch.Tensor | None = None, **fields) -> Predictions:
@@ -37,6 +40,55 @@ def test_detach_cuts_the_history_of_all_three():
         assert torch.equal(getattr(detached, name), getattr(whole, name))
         assert not getattr(detached, name).requires_grad
     assert predictions(tensors[0]).detach().quality is None
+
+
+# -- objectness: a class's probability is the product of two sigmoids --------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_with_objectness_a_probability_is_the_product(dtype):
+    logits, quality = (3 * torch.randn(2, 5, 3)).to(dtype), (3 * torch.randn(2, 5)).to(dtype)
+    found = predictions(logits, quality, objectness=True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = logits.to(wide).sigmoid() * quality.to(wide).sigmoid().unsqueeze(-1)
+    assert found.probabilities().dtype == wide
+    torch.testing.assert_close(found.probabilities(), expected)
+    torch.testing.assert_close(found.confidence(), expected.amax(-1))
+    torch.testing.assert_close(found.of_classes([2, 0]).probabilities(), expected[..., [2, 0]])
+    for kept in (found.detach(), join_levels([found])):
+        torch.testing.assert_close(kept.probabilities(), expected)
+    plain = predictions(logits, quality)
+    assert plain.class_logits() is logits  # a centerness multiplies nothing
+    torch.testing.assert_close(plain.confidence(), logits.to(wide).amax(-1).sigmoid())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1.0, 20.0, 90.0, 600.0, 1e4])
+def test_logits_and_gradients_of_the_product_are_sound(size, dtype):
+    """Of probabilities that round to 0 and 1, too."""
+    values = size * torch.tensor([-1.0, 1.0, 0.5, 0.0, 0.9])
+    a, b = (n.to(dtype).requires_grad_() for n in torch.cartesian_prod(values, values).unbind(1))
+    found = predictions(a.view(1, -1, 1), b.view(1, -1), objectness=True).class_logits()
+    found.sum().backward()
+    rows = torch.stack([n.detach() for n in (a, b, found.flatten(), a.grad, b.grad)], dim=1).tolist()
+    for x, y, logit, of_x, of_y in rows:
+        if size <= 600:  # 1 / p - 1 is expm1 of this
+            amount = softplus(-x) + softplus(-y)
+            expected = -math.log(math.expm1(amount)) if amount < 30 else -amount
+            assert logit == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert of_x == pytest.approx(sigmoid(softplus(y) - x), rel=1e-3, abs=1e-6)
+        assert of_y == pytest.approx(sigmoid(softplus(x) - y), rel=1e-3, abs=1e-6)
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def test_error_objectness():
+    with pytest.raises(ValueError, match="got quality None and background None"):
+        predictions(torch.zeros(2, 5, 3), objectness=True)
+    with pytest.raises(ValueError, match="got quality given and background 0"):
+        predictions(torch.zeros(2, 5, 3), torch.zeros(2, 5), background=0, objectness=True)
 
 
 # -- a softmax over all classes --------------------------------------------------------------------
@@ -183,16 +235,3 @@ def test_mean_over_ranks_of_one_process():
         assert mean_over_ranks(value) is value
     finally:
         distributed.destroy_process_group()
-
-
-def _check_mean_of_two(rank: int, store: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    value = torch.tensor(1.0 + 2 * rank)
-    assert mean_over_ranks(value).item() == 2
-    assert value.item() == 1 + 2 * rank  # the number that was handed in stays as it was
-    distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_mean_over_ranks_of_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_check_mean_of_two, args=(str(tmp_path / "store"),), nprocs=2)

@@ -453,7 +453,7 @@ SMALL = generic(
     towers={"both": "tower"},
     predictors={"both": {"logits": "logits", "regression": "sides"}},
     losses=small_losses,
-    decode=lambda detector, regression, anchors: regression,
+    decode=lambda detector, sides, anchors: torch.cat([-sides[..., :2].exp(), sides[..., 2:].exp()], dim=-1),
 )
 
 

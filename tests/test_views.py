@@ -320,8 +320,9 @@ def strided(strides: tuple[int, ...], side: int) -> RetinaNet:
 def test_the_factor_of_the_sizes_may_be_given_where_strides_allow_several():
     images, targets = tiny_batch()
     teacher, student = strided((16, 32, 64), 128), strided((16, 32), 64)
-    with pytest.raises(ValueError, match=r"\(128, 128\).*are 1 times as large.*view_scale="):
-        look(teacher, student, images, targets)
+    for resize in (False, True):
+        with pytest.raises(ValueError, match=r"\[16.0, 32.0, 64.0\].*1 or 2 times.*pass view_scale=2,"):
+            look(teacher, student, images, targets, resize_levels=resize)
     _, step = look(teacher, student, images, targets, view_scale=2)
     assert step.teacher.levels == (1, 2)
     anchors = [side.anchors.boxes for side in (step.teacher, step.student)]

@@ -166,6 +166,7 @@ class Head(ABC):
         num_classes: columns of the logits, the background included.
         class_names: their names, one per column; ``None`` if unknown.
         background: the column that means no object, where the classes share a softmax.
+        objectness: whether its `Predictions <crosskd.predictions.Predictions>` have ``objectness``.
         branches: the head's towers with their predictors.
         rows: what a row of predictions stands for. Rows of ``"queries"`` have no order, and methods that
             compare row by row refuse them.
@@ -182,6 +183,7 @@ class Head(ABC):
     num_classes: int
     class_names: tuple[str, ...] | None = None
     background: int | None = None
+    objectness: bool = False
     branches: tuple[Branch, ...]
     rows: Rows = "grid"
     copies: int = 1

@@ -50,8 +50,8 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         towers: by branch name, the blocks in front of the predictors, an ``nn.Sequential`` or
             ``nn.ModuleList``; ``None`` where the predictors read the feature maps themselves.
         predictors: by branch name, the predictors behind its tower, by what they predict: ``"logits"``
-            (before the sigmoid), ``"regression"``, ``"quality"`` (logits of a centerness or an IoU). Each
-            gives the numbers of all of a location's anchors, one anchor behind the other.
+            (before the sigmoid), ``"regression"``, ``"quality"`` (logits of a centerness, an IoU or an
+            objectness). Each gives the numbers of all of a location's anchors, one anchor behind the other.
         losses: ``(detector, predictions, anchors, targets)`` returns the detector's own losses by name, and
             which anchors hold an object: a mask (batch, anchors) of type bool, or an `Assignment` where some
             anchors don't count, or where losses are divided by something else than their number. A detector
@@ -72,6 +72,9 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
             unless given.
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
         background: the column of the logits that means no object, where the classes share a softmax.
+        objectness: what the ``"quality"`` predictor predicts is whether there is an object at all, and the
+            classes are trained where there is one alone: a class's probability is the product of both (YOLOX,
+            YOLOv3 to v7).
         prepare: ``(detector, images, targets)`` returns a `Batch`. Without it images are a tensor (batch,
             channels, height, width), or a list of tensors of one size, which the detector takes as one.
         objects: ``(targets)`` returns, for each image, a pair of boxes (objects, 4), xyxy in pixels, and
@@ -115,7 +118,7 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         ...     towers={"both": "tower"},
         ...     predictors={"both": {"logits": "logits", "regression": "sides"}},
         ...     losses=losses,
-        ...     decode=lambda detector, regression, anchors: regression,
+        ...     decode=lambda detector, regression, anchors: regression.exp() * torch.tensor([-1, -1, 1, 1]),
         ... )
         >>> from crosskd import CrossKD, Distiller
         >>> distiller = Distiller(Detector(16), Detector(8), CrossKD(position=1), adapter)
@@ -135,6 +138,7 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
     num_classes: int | Callable[[Any], int] | None = None
     bins: int = 1
     background: int | None = None
+    objectness: bool = False
     prepare: Callable[[Any, Any, Any], Batch] | None = None
     objects: Callable[[Any], Iterable[Any]] | None = None
     assign: Callable[[Any, Predictions, Any, Any], Assigned] | None = None
@@ -160,6 +164,11 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
             raise ValueError(
                 "the predictors must be one of logits, one of regression and at most one of quality, got "
                 f"{roles}: name them so, or pass predict= and num_classes="
+            )
+        if self.objectness and self.predict is None and "quality" not in roles:
+            raise ValueError(
+                "objectness=True says that the predictor of quality predicts whether there is an object, but "
+                f'the predictors are those of {roles}: name the objectness\'s predictor "quality"'
             )
         if self.bins < 1:
             raise ValueError(f"bins must be at least 1, got {self.bins}")
@@ -296,6 +305,7 @@ class GenericHead(Head):
         # With the module's name, so that a class that happens to be called FCOS gets no published settings.
         self.head_type = spec.head_type or f"{type(detector).__module__}.{type(detector).__qualname__}"
         self.bins, self.background, self.decodes = spec.bins, spec.background, spec.decode is not None
+        self.objectness = spec.objectness
         self.predictors: dict[str, tuple[nn.Module, ...]] = {}
         for name, behind in spec.predictors.items():
             for role, where in behind.items():
@@ -386,17 +396,18 @@ class GenericHead(Head):
         """What was given, or the predictors' outputs as they are.
 
         Raises:
-            ValueError: as many classes as the adapter doesn't know of.
+            ValueError: other classes, background or objectness than the adapter knows of.
         """
         if self.spec.predict is None:
             return self._predicted(level, towers)
         predictions = self.spec.predict(self.detector, level, towers)
         classes = predictions.logits.shape[-1]
-        if (classes, predictions.background) != (self.num_classes, self.background):
+        given = classes, predictions.background, predictions.objectness
+        if given != (self.num_classes, self.background, self.objectness):
             raise ValueError(
-                f"predict= gives logits of {classes} classes with background {predictions.background} for "
-                f"{type(self.detector).__name__}, but its num_classes= is {self.num_classes} and background= "
-                f"{self.background}"
+                "predict= gives logits of {} classes with background {} and objectness {} for ".format(*given)
+                + f"{type(self.detector).__name__}, but generic() has num_classes={self.num_classes}, "
+                f"background={self.background} and objectness={self.objectness}"
             )
         return predictions
 
@@ -420,6 +431,7 @@ class GenericHead(Head):
             regression.squeeze(-1) if self.bins == 1 else regression,
             rows["quality"].reshape(batch, anchors) if "quality" in rows else None,
             self.background,
+            objectness=self.objectness,
         )
 
     def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:
@@ -538,7 +550,7 @@ def stacked_images(images: Any, instead: str) -> Tensor:
     """
     if isinstance(images, Tensor):
         return images
-    listed = list(images)
+    listed = list(images) if isinstance(images, Iterable) else [images]
     if not listed or not all(isinstance(image, Tensor) for image in listed):
         kinds = sorted({type(image).__name__ for image in listed})
         raise TypeError(f"images must be tensors, got {kinds or 'none'}: convert them, or pass {instead}")

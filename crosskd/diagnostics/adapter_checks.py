@@ -20,7 +20,7 @@ from crosskd.proof import prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import TapPoint
 
-__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "run_heads"]
+__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "moved", "run_heads"]
 
 Variation = Callable[[Any, Any], tuple[Any, Any]]  # makes another batch of images and targets
 # A head, what it was fed per level, what it predicted, and at which anchors or regions.
@@ -83,16 +83,17 @@ class Bench:
     def converted(self, **to: Any) -> Bench:
         """The same on another ``device``, or with floating-point numbers of another ``dtype``."""
         teacher, student = (copy.deepcopy(detector).to(**to) for detector in (self.teacher, self.student))
-        return replace(self, teacher=teacher, student=student, batch=_moved(self.batch, **to))
+        return replace(self, teacher=teacher, student=student, batch=moved(self.batch, **to))
 
 
-def _moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+def moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A batch on another device, or with floating-point numbers of another type."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device, dtype) for key, item in value.items()}
+        return {key: moved(item, device, dtype) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_moved(item, device, dtype) for item in value])
+        return type(value)([moved(item, device, dtype) for item in value])
     # A framework's own sample: how its numbers would be cast is not for us to know.
     return value.to(device) if device is not None and hasattr(value, "to") else value
 

@@ -1,29 +1,24 @@
-"""`check`: a look at a pair of detectors, on one batch, before a long run."""
+"""`check`: a look at a pair of detectors, on a few batches, before a long run."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crosskd.adapters.base import Adapter, AdapterSpec, Objects, PixelCoding, RegionHead
+from crosskd._unchanged import unchanged
+from crosskd.adapters.base import Adapter, AdapterSpec, Batch, PixelCoding
+from crosskd.adapters.replacing import replaced
 from crosskd.align import ChannelProjection
-from crosskd.diagnostics._objects import counts_of, overlaps, rows_of_images
-from crosskd.diagnostics.adapter_checks import run_heads
-from crosskd.diagnostics.check_report import (
-    LEAST_OVERLAP,
-    SURE,
-    CheckReport,
-    Confidence,
-    Fit,
-    LossSize,
-    Split,
-)
+from crosskd.diagnostics._detections import Seen, fit_of, seen_in
+from crosskd.diagnostics.adapter_checks import moved, run_heads
+from crosskd.diagnostics.check_report import SURE_DETECTION, CheckReport, Confidence, Fit, LossSize, Split
 from crosskd.distiller import Distiller
 from crosskd.methods import CrossKD, Method
 from crosskd.pairing import Pair, classes_agree
@@ -32,10 +27,16 @@ from crosskd.step import DetectorTrace, HeadTrace, Trace
 
 __all__ = ["check"]
 
-# From this class probability on a prediction counts as one: below it a detector detects next to nothing.
-_LEAST_SURE = 0.1
+# Below this class probability, or AP50, a detector detects nothing; below the other AP50 it teaches little.
+_LEAST_SURE, _WORTHLESS_AP50, _LEAST_AP50 = 0.1, 1.0, 25.0
+# The share of objects over which its likeliest class is right, at least; and that of a class, of several
+# objects, that is taken for another one where the two are swapped; and how many objects prove a wrong order.
+_LEAST_RIGHT, _MOSTLY, _SEVERAL, _MANY = 0.25, 2 / 3, 3, 8
 # Beyond these ratios the distillation drowns the student's own losses, or is drowned by them.
-_LARGEST_RATIO, _SMALLEST_RATIO = 10.0, 0.01
+_LARGEST_RATIO, _SMALLEST_RATIO = 200.0, 0.01
+# How far pixels may lie outside 0 to 1, as interpolation leaves them; what an image that isn't black reaches.
+_PIXEL_MARGIN, _DARK = 0.1, 0.02
+_OTHER_SIZE = 1.3  # from this ratio on images are of another size than those a teacher was built for
 
 
 def check(
@@ -45,27 +46,38 @@ def check(
     targets: Any = None,
     methods: Method | Sequence[Method] | None = None,
     adapter: AdapterSpec | None = None,
+    *,
+    batches: int = 4,
+    seconds: float = 60.0,
     **distiller_options: Any,
 ) -> CheckReport:
-    """Looks at a pair before a long run: runs one step and reports what distillation would do.
+    """Looks at a pair before a long run: how good its teacher is, and what would be distilled how strongly.
 
-    Both detectors are copied and stay as they are. Schedules are ignored: losses are those of full strength.
-    How good the teacher is, is read off its last head that is distilled, or its last head where only feature
-    maps are; a head that answers for regions is run on the teacher's own proposals.
+    The teacher is judged as the distillation sees it: on the pixels that it would get, by the predictions of
+    its last head, the best of them without duplicates. Losses are those of one training step on the first
+    batch, at full strength whatever the schedules. Both detectors stay as they are. No other process is
+    waited for, so one of several may call it alone.
 
     Args:
         teacher: as for `Distiller`.
         student: likewise.
-        images: a batch, as the student takes it; best one of real images.
-        targets: with them the teacher's predictions are compared with the objects.
+        images: a batch, as the student takes it; or several, a loader or another iterable of (images,
+            targets). Best are some dozens of real images that the teacher wasn't trained on.
+        targets: of a single batch. With them the teacher's detections are compared with the objects.
         methods: ``CrossKD()`` unless given.
         adapter: as for `Distiller`.
+        batches: how many batches of a loader are looked at, at most.
+        seconds: after this time no further batch is begun.
         distiller_options: further arguments of the `Distiller`, such as ``class_map``.
+
+    Returns:
+        A report that shows itself: the verdict first, what to do last.
 
     Raises:
         ValueError: a run that would be worthless: what `Distiller` refuses; losses that are not finite; a
-            distillation without a gradient; a teacher that is sure of nothing, or finds none of the objects.
-        TypeError: no adapter understands a detector.
+            distillation without a gradient; a teacher that is sure of nothing, detects none of the objects or
+            takes them for other classes; pixels outside 0 to 1, unless the teacher detects well in them.
+        TypeError: no adapter understands a detector; a loader that gives something else than pairs.
 
     Example:
         >>> from torchvision.models.detection import RetinaNet
@@ -80,57 +92,274 @@ def check(
         ValueError: the teacher is sure of nothing on these images: its largest class probability is 0.01...
     """
     given = CrossKD() if methods is None else methods
-    original = Distiller(teacher, student, given, adapter, **distiller_options)
-    # The view may hold whatever it likes, but no detector.
-    distiller = copy.deepcopy(original, {id(original.teacher_view): original.teacher_view}).train()
+    distiller = Distiller(teacher, student, given, adapter, **distiller_options)
     for method in distiller.methods.values():
         method.schedule = None  # type: ignore[assignment]
-    with same_random_numbers(student), torch.enable_grad():
-        trace = distiller.trace(images, targets)
-        report = _report(distiller, trace)
-    _refuse(report)
-    return report
+    looked_at = _batches_of(images, targets, batches, seconds, distiller.student)
+    with (
+        unchanged(distiller.student),
+        unchanged(distiller.teacher),
+        same_random_numbers(distiller.student),
+        # Whatever averages over processes asks this first; the other ones may not be here.
+        replaced(torch.distributed, is_initialized=lambda: False),
+        torch.enable_grad(),
+    ):
+        return _report(distiller.train(), looked_at)
 
 
-def _report(distiller: Distiller, trace: Trace) -> CheckReport:
+def _batches_of(
+    images: Any, targets: Any, batches: int, seconds: float, student: nn.Module
+) -> Iterator[tuple[Any, Any]]:
+    """The one batch; of a loader the first ones, on the student's device, as long as there is time."""
+    if isinstance(images, list | tuple):
+        several = bool(images) and isinstance(images[0], list | tuple)
+    else:
+        several = isinstance(images, Iterable) and not isinstance(images, Mapping)
+        several = several and not hasattr(images, "shape")
+    if targets is not None or not several:
+        yield images, targets
+        return
+    device, end = next(student.parameters()).device, time.monotonic() + seconds
+    for batch in islice(images, batches):
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise TypeError(
+                "a loader must give pairs (images, targets) in the student's own form, got a "
+                f"{type(batch).__name__}: pass a generator that makes pairs of what yours gives"
+            )
+        yield moved(batch[0], device), moved(batch[1], device)
+        if time.monotonic() > end:
+            return
+
+
+def _report(distiller: Distiller, batches: Iterator[tuple[Any, Any]]) -> CheckReport:
+    """Makes a training step on the first batch, and judges the teacher by all."""
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("the loader gives no batch: hand in images, or a loader that gives some")
+    pair, teacher = distiller.pair, distiller.teacher_adapter
+    trace = distiller.trace(*first)
     assert trace.teacher is not None
     sizes = {name: _size(loss, distiller.student) for name, loss in distiller.named_losses(trace).items()}
+    seen, labelled = list[Seen](), False
+    faults, remarks, images_seen = list[str](), list[str](), 0  # faults are refused, remarks are not
+    for images, targets in chain([first], batches):
+        ours = distiller.student_adapter.prepare(images, targets)
+        theirs = distiller.teacher_batch(ours, images, targets)
+        faults = faults or _pixel_faults("the images", ours, pair.student.pixel_coding)
+        if distiller.teacher_view is not None:
+            faults = faults or _pixel_faults("teacher_view's images", theirs, teacher.pixel_coding)
+        remarks = remarks or _size_remarks(teacher.detector, theirs)
+        seen += _seen_by(pair, theirs, ours)
+        images_seen += len(ours.image_sizes)
+        labelled |= targets is not None
+    fit, unknown = _fit(pair, seen, labelled)
+    confidence = Confidence(tuple(s.highest for s in seen), tuple(s.sure for s in seen)) if seen else None
+    if fit is not None and fit.ap50 >= _LEAST_AP50:  # pixels are as the teacher's were
+        faults, remarks = [], faults + remarks
+    of_teacher = _teacher_faults(pair, fit, confidence)
+    # Methods of feature maps alone don't need the teacher's head to be right.
+    (faults if trace.teacher.heads else remarks).extend(of_teacher)
     own = {name: size for name, size in sizes.items() if name in trace.own_losses}
     distilled = {name: size for name, size in sizes.items() if name not in own}
-    remarks = _remarks_on_losses(own, distilled)
-    confidence, fit = None, None
-    if distiller.teacher_adapter.heads:
-        run = _teacher_run(distiller.pair, trace.teacher)
-        confidence = _confidence(run)
-        if max(confidence.highest) < _LEAST_SURE:
-            unsure = f"its largest class probability is {max(confidence.highest):.3f}"
-            remarks.append(f"the teacher is sure of nothing on these images: {unsure}")
-        if trace.student.batch.targets is not None:
-            fit = _fit(distiller.pair, trace.teacher, trace.student, run, remarks)
-    else:
-        remarks.append("the teacher is a backbone without a head: how good it is can't be read off its maps")
-    if fit is not None and fit.found < fit.objects / 2:
-        finds = f"the teacher finds {fit.found} of {fit.objects} objects, less than half"
-        remarks.append(f"{finds}: the student will learn to miss the others")
-    return CheckReport(
-        teacher=_kind(distiller.teacher_adapter),
+    _refuse(sizes, distilled, [*faults, *remarks] if faults else [])
+    remarks += [] if fit is None or of_teacher else _fit_remarks(pair, fit)
+    report = CheckReport(
+        teacher=_kind(teacher),
         student=_kind(distiller.student_adapter),
+        images=images_seen,
         head_types=tuple(run.head.head_type for run in trace.teacher.heads.values()),
         splits=tuple(_splits(distiller, trace)),
         projections=tuple(_projections(distiller)),
-        differences=tuple(_differences(distiller.pair, trace.teacher, trace.student)),
+        differences=tuple(_differences(pair, trace.teacher, trace.student)),
         own_losses=own,
         distillation_losses=distilled,
         confidence=confidence,
         fit=fit,
-        remarks=tuple(remarks),
+        remarks=(),
+    )
+    return replace(report, remarks=(*remarks, *unknown, *_loss_remarks(report)))
+
+
+# -- the images ----------------------------------------------------------------------------------
+
+
+def _pixel_faults(which: str, batch: Batch, coding: PixelCoding | None) -> list[str]:
+    """Says of pixels outside 0 to 1, before they are normalised, what has probably happened to them."""
+    if coding is None:
+        return []
+    mean, std = (torch.tensor(side)[:, None, None].to(batch.pixels) for side in (coding.mean, coding.std))
+    ranges = []
+    for pixels, (height, width) in zip(batch.pixels, batch.image_sizes, strict=True):
+        image = pixels[:, :height, :width] * std + mean
+        ranges += [float(image.min()), float(image.max())]
+    lowest, highest = min(ranges), max(ranges)
+    lie = f"{which} have pixels from {lowest:.3g} to {highest:.3g}, where the detector expects 0 to 1"
+    if lowest < -_PIXEL_MARGIN:
+        return [f"{lie}: they look normalised already, which the detector does itself. Leave it out before"]
+    if highest > 1 + _PIXEL_MARGIN:
+        return [f"{lie}: divide pixels of 0 to 255 by 255, once"]
+    if highest < _DARK:
+        return [f"{lie}: they are black, or were divided by 255 twice"]
+    return []
+
+
+def _size_remarks(teacher: nn.Module, batch: Batch) -> list[str]:
+    """Compares the images with those that torchvision's transform, or ultralytics' ``imgsz``, says."""
+    transform, args = getattr(teacher, "transform", None), getattr(teacher, "args", None)
+    short, long = sorted(batch.image_sizes[0])
+    fixed, least = getattr(transform, "fixed_size", None), getattr(transform, "min_size", None)
+    imgsz = args.get("imgsz") if isinstance(args, Mapping) else getattr(args, "imgsz", None)
+    if fixed is not None:
+        scale, says = max(fixed) / long, f"its transform makes them {fixed[0]} wide and {fixed[1]} high"
+    elif least is not None and transform is not None:
+        sides = least if isinstance(least, list | tuple) else [least]
+        scales = [min(side / short, transform.max_size / long) for side in sides]
+        scale = min(scales, key=lambda value: abs(math.log(value)))
+        says = f"its transform has min_size={least} and max_size={transform.max_size}"
+    elif imgsz is not None:
+        scale = max(imgsz if isinstance(imgsz, list | tuple) else [imgsz]) / long
+        says = f"it was trained with imgsz={imgsz}"
+    else:
+        return []
+    if 1 / _OTHER_SIZE < scale < _OTHER_SIZE:
+        return []
+    return [
+        f"the teacher was built for images {scale:.2g} times as large ({says}; it gets {short} by {long} "
+        "pixels from the student): give both the same sizes, or the teacher its own by teacher_view="
+    ]
+
+
+# -- the teacher ---------------------------------------------------------------------------------
+
+
+def _comparable(pair: Pair) -> bool:
+    return pair.class_map is not None or classes_agree(pair.teacher.heads[-1], pair.student.heads[-1])
+
+
+def _seen_by(pair: Pair, theirs: Batch, ours: Batch) -> list[Seen]:
+    """What the teacher's last head makes of a batch; one that answers for regions, of its own proposals."""
+    if not pair.teacher.heads:
+        return []
+    *_, (head, _, predictions, anchors) = run_heads(pair.teacher, theirs)
+    return [*seen_in(head, predictions.of_classes(pair.class_map), anchors, theirs, ours)]
+
+
+def _fit(pair: Pair, seen: Sequence[Seen], labelled: bool) -> tuple[Fit | None, list[str]]:
+    """How well the teacher's detections fit the objects, or why that is unknown."""
+    with_objects = [image for image in seen if image.objects is not None]
+    if not pair.teacher.heads:
+        return None, ["the teacher is a backbone without a head: measure how good its detector is elsewhere"]
+    if not labelled:
+        return None, []
+    if not with_objects:
+        missing = "the student's adapter gives no objects of the targets to compare the teacher with"
+        return None, [f"{missing}: give generic() objects=, a function of the targets"]
+    if not pair.teacher.heads[-1].decodes:
+        missing = "the teacher's adapter decodes no boxes to compare with the objects"
+        return None, [f"{missing}: give generic() decode="]
+    fit = fit_of(with_objects, classless=not _comparable(pair))
+    if fit.objects:
+        return fit, []
+    return None, [
+        "the targets hold no object, so how well the teacher finds them is unknown: try other images"
+    ]
+
+
+def _teacher_faults(pair: Pair, fit: Fit | None, confidence: Confidence | None) -> list[str]:
+    """What makes a teacher worthless for a distillation of its predictions."""
+    highest = 1.0 if confidence is None else max(confidence.highest)
+    if highest < _LEAST_SURE:
+        return [
+            f"the teacher is sure of nothing on these images: its largest class probability is {highest:.3f} "
+            f"and should be at least {_LEAST_SURE}. Load its trained weights, give it images as it was "
+            "trained with (size, order of channels, normalisation), and choose some that hold what it knows"
+        ]
+    if fit is None:
+        return []
+    # Of few objects an untrained teacher may take all for others by chance, though it finds some.
+    wrong = _class_fault(pair, fit)
+    nothing = not fit.found and fit.ap50 < _WORTHLESS_AP50
+    if wrong and (fit.seen >= _MANY or nothing):
+        return [wrong]
+    if nothing:
+        return [
+            f"the teacher finds {fit.found or 'none'} of the {fit.objects} objects in the targets, "
+            f"{fit.found_in_any_class} in any class, AP50 {fit.ap50:.1f}. Check its weights, that boxes are "
+            "xyxy in pixels, and that it sees images as it was trained with; if these objects are too hard, "
+            "look at other images, or for another teacher"
+        ]
+    return []
+
+
+def _clearly(fit: Fit) -> dict[int, int]:
+    """For which class the objects of each are taken, where several and most of them are."""
+    mostly = {}
+    for label, other in fit.mostly().items():
+        if fit.taken[label][other] >= max(_SEVERAL, _MOSTLY * sum(fit.taken[label].values())):
+            mostly[label] = other
+    return mostly
+
+
+def _confused(fit: Fit) -> dict[int, int]:
+    """Classes whose objects are mostly taken for another one, whose own are not taken for itself either.
+
+    Where only the former is so, the teacher doesn't know a rare class, which is no wrong order.
+    """
+    mostly = _clearly(fit)
+    return {label: other for label, other in mostly.items() if mostly.get(other, other) != other}
+
+
+def _class_fault(pair: Pair, fit: Fit) -> str:
+    """Says which classes are taken for which, and what class_map= would put it right; empty if none are."""
+    if fit.right >= _LEAST_RIGHT * fit.seen and not _confused(fit):
+        return ""
+    mostly = fit.mostly()
+    listed = []
+    for label, other in [(label, other) for label, other in mostly.items() if label != other][:5]:
+        of_class = fit.taken[label]
+        listed.append(f"class {label} for {other} ({of_class[other]} of {sum(of_class.values())})")
+    own = pair.student.heads[-1]
+    columns = list(range(own.num_classes) if pair.class_map is None else pair.class_map)
+    whole = mostly.keys() == set(range(own.num_classes)) - {own.background}
+    advice = "check the order of classes (class_map=), where labels are counted from, and that it is trained"
+    if whole and len(set(mostly.values())) == len(mostly):
+        wanted = [columns[mostly.get(label, label)] for label in range(own.num_classes)]
+        advice += f"; class_map={wanted} would put these right"
+    return (
+        f"the teacher takes objects for other classes: over {fit.seen} objects that it sees, its likeliest "
+        f"class is the right one {fit.right} times, {', '.join(listed)} (AP50 {fit.ap50:.1f}): {advice}"
     )
 
 
-def _kind(adapter: Adapter) -> str:
-    millions = sum(parameter.numel() for parameter in adapter.detector.parameters()) / 1e6
-    name = type(adapter.detector).__name__
-    return f"{name}, {millions:.2f} million parameters, adapter {type(adapter).__name__}"
+def _fit_remarks(pair: Pair, fit: Fit) -> list[str]:
+    wrong = _class_fault(pair, fit)
+    remarks = [wrong] if wrong else []
+    if fit.ap50 < _LEAST_AP50:
+        remarks.append(
+            f"the teacher is weak here: AP50 {fit.ap50:.1f} (AP {fit.ap:.1f}), it finds {fit.found} of "
+            f"{fit.objects} objects. One that is worth its time mostly has an AP50 of 40 to 90, and a "
+            "student learns what its teacher misses, too: train it for longer, take another, or look at "
+            "images of the kind that it was trained on"
+        )
+    unsure = [
+        f"class {label} is taken for {other} ({fit.taken[label][other]} of {sum(fit.taken[label].values())})"
+        for label, other in _clearly(fit).items()
+        if label != other
+    ]
+    if unsure and not wrong and fit.ap50 >= _LEAST_AP50:
+        remarks.append(f"{', '.join(unsure[:5])}: see whether the teacher knows it, and by the same name")
+    for what, number in (("false alarms", fit.false_alarms), ("duplicates", fit.duplicates)):
+        objects = fit.objects / fit.images
+        if number > max(2 * objects, 1):
+            remarks.append(
+                f"the teacher has {number:.1f} {what} per image with a score of {SURE_DETECTION} or more, "
+                f"beside {objects:.1f} objects; usual are fewer than objects: look at its detections, "
+                "and whether all objects are labelled"
+            )
+    return remarks
+
+
+# -- the losses ----------------------------------------------------------------------------------
 
 
 def _size(loss: Tensor, student: nn.Module) -> LossSize:
@@ -142,16 +371,39 @@ def _size(loss: Tensor, student: nn.Module) -> LossSize:
     return LossSize(float(loss.detach()), math.hypot(*norms))
 
 
-def _remarks_on_losses(own: Mapping[str, LossSize], distilled: Mapping[str, LossSize]) -> list[str]:
-    theirs, ours = (math.hypot(*(size.gradient for size in sizes.values())) for sizes in (distilled, own))
-    remarks = []
-    if ours and not _SMALLEST_RATIO <= theirs / ours <= _LARGEST_RATIO:
-        times = f"{theirs / ours:.2g} times that of the student's own losses"
+def _loss_remarks(report: CheckReport) -> list[str]:
+    ratio, remarks = report.gradient_ratio, []
+    if ratio is not None and not _SMALLEST_RATIO <= ratio <= _LARGEST_RATIO:
+        times = f"{ratio:.3g} times that of the student's own losses"
         remarks.append(f"the distillation's gradient is {times}: look at the methods' weights")
-    without = [name for name, size in distilled.items() if not size.gradient]
-    if without and len(without) < len(distilled):
-        remarks.append(f"no gradient of {', '.join(without)} reaches the student")
+    without = [name for name, size in report.distillation_losses.items() if not size.gradient]
+    if without:
+        remarks.append(f"no gradient of {', '.join(without)} reaches the student: leave it out, or mend it")
     return remarks
+
+
+def _refuse(losses: Mapping[str, LossSize], distilled: Mapping[str, LossSize], faults: Sequence[str]) -> None:
+    infinite = [name for name, size in losses.items() if not math.isfinite(size.value + size.gradient)]
+    if infinite:
+        found = f"{', '.join(infinite)}: the loss, or its gradient, is not finite on this batch"
+        raise ValueError(f"{found}: look for numbers that are not finite in images, targets and weights")
+    if faults:
+        raise ValueError(". Besides, ".join(faults))
+    if not any(size.gradient for size in distilled.values()):
+        raise ValueError(
+            "the distillation has no gradient at the student's parameters, so nothing would be distilled: "
+            "the student equals its teacher, its features vanish before the split, its parameters are "
+            "frozen, or the teacher's head gives the same predictions for any features"
+        )
+
+
+# -- what is compared ----------------------------------------------------------------------------
+
+
+def _kind(adapter: Adapter) -> str:
+    millions = sum(parameter.numel() for parameter in adapter.detector.parameters()) / 1e6
+    name = type(adapter.detector).__name__
+    return f"{name}, {millions:.2f} million parameters, adapter {type(adapter).__name__}"
 
 
 def _splits(distiller: Distiller, trace: Trace) -> Iterator[Split]:
@@ -219,110 +471,3 @@ def _head_differences(theirs: HeadTrace, ours: HeadTrace) -> Iterator[str]:
 def _coding(coding: PixelCoding) -> str:
     mean, std = (", ".join(f"{value:.3g}" for value in side) for side in (coding.mean, coding.std))
     return f"{'BGR' if coding.bgr else 'RGB'}, mean ({mean}), deviation ({std})"
-
-
-def _comparable(pair: Pair) -> bool:
-    return pair.class_map is not None or classes_agree(pair.teacher.heads[-1], pair.student.heads[-1])
-
-
-def _teacher_run(pair: Pair, teacher: DetectorTrace) -> HeadTrace:
-    """The run of the teacher's head by which the teacher is judged, its anchors included.
-
-    Among the student's regions are the objects themselves, which any teacher finds: a head that answers for
-    regions is run once more, on the teacher's own proposals.
-    """
-    heads = teacher.adapter.heads
-    last = next((head for head in reversed(heads) if head.name in teacher.heads), heads[-1])
-    if last.name in teacher.heads and not isinstance(last, RegionHead):
-        return teacher.heads[last.name]
-    runs = run_heads(teacher.adapter, replace(teacher.batch, targets=None), teacher.maps)
-    predictions, anchors = next((made, at) for head, _, made, at in runs if head is last)
-    columns = pair.class_map if last is heads[-1] else None
-    return HeadTrace(last, predictions.of_classes(columns), (), {}, anchors)
-
-
-def _confidence(run: HeadTrace) -> Confidence:
-    of_images = rows_of_images(run.predictions.confidence(), counts_of(run.head, run.anchors))
-    highest = [float(confidence.max()) if len(confidence) else 0.0 for confidence in of_images]
-    return Confidence(tuple(highest), tuple(int((c >= SURE).sum()) for c in of_images))
-
-
-@torch.no_grad()
-def _fit(
-    pair: Pair, teacher: DetectorTrace, student: DetectorTrace, run: HeadTrace, remarks: list[str]
-) -> Fit | None:
-    """How well the teacher's predictions fit the objects; ``None``, with a remark, if that is unknown."""
-    objects = student.batch.objects
-    if objects is None:
-        remarks.append("the student's adapter gives no objects of the targets to compare the teacher with")
-    elif not any(len(of_image.labels) for of_image in objects):
-        remarks.append("the targets hold no object, so how well the teacher finds them is unknown")
-    elif not run.head.decodes:
-        remarks.append("the teacher's adapter decodes no boxes to compare with the objects")
-    else:
-        # The first of two heads separates objects from background.
-        classless = run.head is not teacher.adapter.heads[-1] or not _comparable(pair)
-        counts = counts_of(run.head, run.anchors)
-        boxes = list(rows_of_images(run.head.decode(run.predictions, run.anchors), counts))
-        sizes = zip(teacher.batch.image_sizes, student.batch.image_sizes, strict=True)
-        for image, ((height, width), (own_height, own_width)) in enumerate(
-            sizes
-        ):  # the teacher's view may differ
-            boxes[image] = boxes[image] * boxes[image].new_tensor(
-                [own_width / width, own_height / height] * 2
-            )
-        return _fit_of(boxes, rows_of_images(run.predictions.probabilities(), counts), objects, classless)
-    return None
-
-
-def _fit_of(
-    boxes: Sequence[Tensor], probabilities: Sequence[Tensor], objects: Sequence[Objects], classless: bool
-) -> Fit:
-    """Compares boxes (anchors, 4) or (anchors, classes, 4) and probabilities with objects, image by image."""
-    best: tuple[list[Tensor], list[Tensor]] = [], []  # per object, among its class's predictions, among all
-    for of_anchors, of_classes, of_image in zip(boxes, probabilities, objects, strict=True):
-        # Where each class has a box, each box is a prediction, of that class alone.
-        likely = of_classes if of_anchors.ndim == 2 else torch.diag_embed(of_classes).flatten(0, 1)
-        found = overlaps(of_anchors.reshape(-1, 4), of_image.boxes)  # (predictions, objects)
-        sure_of_any = likely.amax(dim=1, keepdim=True) >= _LEAST_SURE
-        sure = sure_of_any if classless else likely[:, of_image.labels] >= _LEAST_SURE
-        for column, fitting in zip(best, (found * sure, found * sure_of_any), strict=True):
-            # A sum where there is no prediction, which has no largest one.
-            column.append(fitting.amax(dim=0) if len(fitting) else fitting.sum(dim=0))
-    right, any_class = (torch.cat(column) for column in best)
-    found_right, found_any = (int((column >= LEAST_OVERLAP).sum()) for column in (right, any_class))
-    return Fit(len(right), found_right, found_any, float(right.mean()), classless)
-
-
-def _refuse(report: CheckReport) -> None:
-    infinite = [name for name, size in report.losses.items() if not math.isfinite(size.value + size.gradient)]
-    if infinite:
-        found = f"{', '.join(infinite)}: the loss, or its gradient, is not finite on this batch"
-        raise ValueError(f"{found}: look for numbers that are not finite in images, targets and weights")
-    # Methods of feature maps alone don't need the teacher's head to be right: there are remarks on it.
-    highest = max(report.confidence.highest) if report.confidence is not None else 1.0
-    if report.head_types and highest < _LEAST_SURE:
-        raise ValueError(
-            f"the teacher is sure of nothing on these images: its largest class probability is {highest:.3f} "
-            f"and should be at least {_LEAST_SURE}. Load its trained weights, give it images as it was "
-            "trained with (size, order of channels, normalisation), and choose some that hold what it knows"
-        )
-    fit = report.fit
-    if report.head_types and fit is not None and not fit.found:
-        advice = (
-            "Check its weights, that boxes are xyxy in pixels, and that it sees images as it was trained "
-            "with; if these objects are too hard for it, look at other images, or for another teacher"
-            if not fit.found_in_any_class
-            else f"Of other classes its predictions fit {fit.found_in_any_class} of them: check the order of "
-            "classes (class_map=), and whether labels are counted from 0"
-        )
-        raise ValueError(
-            f"the teacher finds none of the {fit.objects} objects in the targets (best IoU "
-            f"{fit.best_iou:.2f} on average among its predictions of their classes). {advice}"
-        )
-    if not any(size.gradient for size in report.distillation_losses.values()):
-        raise ValueError(
-            "the distillation has no gradient at the student's parameters, so nothing would be distilled: "
-            "the student equals its teacher, its features vanish before the split, its parameters are "
-            "frozen, or the teacher's head gives the same predictions for any features"
-        )

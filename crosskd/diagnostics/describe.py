@@ -9,18 +9,27 @@ from crosskd.adapters.base import Adapter, AdapterSpec, Head
 from crosskd.methods.settings import settings_for
 from crosskd.towers import Block, Branch
 
-__all__ = ["describe"]
+__all__ = ["Description", "describe"]
 
 
-def describe(detector: nn.Module, adapter: AdapterSpec | None = None) -> str:
-    """Prints a detector's levels, heads, branches, blocks, and the positions where it can be split.
+class Description(str):
+    """A text that shows itself as it is by ``print``, in a notebook and in the interpreter."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe(detector: nn.Module, adapter: AdapterSpec | None = None) -> Description:
+    """A detector's levels, heads, branches, blocks, and the positions where it can be split.
 
     Args:
         detector: a detector that an adapter understands.
         adapter: makes the adapter of the detector; found from its type unless given.
 
     Returns:
-        The printed text.
+        A text that shows itself.
 
     Raises:
         TypeError: no adapter understands the detector.
@@ -29,8 +38,9 @@ def describe(detector: nn.Module, adapter: AdapterSpec | None = None) -> str:
     Example:
         >>> from torchvision.models.detection import fcos_resnet50_fpn
         >>> detector = fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
-        >>> print(describe(detector).splitlines()[0])
+        >>> describe(detector)
         FCOS, adapter TorchvisionFCOS
+        strides per level: 8, 16, 32, 64, 128
         ...
     """
     bound = find_adapter(detector) if adapter is None else adapter(detector)
@@ -39,9 +49,7 @@ def describe(detector: nn.Module, adapter: AdapterSpec | None = None) -> str:
         lines += _head_lines(head)
     if not bound.heads:
         lines.append("no head: it can be the teacher of methods of feature maps, such as crosskd.PKD()")
-    text = "\n".join(lines)
-    print(text)
-    return text
+    return Description("\n".join(lines))
 
 
 def _level_lines(adapter: Adapter) -> list[str]:

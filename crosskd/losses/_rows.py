@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from crosskd._checks import require_floating, require_rows, require_same_shape, shape_text
 
-__all__ = ["check_beta", "check_logits", "power", "weighted"]
+__all__ = ["check_beta", "check_logits", "is_followed", "power", "weighted"]
 
 
 def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
@@ -32,10 +34,23 @@ def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | flo
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {shape_text(normalizer)}")
+        # Elsewhere reading it would make the device wait, or can't be followed.
+        if normalizer.device.type == "cpu" and not is_followed() and not float(normalizer) > 0:
+            hint = ": look for predictions that are not finite" if normalizer.isnan() else ""
+            raise ValueError(f"normalizer must be above 0, got {float(normalizer)}{hint}")
         return total / normalizer.detach().to(total.dtype).reshape(())
     if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be above 0, got {normalizer}")
     return total / normalizer
+
+
+def is_followed() -> bool:
+    """Whether operators are recorded or transformed: by a compiler, ``torch.jit.trace``, ``torch.func``."""
+    # The compiler is asked first: it can't follow the other two.
+    if torch.compiler.is_compiling():
+        return True
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+    return bool(tracing or _are_functorch_transforms_active())
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:

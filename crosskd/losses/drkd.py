@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -178,7 +180,7 @@ class InstanceRelation(nn.Module):
 
     def __init__(self, channels: int, *, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
         self.first = nn.Linear(channels, channels, bias=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -276,7 +277,7 @@ def fgd_loss(
     require_same_shape(student=student, teacher=teacher)
     if student.ndim != 4:
         raise ValueError(f"maps must have shape (batch, channels, height, width), got {shape_text(student)}")
-    if not (temperature > 0 and stride > 0):
+    if not (0 < temperature < math.inf and stride > 0):
         raise ValueError(f"temperature and stride must be above 0, got {temperature} and {stride}")
     foreground, background = object_masks(boxes, student, stride)
     places = alpha * foreground + beta * background

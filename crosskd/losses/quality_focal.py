@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 
 from crosskd._checks import compute_dtype
-from crosskd.losses._rows import check_beta, check_logits, power, weighted
+from crosskd.losses._rows import check_beta, check_logits, is_followed, power, weighted
 
 __all__ = ["quality_focal_loss"]
 
@@ -109,10 +108,6 @@ class _QualityFocalRows(torch.autograd.Function):
         return gradient, None, None
 
 
-def _is_tracing() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
-
-
 def quality_focal_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -162,9 +157,7 @@ def quality_focal_loss(
     teacher_logits = teacher_logits.detach()
     # The compiler fuses the plain composition by itself and chooses what to keep for backward; what
     # torch.func and torch.jit.trace transform are operators.
-    # The compiler is asked first: it can't follow the other two.
-    compiling = torch.compiler.is_compiling()
-    if compiling or _is_tracing() or _are_functorch_transforms_active():
+    if is_followed():
         dtype = compute_dtype(student_logits, teacher_logits)
         value = _quality_focal_value(student_logits.to(dtype), teacher_logits.to(dtype), beta)
         return weighted(value.sum(-1), weight, normalizer)

@@ -121,8 +121,8 @@ class BCKD(Method):
         losses: dict[str, Tensor] = {}
         if self.cls_weight:
             losses["kd_bckd_cls"] = self.cls_weight * quality_focal_loss(
-                student.logits,
-                teacher.logits,
+                student.class_logits(),
+                teacher.class_logits(),
                 beta=self.beta,
                 weight=assignment.label_weights,
                 normalizer=assignment.normalizer,

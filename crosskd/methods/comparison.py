@@ -35,7 +35,7 @@ class Comparison:
         cls_weight: weight of ``kd_cls``, the quality focal loss of the logits, or its equal for a softmax.
         reg_weight: weight of ``kd_reg``.
         quality_weight: weight of ``kd_quality``, the binary cross entropy of centerness (or IoU) logits
-            against the teacher's probability, on positive anchors.
+            against the teacher's probability, on positive anchors; of objectness on all that count.
         regression: which loss ``kd_reg`` is.
         beta: the quality focal loss's exponent.
         temperature: of the distributions, where ``regression`` is ``"distribution_kl"``.
@@ -123,8 +123,8 @@ class Comparison:
             # One sigmoid per class, or one softmax over all of them: the same loss of either kind of head.
             sigmoid = teacher.predictions.background is None
             losses["kd_cls"] = self.cls_weight * (quality_focal_loss if sigmoid else softmax_focal_loss)(
-                predictions.logits,
-                teacher.predictions.logits,
+                predictions.class_logits(),
+                teacher.predictions.class_logits(),
                 beta=self.beta,
                 weight=assignment.label_weights,
                 normalizer=assignment.normalizer,
@@ -168,10 +168,12 @@ class Comparison:
 def _quality_loss(predictions: Predictions, teacher: Side, assignment: Assignment) -> Tensor:
     if predictions.quality is None or teacher.predictions.quality is None:
         raise ValueError("quality_weight is set, but this head predicts no centerness or IoU: leave it at 0")
+    # A centerness means nothing without an object; objectness says where there is none.
+    everywhere = teacher.predictions.objectness
     return quality_focal_loss(
         predictions.quality.unsqueeze(-1),
         teacher.predictions.quality.unsqueeze(-1),
         beta=0.0,  # binary cross entropy
-        weight=assignment.positive.float(),
+        weight=assignment.label_weights if everywhere else assignment.positive.float(),
         normalizer=assignment.normalizer,
     )

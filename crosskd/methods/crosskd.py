@@ -179,6 +179,7 @@ class CrossKD(Method):
                 except ValueError as error:
                     raise ValueError(f"{side}: {error}{unless_given}") from None
             _check_kinds(of_teacher, teacher_point, of_student, student_point)
+            _tell_of_hidden_activation(of_teacher, teacher_point)
             if not of_teacher.tower(0).is_flat(teacher_point.position):
                 require_same_regions(pair)
             self._add_projections(of_teacher, of_student, pair)
@@ -270,6 +271,8 @@ def _idle_branches(detector: nn.Module, head: Head, comparison: Comparison) -> f
     """
     known = {"kd_cls": "logits", "kd_reg": "regression", "kd_quality": "quality"}
     wanted = [output for name, output in known.items() if name in comparison.names]
+    if head.objectness and "kd_cls" in comparison.names:  # the product of the two
+        wanted.append("quality")
     if len(head.branches) == 1 or {"logits", "regression"} <= set(wanted):
         return frozenset()
     like, towers = next(detector.parameters()), {}
@@ -325,6 +328,22 @@ def _last_positions(branches: list[tuple[Branch, Branch]]) -> tuple[int, int]:
         for student_position in own
         if all(t.is_flat(position) == s.is_flat(student_position) for t, s in pairs)
     )
+
+
+def _tell_of_hidden_activation(teacher: Branch, point: TapPoint) -> None:
+    """Tells where aligned features may miss the activation that they pass a second time elsewhere."""
+    if not point.position:
+        return
+    block = teacher.tower(0).blocks[point.position - 1]
+    if block.activation is None and not block.has_pre:
+        _logger.info(
+            "block %d of the teacher's %s tower (%s) may run an activation that can't be told from the "
+            "rest of it: aligned features don't pass it a second time. Let the block end in a module that is "
+            "the activation for CrossKD as published",
+            point.position,
+            teacher.name,
+            ", ".join(type(layer).__name__ for layer in block.layers),
+        )
 
 
 def _check_kinds(teacher: Branch, teacher_point: TapPoint, student: Branch, student_point: TapPoint) -> None:

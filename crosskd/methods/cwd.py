@@ -175,7 +175,7 @@ def class_maps(predictions: Predictions, anchors: Anchors) -> list[Tensor]:
         predictions: of all levels, a location's anchors one behind the other, locations row by row.
         anchors: of the same levels, with their sizes.
     """
-    levels = torch.split(predictions.logits, list(anchors.per_level), dim=1)
+    levels = torch.split(predictions.class_logits(), list(anchors.per_level), dim=1)
     maps = []
     for rows, size in zip(levels, anchors.sizes, strict=True):
         channels = rows.reshape(rows.shape[0], math.prod(size), -1).transpose(1, 2)

@@ -127,7 +127,8 @@ class ResponseDistillation(Method):
         student, teacher = step.student.predictions, step.teacher.predictions
         likely = teacher.probabilities() > self.threshold  # (batch, anchors, classes)
         loss = quality_focal_loss if teacher.background is None else softmax_focal_loss
-        return loss(student.logits, teacher.logits, beta=self.beta, normalizer=_number_of(likely))
+        logits = student.class_logits(), teacher.class_logits()
+        return loss(*logits, beta=self.beta, normalizer=_number_of(likely))
 
     def _box_loss(self, step: Step) -> Tensor:
         student, teacher, head = step.student.predictions, step.teacher.predictions, step.student.head

@@ -4,7 +4,7 @@ settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from crosskd.adapters.base import Head
@@ -24,7 +24,8 @@ class HeadSettings:
         cls_weight: weight of the classification loss (quality focal).
         reg_weight: weight of the regression loss.
         regression: which loss that is.
-        quality_weight: weight of the loss on a centerness or IoU prediction; 0 where none was published.
+        quality_weight: weight of the loss on a centerness or IoU prediction; 0 where none was published, 1
+            for a head with objectness.
         published: whether these are the paper's settings; else they are ours.
     """
 
@@ -69,7 +70,7 @@ def settings_for(head: Head) -> HeadSettings:
     if head.head_type in SETTINGS:
         return SETTINGS[head.head_type]
     settings = OTHER_DISTRIBUTIONS if head.bins > 1 and not head.decodes else OTHER
+    if head.objectness:
+        settings = replace(settings, quality_weight=1.0)
     shortest = min((len(tower.blocks) for branch in head.branches for tower in branch.towers), default=0)
-    if shortest == 0:
-        return HeadSettings(0, settings.cls_weight, settings.reg_weight, settings.regression)
-    return settings
+    return replace(settings, position=0) if shortest == 0 else settings

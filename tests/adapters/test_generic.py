@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 
-from crosskd import PKD, CrossKD, Distiller, Method, PredictionMimicking
+from crosskd import BCKD, PKD, CrossKD, Distiller, Method, PredictionMimicking, ResponseDistillation
 from crosskd.adapters import Anchors, Batch, PixelCoding, TorchvisionFCOS, TorchvisionRetinaNet, generic
 from crosskd.adapters.generic import GenericAdapter
 from crosskd.adapters.torchvision.common import grid_anchors
@@ -151,6 +151,67 @@ def assert_close(losses: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert losses.keys() >= expected.keys()
     for name, loss in expected.items():
         torch.testing.assert_close(losses[name], loss, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# -- objectness ------------------------------------------------------------------------------------
+
+
+class Objectness(Shared):
+    def forward(self, images: Tensor) -> Any:
+        maps = self.backbone(images)
+        return [(self.head(each), self.head.quality(self.head.box_tower(each))) for each in maps]
+
+
+def with_objectness(**options: Any) -> generic:
+    predictors = {"cls": {"logits": "head.cls"}, "box": {"regression": "head.box", "quality": "head.quality"}}
+    return adapter_for(predictors=predictors, **{"objectness": True, **options})
+
+
+@pytest.mark.parametrize("method", [CrossKD, PredictionMimicking, BCKD, ResponseDistillation])
+def test_classes_count_as_far_as_there_is_an_object(method):
+    """A teacher that is sure that there is nothing teaches that, whatever its classes say."""
+    teacher, student = Objectness(), Objectness(seed=1)
+    teacher.head.quality.bias.data.fill_(-40.0)
+    expected = None
+    for classes in (-3.0, 0.0, 30.0):
+        teacher.head.cls.bias.data.fill_(classes)
+        losses = losses_of(teacher, student, with_objectness(), method(cls_weight=1.0))
+        found = {name: loss.item() for name, loss in losses.items()}
+        if method is CrossKD:  # there the teacher's head predicts both
+            assert found["kd_cls"] < 1e-9
+            assert found["kd_quality"] < 1e-9
+        elif expected is not None:
+            assert found == pytest.approx(expected)
+        expected = found
+
+
+def test_objectness_is_read_off_its_own_branch_without_boxes():
+    """A loss of weight 0 leaves a branch alone, but not that of the objectness."""
+    teacher, student = Objectness(), Objectness(width=4, seed=1)
+    distiller = Distiller(teacher, student, CrossKD(reg_weight=0, quality_weight=0), with_objectness())
+    distiller(pixels(), [])["kd_cls"].backward()
+    assert student.head.box_tower[0][0].weight.grad.abs().sum() > 0
+
+
+def test_a_predict_of_ones_own_says_that_it_has_an_objectness():
+    def predict(detector, level: int, towers) -> Predictions:
+        parts = [detector.head.cls(towers["cls"]), detector.head.box(towers["box"])]
+        logits, sides = (part.flatten(2).mT for part in parts)
+        quality = detector.head.quality(towers["box"]).flatten(1)
+        return Predictions(logits, sides, quality, objectness=said)
+
+    expected = losses_of(Objectness(), Objectness(seed=1), with_objectness())
+    options = {"predict": predict, "num_classes": CLASSES}
+    said = True
+    assert_close(losses_of(Objectness(), Objectness(seed=1), with_objectness(**options)), expected)
+    said = False
+    with pytest.raises(ValueError, match="objectness False for Objectness, but .* objectness=True"):
+        losses_of(Objectness(), Objectness(seed=1), with_objectness(**options))
+
+
+def test_error_objectness_without_its_predictor():
+    with pytest.raises(ValueError, match=r"objectness=True .* \['logits', 'regression'\]"):
+        adapter_for(objectness=True)
 
 
 # -- hand-written numbers -------------------------------------------------------------------------
@@ -1246,6 +1307,7 @@ def test_what_functions_return_is_checked(options, message):
         ),
         (["a.jpg"], TypeError, r"images must be tensors, got \['str'\]: convert them, or pass prepare="),
         ([], TypeError, "images must be tensors, got none"),
+        (None, TypeError, r"images must be tensors, got \['NoneType'\]"),
     ],
 )
 def test_images_that_are_no_batch(images, error, message):

@@ -427,7 +427,7 @@ BATCHES = [
      r"own losses are \{.*'bbox_regression': .*\} through the adapter and \{\} alone"),
     ("one image", of_head("losses", refuses_one_image), "raised IndexError: no second image"),
     ("no objects", of_head("losses", with_assignment(normalizer=lambda a: 0 * a.normalizer)),
-     "losses that are not finite: kd_cls"),
+     "normalizer must be above 0, got 0.0"),
     ("odd image size", of_head("anchors", lambda a, *_: a.no_such_thing), "raised AttributeError: 'Anchors'"),
     ("autocast", of_head("decode", lambda b, *_: b.bfloat16().double()),
      "kd_reg is torch.float64, the predictions' .* {torch.float32}"),

@@ -14,8 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import crosskd
 from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule, check
 from crosskd.adapters import Objects, TorchvisionRetinaNet, backbone
-from crosskd.diagnostics.check import _fit_of
-from crosskd.diagnostics.check_report import Fit
+from crosskd.diagnostics._detections import Seen, fit_of
 from crosskd.towers import TapPoint
 from tests.helpers.tiny import STRIDES, TinyBackbone, tiny_batch, tiny_fcos, tiny_retinanet
 from tests.helpers.two_stages import POOLED, REGIONS, SomeLevels, tiny_faster_rcnn, two_stage_batch
@@ -79,8 +78,7 @@ def test_a_pair_that_differs_in_nothing_has_no_differences(build):
     report = check(build(), build(seed=1), *tiny_batch())
     assert report.differences == ()
     assert report.projections == ()
-    assert report.remarks == ()
-    assert "differences\n  none\n" in str(report)
+    assert "differs in" not in str(report)
 
 
 def test_classes_levels_and_normalisation_that_differ():
@@ -127,7 +125,7 @@ def test_a_teacher_of_another_family_and_other_classes():
     assert report.distillation_losses.keys() == {"kd_cls", "kd_reg"}
     assert report.fit.classless
     assert report.fit.objects == 4
-    assert f"finds {report.fit.found} of 4 objects (IoU 0.5 or more, any class); mean" in str(report)
+    assert f"finds {report.fit.found} of 4 objects (score 0.3, IoU 0.5, any class)" in str(report)
     mapped = check(tiny_fcos(6), tiny_retinanet(seed=1), images, targets, class_map=[5, 0, 1, 3])
     assert not mapped.fit.classless
     assert "classes: 6 (teacher), 4 (student), which are the teacher's 5, 0, 1, 3" in mapped.differences
@@ -168,9 +166,8 @@ def test_levels_of_the_students_that_are_left_out():
 def test_a_bad_head_is_only_remarked_on_where_feature_maps_alone_are_distilled():
     report = check(sure_of(tiny_retinanet()), tiny_retinanet(seed=1), *tiny_batch(), PKD())
     assert report.fit.found == 0
-    unsure, finds = report.remarks
+    (unsure,) = report.remarks
     assert unsure.startswith("the teacher is sure of nothing on these images")
-    assert finds.startswith("the teacher finds 0 of 4 objects")
 
 
 def test_several_methods_and_a_schedule_at_full_strength():
@@ -188,7 +185,8 @@ def test_images_without_labels():
     assert report.own_losses == {}
     assert report.fit is None
     assert report.remarks == ()
-    assert "objects" not in str(report)
+    assert "AP50" not in str(report)
+    assert str(report).startswith("no fault found, but without objects")
 
 
 def test_the_text_says_what_the_fields_do():
@@ -196,63 +194,29 @@ def test_the_text_says_what_the_fields_do():
     text = str(report)
     teacher = sum(parameter.numel() for parameter in tiny_fcos(width=64).parameters())
     assert f"teacher: FCOS, {teacher / 1e6:.2f} million parameters, adapter TorchvisionFCOS\n" in text
-    assert "\nsettings of: FCOS\n" in text
-    assert "crosskd, regression branch: student after block 2, teacher after block 2 (post)" in text
-    assert "  level 2: (2, 32, 2, 2), the teacher's has 64 channels" in text
+    assert "settings of FCOS\n" in text
+    assert (
+        "classification and regression branches: student after block 2, teacher after block 2 (post)" in text
+    )
+    shapes = "(2, 32, 8, 8), (2, 32, 4, 4), (2, 32, 2, 2)"
+    assert text.count(f"levels 0 to 2: {shapes}; the teacher's width is 64") == 1
     assert "projection crosskd.regression: 32 to 64 channels" in text
     kd = report.losses["kd_cls"]
-    assert f"  {'kd_cls':<24} {kd.value:>10.4g} {kd.gradient:>10.4g}" in text
+    assert f"  {'kd_cls':<24} {kd.value:>10.4g} {kd.gradient:>24.4g}" in text
     lowest, highest = min(report.confidence.highest), max(report.confidence.highest)
-    assert f"largest class probability per image: {lowest:.3f} to {highest:.3f}; " in text
+    assert f"largest class probability per image {lowest:.3f} to {highest:.3f} " in text
     fit = report.fit
-    assert f"the teacher finds {fit.found} of 4 objects (IoU 0.5 or more, right class)" in text
+    assert f"AP {fit.ap:.1f}, AP50 {fit.ap50:.1f} " in text
+    assert f"finds {fit.found} of 4 objects (score 0.3, IoU 0.5, right class)" in text
+    ratio = math.dist([0, 0], [report.losses[key].gradient for key in ("kd_cls", "kd_reg")]) / math.hypot(
+        *(size.gradient for size in report.own_losses.values())
+    )
+    assert report.gradient_ratio == pytest.approx(ratio)
+    assert f"gradient is {ratio:.3g} times" in text
+    assert repr(report) == text
 
 
 # -- the teacher's worth -------------------------------------------------------------------------
-
-
-def test_the_fit_by_hand():
-    """Of three objects one is found, one under another class, and one by nothing that is sure."""
-    boxes = torch.tensor(
-        [
-            [[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 40.0, 40.0], [50.0, 50.0, 60.0, 60.0]],
-            [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]],
-        ]
-    )
-    probabilities = torch.tensor(
-        [
-            [[0.9, 0.0], [0.0, 0.8], [0.05, 0.05]],
-            [[0.0, 0.9], [0.0, 0.0], [0.0, 0.0]],
-        ]
-    )
-    objects = [
-        Objects(
-            # IoU with the first box 5 x 10 / 10 x 10; the second exact but for its class; the third exact.
-            torch.tensor([[0.0, 0.0, 5.0, 10.0], [20.0, 20.0, 40.0, 40.0], [50.0, 50.0, 60.0, 60.0]]),
-            torch.tensor([0, 0, 1]),
-        ),
-        Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
-    ]
-    fit = _fit_of(boxes, probabilities, objects, classless=False)
-    assert fit == Fit(objects=3, found=1, found_in_any_class=2, best_iou=pytest.approx(0.5 / 3))
-    fit = _fit_of(boxes, probabilities, objects, classless=True)
-    assert fit == Fit(3, 2, 2, pytest.approx(1.5 / 3), classless=True)
-
-
-def test_the_fit_of_a_box_for_each_class_by_hand():
-    """Each class's box counts with its own probability alone, and an image may have no region at all."""
-    exact, off = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 1.0, 1.0]
-    # (regions, classes, 4) an image, class 0 the background, whose probability is given as 0.
-    boxes = [torch.tensor([[exact, off, exact], [off, exact, off]]), torch.zeros(0, 3, 4)]
-    probabilities = [torch.tensor([[0.0, 0.9, 0.3], [0.0, 0.05, 0.6]]), torch.zeros(0, 3)]
-    square = torch.tensor([exact])
-    objects = [
-        Objects(square.repeat(2, 1), torch.tensor([1, 2])),
-        Objects(square, torch.tensor([1])),
-    ]
-    fit = _fit_of(boxes, probabilities, objects, classless=False)
-    # Of class 1 the sure box fits 1 of 100 pixels, and the one that fits is not sure; class 2's is both.
-    assert fit == Fit(objects=3, found=1, found_in_any_class=2, best_iou=pytest.approx((0.01 + 1) / 3))
 
 
 def sure_of(detector: nn.Module, *labels: int) -> nn.Module:
@@ -278,7 +242,193 @@ def test_classes_that_are_mapped_are_looked_at_as_the_students():
     """The teacher knows the student's classes as its last ones."""
     teacher = sure_of(tiny_retinanet(8), 4, 5, 6, 7)
     report = check(teacher, tiny_retinanet(seed=1), *tiny_batch(), class_map=[4, 5, 6, 7])
-    assert report.fit.found == report.fit.found_in_any_class > 0
+    assert not report.fit.classless
+    assert report.fit.found_in_any_class > 0
+
+
+# -- a teacher that has learned ------------------------------------------------------------------
+
+
+def squares(count: int, seed: int) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Two red, green or blue squares, classes 0, 1 and 2, on grey."""
+    generator = torch.Generator().manual_seed(seed)
+    images, targets = [], []
+    for _ in range(count):
+        image, boxes = torch.full((3, 64, 64), 0.5), []
+        labels = torch.randint(0, 3, (2,), generator=generator)
+        for label, left in zip(labels.tolist(), (2, 36), strict=True):
+            x, y = (
+                left + int(torch.randint(0, 8, (), generator=generator)),
+                int(torch.randint(0, 40, (), generator=generator)),
+            )
+            image[:, y : y + 18, x : x + 18] = 0.05
+            image[label, y : y + 18, x : x + 18] = 0.95
+            boxes.append([x, y, x + 18, y + 18])
+        images.append(image)
+        targets.append({"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": labels})
+    return images, targets
+
+
+@pytest.fixture(scope="module")
+def learned() -> nn.Module:
+    """A RetinaNet that has learned eight images of squares by heart, in seconds."""
+    anchors = AnchorGenerator(((18,), (32,), (64,)), ((1.0,),) * 3)
+    teacher = tiny_retinanet(3, norm="group", blocks=1, hidden=16, anchor_generator=anchors)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=5e-3)
+    images, targets = squares(8, seed=0)
+    for _ in range(80):
+        losses = teacher.train()(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(teacher.parameters(), 5.0)
+        optimizer.step()
+    return teacher
+
+
+def beginner() -> nn.Module:
+    anchors = AnchorGenerator(((18,), (32,), (64,)), ((1.0,),) * 3)
+    return tiny_retinanet(3, norm="group", blocks=1, seed=1, anchor_generator=anchors)
+
+
+def judged(teacher: nn.Module, *batch, methods=None, **options) -> crosskd.diagnostics.CheckReport:
+    methods = CrossKD(position=0) if methods is None else methods
+    return check(teacher, beginner(), *batch, methods=methods, **options)
+
+
+def test_a_good_teacher_is_ready(learned):
+    report = judged(learned, *squares(8, seed=0))
+    fit = report.fit
+    assert (fit.images, fit.objects) == (8, 16)
+    assert fit.ap50 > 80
+    assert fit.ap50 > fit.ap > 20
+    assert min(fit.found, fit.found_in_any_class, fit.right) >= 15
+    assert max(fit.false_alarms, fit.duplicates) < 2
+    assert report.remarks == ()
+    first, *_, last = str(report).splitlines()
+    assert first == report.verdict == "ready: no fault found"
+    assert "distiller.parameters()" in last
+    assert "16 objects say little" in str(report)
+
+
+def test_its_average_precision_is_that_of_its_own_detections(learned):
+    images, targets = squares(8, seed=0)
+    own = copy.deepcopy(learned).eval()(images)
+    seen = [
+        Seen(1.0, 1, of["boxes"], of["scores"], of["labels"], Objects(**target), torch.full((2,), -1))
+        for of, target in zip(own, targets, strict=True)
+    ]
+    fit, alone = judged(learned, images, targets).fit, fit_of(seen, classless=False)
+    assert (fit.ap, fit.ap50) == (pytest.approx(alone.ap, abs=2), pytest.approx(alone.ap50, abs=2))
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+def test_every_class_in_another_place_is_refused_with_the_map_that_mends_it(learned, shift):
+    images, targets = squares(8, seed=0)
+    for target in targets:
+        target["labels"] = (target["labels"] + shift) % 3
+    mended = [(label - shift) % 3 for label in range(3)]
+    message = rf"over 16 objects .* class_map=\[{', '.join(map(str, mended))}\] would put these right"
+    with pytest.raises(ValueError, match=message):
+        judged(learned, images, targets)
+    assert judged(learned, images, targets, class_map=mended).remarks == ()
+
+
+def test_two_classes_that_are_swapped_are_refused(learned):
+    images, targets = squares(8, seed=0)
+    for target in targets:
+        target["labels"] = torch.tensor([1, 0, 2])[target["labels"]]
+    with pytest.raises(ValueError, match=r"class_map=\[1, 0, 2\] would put these right"):
+        judged(learned, images, targets)
+
+
+def test_a_weak_teacher_is_no_good_one(learned):
+    """On squares of other places it finds some: the verdict says how few, and what is usual."""
+    images, targets = squares(8, seed=0)
+    noisy = [
+        0.2 * image + 0.8 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+        for image in images
+    ]
+    report = judged(learned, noisy, targets, methods=PKD())
+    assert 0 <= report.fit.ap50 < 25
+    assert report.verdict.startswith("look at ")
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"), [(lambda p: 255 * p, "12.8 to 242"), (lambda p: p / 255, "0.000")]
+)
+def test_pixels_of_another_range(learned, change, numbers):
+    images, targets = squares(8, seed=0)
+    images = [change(image) for image in images]
+    try:
+        found = judged(learned, images, targets).remarks[0]
+    except ValueError as error:
+        found = str(error)
+    assert f"the images have pixels from {numbers}" in found
+    assert "255" in found
+
+
+def test_pixels_that_were_normalised_before():
+    images = [(image - 0.45) / 0.225 for image in squares(2, seed=0)[0]]
+    with pytest.raises(ValueError, match="pixels from -1.78 to 2.22, .* they look normalised already"):
+        check(tiny_retinanet(), tiny_retinanet(seed=1), images)
+
+
+def test_a_teacher_built_for_larger_images(learned):
+    larger = copy.deepcopy(learned)
+    larger.transform.min_size, larger.transform.max_size = (128,), 256
+    report = judged(larger, *squares(8, seed=0))
+    assert report.remarks[0].startswith("the teacher was built for images 2 times as large (")
+    assert "min_size=(128,)" in report.remarks[0]
+    assert "64 by 64" in report.remarks[0]
+
+
+# -- several batches -----------------------------------------------------------------------------
+
+
+class Counting:
+    """A loader that counts what was taken of it."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self):
+        for seed in range(9):
+            self.taken += 1
+            yield squares(2, seed=seed)
+
+
+@pytest.mark.parametrize(("limits", "expected"), [({}, 4), ({"batches": 2}, 2), ({"seconds": 0.0}, 1)])
+def test_a_loader(learned, limits, expected):
+    loader = Counting()
+    report = check(learned, beginner(), loader, methods=PKD(), **limits)
+    assert loader.taken == expected
+    assert report.images == report.fit.images == 2 * expected
+    assert report.fit.objects == 4 * expected
+    assert f"the teacher on {2 * expected} images" in str(report)
+    # The losses are the first batch's.
+    assert report.own_losses == check(learned, beginner(), *squares(2, seed=0), PKD()).own_losses
+
+
+def test_loaders_of_something_else():
+    pair = tiny_retinanet(), tiny_retinanet(seed=1)
+    with pytest.raises(TypeError, match="pairs .images, targets. in the student's own form, got a Tensor"):
+        check(*pair, iter(tiny_batch()[0]))
+    with pytest.raises(ValueError, match="the loader gives no batch"):
+        check(*pair, iter([]))
+    report = check(*pair, [(images, None) for images in (tiny_batch()[0], tiny_batch(seed=1)[0])])
+    assert (report.images, report.fit) == (4, None)
+
+
+def test_no_other_process_is_waited_for(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("a collective call, which other processes would have to make, too")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", asked)
+    monkeypatch.setattr(torch.distributed, "all_reduce", asked)
+    for build in BUILD.values():
+        check(build(), build(seed=1), *tiny_batch())
+    assert torch.distributed.is_initialized()
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -301,7 +451,7 @@ def test_a_teacher_that_finds_nothing(build):
     bias = teacher.head.regression_head.bbox_reg.bias
     shrunk = torch.tensor([0.0, 0.0, -4.0, -4.0]) if build is tiny_retinanet else torch.full((4,), 0.05)
     bias.data = shrunk.repeat(len(bias) // 4)
-    message = "finds none of the 4 objects in the targets .best IoU 0.0. on average .*Check its weights, that"
+    message = "finds none of the 4 objects in the targets, 0 in any class, AP50 0.0. Check its weights, that"
     with pytest.raises(ValueError, match=message):
         check(teacher, build(seed=1), *tiny_batch())
 
@@ -310,9 +460,7 @@ def test_a_teacher_with_its_classes_in_another_order():
     images, targets = tiny_batch()
     for target in targets:
         target["labels"] = torch.ones_like(target["labels"])
-    message = (
-        "finds none of the 4 .* Of other classes its predictions fit 4 of them: check the order of class"
-    )
+    message = r"over 4 objects .* right one 0 times, class 1 for 2 \(4 of 4\) .*: check the order of classes"
     with pytest.raises(ValueError, match=message):
         check(sure_of(tiny_retinanet(), 2), tiny_retinanet(seed=1), images, targets)
 
@@ -362,7 +510,7 @@ def test_a_student_whose_own_forward_is_another():
 @pytest.mark.parametrize(("weight", "times"), [(1e3, "e"), (1e-5, "e-")])
 def test_losses_out_of_proportion(weight, times):
     method = CrossKD(cls_weight=weight, reg_weight=weight)
-    (remark,) = check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch(), method).remarks
+    *_, remark = check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch(), method).remarks
     assert remark.startswith("the distillation's gradient is ")
     assert remark.endswith(" times that of the student's own losses: look at the methods' weights")
 
@@ -374,10 +522,8 @@ def test_a_teacher_that_misses_most():
     targets[0]["labels"][:] = 0
     report = check(sure_of(tiny_retinanet(), 1), tiny_retinanet(seed=1), images, targets)
     assert (report.fit.found, report.fit.found_in_any_class) == (1, 4)
-    assert report.remarks == (
-        "the teacher finds 1 of 4 objects, less than half: the student will learn to miss the others",
-    )
-    assert str(report).endswith(f"remarks\n  {report.remarks[0]}")
+    weak, *_ = [remark for remark in report.remarks if f"AP50 {report.fit.ap50:.1f}" in remark]
+    assert "finds 1 of 4 objects" in weak
 
 
 def test_targets_without_objects():
@@ -385,7 +531,7 @@ def test_targets_without_objects():
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
     report = check(tiny_fcos(), tiny_fcos(seed=1), images, empty)
     assert report.fit is None
-    assert "the targets hold no object, so how well the teacher finds them is unknown" in report.remarks
+    assert "the targets hold no object" in report.remarks[0]
 
 
 class WithoutObjects(TorchvisionRetinaNet):
@@ -409,7 +555,7 @@ def test_a_loss_that_does_not_reach_the_student():
 
     report = check(tiny_retinanet(), tiny_retinanet(seed=1), *tiny_batch(), [CrossKD(), Detached()])
     assert report.losses["kd_pkd"].gradient == 0
-    assert report.remarks == ("no gradient of kd_pkd reaches the student",)
+    assert report.remarks[-1].startswith("no gradient of kd_pkd reaches the student")
 
 
 @pytest.mark.mmdet
@@ -417,13 +563,17 @@ def test_mmdets_samples_hold_objects():
     from tests.helpers.mmdet_heads import batch_of, detector_of, head_settings
 
     teacher, student = (detector_of(head_settings("gfl"), seed=seed) for seed in (0, 1))
-    nn.init.constant_(teacher.bbox_head.gfl_cls.bias, 3.0)
+    nn.init.normal_(teacher.bbox_head.gfl_cls.weight, std=1e-3)
+    teacher.bbox_head.gfl_cls.bias.data[:] = torch.eye(len(teacher.bbox_head.gfl_cls.bias))[1] * 6 - 3
+    images, samples = batch_of()
+    for sample in samples:
+        sample.gt_instances.labels[:] = 1
     # Distances of about two strides to each side, whatever the features.
     nn.init.normal_(teacher.bbox_head.gfl_reg.weight, std=1e-3)
     teacher.bbox_head.gfl_reg.bias.data.view(4, 17)[:, 2] = 8.0
-    report = check(teacher, student, *batch_of())
+    report = check(teacher, student, images, samples)
     assert report.fit.objects == 4
-    assert report.fit.found > 0
+    assert report.fit.right == report.fit.seen > 0
 
 
 # -- what stays as it was ------------------------------------------------------------------------
@@ -503,7 +653,7 @@ def test_both_heads_of_a_detector_of_two_stages():
     assert report.distillation_losses.keys() == {"kd_rpn_cls", "kd_rpn_reg", "kd_box_cls", "kd_box_reg"}
     assert all(loss.gradient > 0 for loss in report.losses.values())
     text = str(report)
-    assert "settings of: RPN, box head" in text
+    assert "settings of RPN, box head" in text
     assert "crosskd_box, box branch: student after block 0, teacher after block 2 (post)" in text
 
 
@@ -512,24 +662,18 @@ def test_the_box_head_is_held_against_the_objects_at_the_teachers_own_proposals(
     sure = torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]).softmax(0)[1].item()
     assert report.confidence.highest == pytest.approx((sure, sure), abs=1e-2)
     assert min(report.confidence.sure) > REGIONS
-    assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2))
+    assert (report.fit.found, report.fit.objects, report.fit.right, report.fit.seen) == (4, 4, 4, 4)
     # Among the regions that the student trains on are the objects themselves, which this one never proposes.
     with pytest.raises(ValueError, match="the teacher finds none of the 4 objects"):
         check(sure_in_two_stages(size=0.2), tiny_faster_rcnn(seed=1), *anchor_batch(1))
-    with pytest.raises(
-        ValueError, match="Of other classes its predictions fit 4 of them: check the order of"
-    ):
+    with pytest.raises(ValueError, match=r"class 1 for 2 \(4 of 4\) .*: check the order of"):
         check(sure_in_two_stages(label=2), tiny_faster_rcnn(seed=1), *anchor_batch(1))
 
 
-def test_proposals_alone_are_held_against_objects_of_any_class():
-    for label in (1, 3):
-        batch = anchor_batch(label)
-        report = check(sure_in_two_stages(), tiny_faster_rcnn(seed=1), *batch, CrossKD(head="rpn"))
-        assert report.distillation_losses.keys() == {"kd_rpn_cls", "kd_rpn_reg"}
-        assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2), classless=True)
-        text = "the teacher finds 4 of 4 objects (IoU 0.5 or more, any class); mean best IoU"
-        assert text in str(report)
+def test_the_whole_teacher_is_judged_where_its_proposals_alone_are_distilled():
+    report = check(sure_in_two_stages(), tiny_faster_rcnn(seed=1), *anchor_batch(1), CrossKD(head="rpn"))
+    assert report.distillation_losses.keys() == {"kd_rpn_cls", "kd_rpn_reg"}
+    assert (report.fit.found, report.fit.objects, report.fit.right) == (4, 4, 4)
 
 
 def test_a_larger_view_of_two_stages_and_images_without_labels():
@@ -543,7 +687,7 @@ def test_a_larger_view_of_two_stages_and_images_without_labels():
     for target in targets:  # half of a side of any anchor, which the teacher's are in the student's pixels
         target["boxes"] = torch.tensor([[20.0, 20.0, 28.0, 28.0], [4.0, 36.0, 12.0, 44.0]])
     report = check(teacher, student, images, targets, **settings)
-    assert report.fit == Fit(4, 4, 4, pytest.approx(1, abs=1e-2))
+    assert (report.fit.right, report.fit.objects) == (4, 4)
     report = check(teacher, student, images, **settings)
     assert report.fit is None
     assert report.own_losses == {}

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from augmentations import flip
 from coco_data import AspectBatches, CocoFolder, training_loader
+from evaluation import coco_metrics
+from PIL import Image
+from torchvision.transforms import v2
 
-from tests.examples.coco_files import write_coco
+from tests.examples.coco_files import write_annotations, write_coco
+
+PUBLISHED = ["background", "", "", "cat", "", "", "", "dog", "mouse"]
 
 
 @pytest.fixture
@@ -17,22 +27,23 @@ def test_targets_leave_crowds_and_boxes_without_area_out_and_count_them(files):
     assert dataset.boxes[1].tolist() == [[5, 5, 25, 15]]
     assert dataset.boxes[2].tolist() == [[30, 50, 40, 60]]  # cut at the image's border
     assert len(dataset.boxes[3]) == 0
-    assert (dataset.crowds, dataset.degenerate) == (1, 1)
+    assert (dataset.left_out["crowd"], dataset.left_out["empty"]) == (1, 1)
     summary = dataset.summary()
-    assert (
-        summary == "5 images, 2 without objects, 3 boxes of 2 categories, 1 crowd and 1 empty boxes left out"
+    assert summary == (
+        "5 images, 2 without objects, 3 boxes of 2 categories; boxes left out: 1 crowd, 1 empty; "
+        "missing images: 1 (5.jpg); images that can't be read: 1 (4.jpg)"
     )
 
 
 def test_labels_are_numbered_or_the_category_ids_themselves(files):
-    numbered, raw = CocoFolder(*files), CocoFolder(*files, raw_labels=True)
+    numbered, raw = CocoFolder(*files), CocoFolder(*files, published=PUBLISHED)
     assert (numbered.labels[1].tolist(), numbered.num_classes) == ([1], 2)
-    assert (raw.labels[1].tolist(), raw.num_classes) == ([7], 8)
+    assert (raw.labels[1].tolist(), raw.num_classes) == ([7], 9)
     assert numbered.category_of[1] == raw.category_of[7] == 7
     behind_the_background = CocoFolder(*files, first_label=1)
     assert (behind_the_background.labels[1].tolist(), behind_the_background.num_classes) == ([2], 3)
     assert behind_the_background.category_of == {1: 3, 2: 7}
-    assert torch.equal(CocoFolder(*files, raw_labels=True, first_label=1).labels[1], raw.labels[1])
+    assert torch.equal(CocoFolder(*files, published=PUBLISHED, first_label=1).labels[1], raw.labels[1])
 
 
 def test_images_without_objects_stay_unless_they_are_not_wanted(files):
@@ -61,22 +72,38 @@ def test_nothing_readable_is_an_error(files):
     for path in images.iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(OSError, match="not one of the 5 images"):
-        CocoFolder(images, annotations)[0]
+        CocoFolder(images, annotations)
 
 
-def test_missing_data_is_named(tmp_path, files):
-    with pytest.raises(FileNotFoundError, match="no such data: .*nowhere"):
-        CocoFolder(tmp_path / "nowhere", files[1])
+def test_missing_data_is_named_with_what_is_there(tmp_path, files):
+    with pytest.raises(
+        FileNotFoundError, match=f"nowhere/at/all: {tmp_path} holds annotations.json, images/"
+    ):
+        CocoFolder(tmp_path / "nowhere" / "at" / "all", files[1])
+    for number in range(9):
+        (files[0] / f"{number}.txt").touch()
+    with pytest.raises(FileNotFoundError, match="a.json: .* holds 0.txt, 1.jpg, 1.txt, 2.jpg, 2.txt, ..."):
+        CocoFolder(files[0], files[0] / "a.json")
+
+
+def test_where_most_images_are_missing_the_folder_is_another_one(tmp_path, files):
+    """One level up, in this case."""
+    facts = f"5 images, of which 5 are missing.* as {tmp_path}/1.jpg: .* holds annotations.json, images/"
+    with pytest.raises(FileNotFoundError, match=facts):
+        CocoFolder(tmp_path, files[1])
 
 
 def test_flips_move_boxes_with_pixels_and_depend_on_seed_and_epoch_alone(files):
-    plain, flipped = CocoFolder(*files), CocoFolder(*files, flip=1.0)
+    def always(dataset, image, target):
+        return v2.RandomHorizontalFlip(1.0)(image, target)
+
+    plain, flipped = CocoFolder(*files), CocoFolder(*files, augment=[always])
     image, target = plain[0]
     mirrored, moved = flipped[0]
     assert torch.equal(mirrored, image.flip(-1))
     assert moved["boxes"].tolist() == [[35, 5, 55, 15]]
     assert target["boxes"].tolist() == [[5, 5, 25, 15]]
-    sometimes = CocoFolder(*files, flip=0.5, seed=3)
+    sometimes = CocoFolder(*files, augment=[flip], seed=3)
     outcomes = []
     for epoch in range(12):
         sometimes.epoch = epoch
@@ -116,7 +143,7 @@ def test_the_order_changes_with_the_epoch_and_can_be_repeated(files):
 
 
 def test_worker_processes_give_the_same_batches(files):
-    dataset = CocoFolder(*files, flip=0.5)
+    dataset = CocoFolder(*files, augment=[flip])
 
     def pixels(workers: int) -> list[float]:
         loader = training_loader(dataset, 2, seed=1, workers=workers)
@@ -124,3 +151,91 @@ def test_worker_processes_give_the_same_batches(files):
 
     assert pixels(0) == pixels(2)
     assert dataset.broken >= 4  # counted over the workers too
+
+
+# -- files that would end a run late, or be trained on wrongly -----------------------------------
+
+IMAGE = {"id": 1, "file_name": "1.png", "width": 60, "height": 40}
+BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 10]}
+
+
+def one_image(folder: Path, image: Image.Image | None = None, **further) -> tuple[Path, Path]:
+    (image or Image.new("RGB", (60, 40))).save(folder / "1.png")
+    parts = {"images": [IMAGE], "annotations": [dict(BOX)], **further}
+    return folder, write_annotations(folder / "a.json", **parts)
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ({"annotations": [BOX, BOX]}, r"ids of annotations are there more than once, such as \[1\]"),
+        ({"images": [IMAGE, IMAGE]}, r"ids of images are there more than once"),
+        ({"annotations": [{**BOX, "id": "a"}]}, r"ids of annotations are no whole numbers, such as \['a'\]"),
+        ({"annotations": [{**BOX, "bbox": [5, 5, float("nan"), 10]}]}, "annotation 1: bbox .*nan"),
+        ({"annotations": [{**BOX, "bbox": [5, 5, 20]}]}, r"annotation 1: bbox .*\[5, 5, 20\]"),
+        ({"annotations": [{**BOX, "bbox": [5, 5, -1, 10]}]}, r"annotation 1: bbox .*-1"),
+        ({"annotations": [{**BOX, "category_id": 7}]}, r"annotation 1 is of category 7.*\[1\]"),
+        ({"annotations": [{**BOX, "iscrowd": "no"}]}, "annotation 1: iscrowd"),
+        ({"annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}, "'bbox' is missing"),
+        ({"annotations": []}, "no box of an object"),
+        ({"images": []}, "it holds no images"),
+        ({"categories": []}, "it holds no categories"),
+        ({"images": [{**IMAGE, "width": None}]}, "a.json can't be used"),
+        ({"images": [{**IMAGE, "width": 40, "height": 60}]}, r"1.png is \(60, 40\), annotated as \(40, 60\)"),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_refused(tmp_path, further, message):
+    with pytest.raises(ValueError, match=message) as error:
+        CocoFolder(*one_image(tmp_path, **further))
+    assert "a.json" in str(error.value) or "1.png" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": 3}', "\x00"])
+def test_malformed_json_names_the_file(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="a.json"):
+        CocoFolder(tmp_path, tmp_path / "a.json")
+
+
+def test_what_cocos_measure_needs_is_filled_in(tmp_path):
+    """Without area and iscrowd, and with number 0, which pycocotools takes for no match."""
+    dataset = CocoFolder(*one_image(tmp_path, annotations=[{**BOX, "id": 0, "area": None}]))
+    found = [{"image_id": 1, "category_id": 1, "bbox": BOX["bbox"], "score": 0.9}]
+    assert coco_metrics(dataset, found)["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("width", "turned"), [(40, True), (60, False)])
+def test_images_are_turned_as_exif_says_unless_annotated_as_stored(tmp_path, width, turned):
+    image = Image.new("RGB", (60, 40))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "1.png", exif=exif)
+    info = {**IMAGE, "width": width, "height": 100 - width}
+    pixels = CocoFolder(tmp_path, write_annotations(tmp_path / "a.json", [info], [BOX])).read(0)
+    assert pixels.shape == (3, 100 - width, width)
+    assert pixels[0, 0, -1 if turned else 0] == 255
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    values = np.full((40, 60), 257 * 100, dtype=np.uint16)
+    dataset = CocoFolder(*one_image(tmp_path, Image.fromarray(values)))
+    assert dataset.read(0).unique().tolist() == [100]
+
+
+def test_files_that_would_end_or_hang_a_run_are_counted(tmp_path, monkeypatch):
+    folder, _ = one_image(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6500)
+    Image.new("RGB", (200, 200)).save(folder / "bomb.png")
+    Image.new("RGB", (2, 3000)).save(folder / "narrow.png")
+    os.mkfifo(folder / "pipe.png")
+    Image.new("F", (60, 40)).save(folder / "float.tiff")
+    names = ["bomb.png", "narrow.png", "pipe.png", "float.tiff", "nul\0.png", "."]
+    others = [{**IMAGE, "id": n, "file_name": name} for n, name in enumerate(names, 2)]
+    boxes = [BOX, {**BOX, "id": 2, "image_id": 99}]
+    dataset = CocoFolder(folder, write_annotations(folder / "a.json", [IMAGE, *others], boxes))
+    assert (dataset.missing, dataset.unreadable) == ([6], [2, 3, 4, 5, 7])
+    assert "can't be read: 5 (bomb.png, narrow.png, pipe.png)" in dataset.summary()
+    assert "1 of no image" in dataset.summary()
+    assert dataset[3][1]["image_id"] == 1
+    assert [dataset.read(index) for index in range(1, 7)] == [None] * 6

@@ -97,7 +97,7 @@ def test_boxes_are_cut_at_the_crop_and_dropped_where_their_centre_is_outside():
 
 def test_error_images_of_a_pair_that_differ_in_size(data):
     Image.new("RGB", (48, 20)).save(data / "images_pair" / "2.png")
-    with pytest.raises(ValueError, match=r"two images called 2.png differ in size: .*40, 48.*20, 48"):
+    with pytest.raises(ValueError, match=r"2.png is \(48, 20\), annotated as \(48, 40\)"):
         Pairs(data, ["images", "images_pair"], crop=16, seed=0)[2]
 
 

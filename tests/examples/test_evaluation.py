@@ -46,11 +46,14 @@ def test_what_can_be_read_and_is_answered_rightly_counts_in_full(dataset):
 def test_boxes_that_are_off_count_less(dataset):
     metrics = evaluate(Oracle(dataset, shift=3.0), dataset, batch_size=2, device=torch.device("cpu"))
     assert metrics["AP"] < 50
-    assert set(METRICS) <= metrics.keys()
+    assert {"AP", "AP50", "AP75"} <= metrics.keys()
 
 
-def test_no_detections_at_all_are_zero(dataset):
-    assert coco_metrics(dataset, []) == dict.fromkeys(METRICS, 0.0)
+def test_no_detections_at_all_are_zero_and_sizes_that_no_object_has_are_left_out(dataset):
+    # Every object is smaller than 32 x 32.
+    assert coco_metrics(dataset, []) == dict.fromkeys(("AP", "AP50", "AP75", "AP_small"), 0.0)
+    one = {"image_id": 1, "category_id": 7, "bbox": [5.0, 5.0, 20.0, 10.0], "score": 0.9}
+    assert coco_metrics(dataset, [one]).keys() == set(METRICS) - {"AP_medium", "AP_large"}
 
 
 def test_results_are_in_cocos_form_and_foreign_labels_are_left_out(dataset):

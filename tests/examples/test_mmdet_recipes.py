@@ -1,4 +1,4 @@
-"""Each recipe for mmdet is built and trained for two steps, from random weights on small images."""
+"""Each recipe for mmdet is built and trained for a step, from random weights on small images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plain_student(config):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_two_steps(name):
+def test_a_recipe_trains_a_step(name):
     from mmdet.registry import MODELS
     from mmengine.optim import build_optim_wrapper
 
@@ -46,8 +46,7 @@ def test_a_recipe_trains_two_steps(name):
     teacher = {key: value.clone() for key, value in detector.teacher.state_dict().items()}
     before = {key: value.clone() for key, value in detector.state_dict().items()}
 
-    for _ in range(2):
-        losses = detector.train_step(batch, optimizer)
+    losses = detector.train_step(batch, optimizer)
 
     assert {"loss", "loss_cls", "loss_bbox", "loss_kd_cls", "loss_kd_reg"} <= losses.keys()
     assert ("loss_kd_quality" in losses) == name.startswith("atss")

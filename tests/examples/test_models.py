@@ -15,6 +15,7 @@ from models import (
     load_mmdet,
     load_published,
     load_weights,
+    replace_classes,
 )
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
@@ -200,3 +201,43 @@ def _own_names(state):
         stem = next((prefix for prefix in named if key.startswith(prefix)), None)
         renamed[f"_blocks.{key}" if stem is None else named[stem] + key.removeprefix(stem)] = value
     return renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "fresh"),
+    [
+        ("retinanet_resnet18", 5, ["head.classification_head.cls_logits."]),
+        ("fcos_resnet18", 5, ["head.classification_head.cls_logits."]),
+        ("fasterrcnn_resnet18", 6, ["roi_heads.box_predictor."]),
+    ],
+)
+def test_a_published_detector_gets_new_classes_and_keeps_the_rest(name, classes, fresh):
+    detector = small(name)
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    replace_classes(detector, classes)
+    after = detector.state_dict()
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert changed
+    assert all(key.startswith(tuple(fresh)) for key in changed)
+    other = build_detector(name, classes, width=32, short_side=[64])
+    other.load_state_dict(after)
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([classes - 1])}]
+    assert all(
+        loss.isfinite() for loss in detector.train()(2 * [torch.rand(3, 64, 64)], 2 * targets).values()
+    )
+    Distiller(detector, other, CrossKD())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no zip", None])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    torch.save(small(LIGHT).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(ValueError, match="weights.pt is damaged"):
+        load_weights(small(LIGHT), path)
+
+
+def test_a_file_without_names_of_weights_is_refused(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt holds a list"):
+        load_weights(small(LIGHT), tmp_path / "list.pt")

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
+import train_torchvision
 from models import build_detector
 from processes import Processes
-from train_torchvision import main, parse, warn_of_slow_bfloat16
+from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16
 
+import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
 from tests.examples.mmdet_state import mmdet_state
 
@@ -22,7 +28,7 @@ SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
 SMALL = [
     *("--shapes-train", "8", "--shapes-val", "3", "--width", "32", "--short-side", "64", "--batch-size", "4"),
     *("--student", "retinanet_mobilenet_v3_large", "--teacher", "retinanet_resnet18", "--head-norm", "none"),
-    *("--epochs", "2", "--teacher-epochs", "1", "--evaluate-every", "1", "--threads", "1"),
+    *("--epochs", "1", "--teacher-epochs", "1", "--evaluate-every", "1", "--threads", "1"),
 ]
 
 
@@ -44,8 +50,13 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         ["none", "crosskd"],
         Path("runs/shapes"),
     )
-    coco = parse(["--data", "coco", "--root", str(tmp_path), "--epochs", "24"])
-    assert (coco.short_side, coco.optimizer, coco.epochs, coco.learning_rate) == ([800], "sgd", 24, 0.01)
+    coco = parse([*coco_arguments(tmp_path), "--epochs", "24"])
+    assert (coco.student, coco.optimizer, coco.epochs, coco.learning_rate) == (
+        "retinanet_resnet18",
+        "sgd",
+        24,
+        0.01,
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,13 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         ),
         (["--method", "none", "none"], "names a method twice"),
         (["--method", "none", "crosskd+pdk"], "unknown method 'pdk': choose from none, mimic, crosskd, pkd"),
+        (["--epochs", "0"], "--epochs must be from 1"),
+        (["--learning-rate", "nan"], "--learning-rate must be from"),
+        (["--ema", "1"], "--ema must be from 0"),
+        (["--short-side", "64", "0"], "--short-side must be from 32"),
+        (["--width", "48"], "--width must be a multiple of 32"),
+        (["--augment", "flip", "mosaik"], "invalid choice: 'mosaik'"),
+        (["--logger", "wandb"], "invalid choice: 'wandb'"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
         (
             ["--student", "fasterrcnn_resnet18"],
@@ -69,6 +87,96 @@ def test_options_that_do_not_fit_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "missing"),
+    [
+        ("--root", "nowhere/deeper", "nowhere/deeper"),
+        ("--train-images", "imgs", "coco/imgs"),
+        ("--val-images", "annotations.json", "coco/annotations.json"),
+        ("--train-annotations", "coco/annotations.json", "coco/coco/annotations.json"),
+        ("--val-annotations", "images", "coco/images"),
+    ],
+)
+def test_data_that_is_not_there_is_named_with_what_is(option, given, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = coco_arguments(Path("coco"))
+    with pytest.raises(SystemExit):
+        parse([*arguments, option, given])
+    said = capsys.readouterr().err
+    shown = {
+        "--root": f"{tmp_path} holds coco/",
+        "--val-annotations": f"{tmp_path}/coco/images holds 1.jpg, ",
+    }
+    for fact in (
+        f"{option} {given}",
+        missing,
+        shown.get(option, f"{tmp_path}/coco holds annotations.json, images/"),
+    ):
+        assert fact in said
+    assert len(said.splitlines()) < 5  # without a page of options in front
+
+
+def test_a_gpu_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse(["--device", "cuda"])
+    assert f"--device cuda: PyTorch {torch.__version__} finds no GPU" in capsys.readouterr().err
+
+
+GFL = ["--teacher", "gfl_resnet18", "--student", "gfl_resnet18"]
+
+
+def no_network(*_, **__):
+    raise URLError("Name or service not known")
+
+
+@pytest.mark.parametrize(
+    ("further", "facts"),
+    [
+        (["--teacher-weights", "published"], ["retinanet_resnet50_fpn_coco-", "--teacher-weights PATH"]),
+        (["--method", "none", "--pretrained-backbone"], ["resnet18-f37072fd.pth", "--pretrained-backbone"]),
+        (
+            [*GFL, "--teacher-weights", "https://models.example/gfl_r18.pth"],
+            ["https://models.example/gfl_r18.pth", "/gfl_r18.pth, ", "--teacher-weights PATH"],
+        ),
+    ],
+)
+def test_without_a_network_it_says_where_the_weights_belong(tmp_path, monkeypatch, further, facts):
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(crosskd.checkpoints, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(SystemExit) as exit_of:
+        main([*coco_arguments(tmp_path / "coco"), "--output", str(tmp_path / "run"), *further])
+    for fact in ("Name or service not known", f"{tmp_path}/hub/checkpoints/", *facts):
+        assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda content: content["annotations"][0].update(category_id=9), "category 9"),
+        (
+            lambda content: [i.update(file_name="images/" + i["file_name"]) for i in content["images"]],
+            "missing",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_ends_the_script_by_one_sentence_and_leaves_no_folder(
+    tmp_path, change, fact
+):
+    arguments = coco_arguments(tmp_path / "coco")
+    path = tmp_path / "coco" / "annotations.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as exit_of:
+        main([*arguments, "--output", str(tmp_path / "run")])
+    assert str(path) in exit_of.value.code
+    assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
 
 
 def test_slow_emulated_types_are_said(capsys, tmp_path):
@@ -93,6 +201,9 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == metrics["results"]
     printed = capsys.readouterr().out
+    # No object of the three images is larger than 96 x 96.
+    assert "AP_large" not in metrics["results"]["teacher"]
+    assert re.search(r"^teacher .* -$", printed, flags=re.MULTILINE)
     for row in ("teacher ", "student alone ", "prediction mimicking ", "CrossKD + PKD, inherited "):
         assert f"\n{row}" in printed
     assert f"{together}: 33 of the student's 344 weights and statistics are the teacher's now" in printed
@@ -102,20 +213,99 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_coco_folders_with_everything_in_them_train_from_a_given_teacher(tmp_path):
-    teacher = build_detector("fcos_resnet18", 2, width=64)
-    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_it(
+    tmp_path, monkeypatch, capsys
+):
+    published = build_detector("fcos_resnet18", 91, width=64, short_side=[48, 64])
+    tower = published.head.classification_head.conv[0].weight.detach().clone()
+
+    def without_download(name, get_model=torchvision.models.get_model, **options):
+        return copy.deepcopy(published) if name == "fcos_resnet50_fpn" else get_model(name, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", without_download)
     metrics = main(
         [
             *coco_arguments(tmp_path / "coco"),
-            *("--output", str(tmp_path / "run")),
-            *("--teacher", "fcos_resnet18", "--teacher-weights", str(tmp_path / "teacher.pt")),
-            *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd", "--epochs", "1"),
-            *("--optimizer", "adamw", "--accumulate", "2"),
+            *("--output", str(tmp_path / "run"), "--epochs", "1", "--teacher-epochs", "1"),
+            *("--teacher", "fcos_resnet50", "--teacher-weights", "published"),
+            *("--student", "fcos_mobilenet_v3_large", "--method", "crosskd"),
+            *("--optimizer", "adamw", "--learning-rate", "4e-4", "--teacher-learning-rate", "1e-4"),
+            *("--accumulate", "2", "--ema", "0.5"),
+            *("--augment", "flip", "mosaic"),
         ]
     )
     assert metrics["histories"]["crosskd"][0]["unreadable_images"] > 0
-    assert metrics["results"]["teacher"]["images"] == 5
+    assert [metrics["results"][name]["images"] for name in ("teacher", "crosskd")] == [5, 5]
+    teacher = torch.load(tmp_path / "run" / "teacher.pt", weights_only=True)
+    assert teacher["head.classification_head.cls_logits.weight"].shape[0] == 2
+    moved = (teacher["head.classification_head.conv.0.weight"] - tower).abs()
+    assert 0 < moved.max() < 0.001  # trained from the published weights, not anew
+    rates = [metrics["histories"][name][-1]["learning_rate"] for name in ("teacher", "crosskd")]
+    assert rates[0] == pytest.approx(rates[1] / 4)
+    printed = capsys.readouterr().out
+    assert "new classification layer for 2 categories" in printed
+    assert "teacher: 2 of 5 images can't be read" in printed
+
+
+def test_a_published_detectors_file_loads_as_it_was(tmp_path):
+    """With batch norm that is fixed, though no ImageNet weights were asked for."""
+    options = parse(["--width", "32", "--head-norm", "none", "--anchor-scale", "1", "--short-side", "800"])
+    published = build_detector("retinanet_resnet18", 3, width=32, fixed_norm=True)
+    torch.save(published.state_dict(), tmp_path / "teacher.pt")
+    loaded = new_detector("retinanet_resnet18", options, 3, tmp_path / "teacher.pt")
+    assert loaded.state_dict().keys() == published.state_dict().keys()
+    assert not loaded.backbone.body.conv1.weight.requires_grad
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in published.state_dict().items())
+    plain = build_detector("retinanet_resnet18", 3, width=32)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    loaded = new_detector("retinanet_resnet18", options, 3, tmp_path / "plain.pt")
+    assert loaded.backbone.body.conv1.weight.requires_grad
+
+
+def test_running_again_says_how_to_go_on(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--resume.*--output"):
+        main(["--output", str(tmp_path), "--device", "cpu"])
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.json"}
+
+
+def test_what_cannot_work_fails_before_the_teacher_is_trained(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("in training")
+
+    monkeypatch.setattr(train_torchvision, "train", fails)
+    arguments = ["--output", str(tmp_path), *SMALL, "--method", "none", "pkd", "crosskd", "--position", "9"]
+    with pytest.raises(SystemExit, match="position.*9"):
+        main(arguments)
+    with pytest.raises(ValueError, match="in training"):  # with its traceback
+        main([*arguments[:-1], "2"])
+
+
+def test_another_seed_batch_size_or_annotation_is_another_run(tmp_path):
+    """And how it runs is not."""
+
+    def of(*further: str) -> dict[str, object]:
+        return settings(parse([*coco, *further]), Processes(0, 1, torch.device("cpu")))
+
+    coco = coco_arguments(tmp_path / "coco")
+    first = of()
+    changed = {
+        "--seed": "1",
+        "--batch-size": "3",
+        "--learning-rate": "0.1",
+        "--position": "2",
+        "--ema": "0.9",
+    }
+    for option, value in changed.items():
+        now = of(option, value)
+        assert [key for key in now if now[key] != first[key]] == [option[2:].replace("-", "_")]
+    assert of("--workers", "3", "--output", "elsewhere", "--method", "pkd") == first
+    path = tmp_path / "coco" / "annotations.json"
+    path.write_text(path.read_text() + " ")
+    assert [key for key, value in of().items() if value != first[key]] == [
+        "train_annotations",
+        "val_annotations",
+    ]
 
 
 def coco_arguments(folder: Path) -> list[str]:
@@ -135,16 +325,16 @@ def coco_arguments(folder: Path) -> list[str]:
 def test_a_student_trains_from_a_file_of_mmdets(tmp_path, family):
     arguments = [
         *coco_arguments(tmp_path / "coco"),
-        *("--output", str(tmp_path / "run"), "--method", "mimic", "crosskd", "--epochs", "1"),
+        *("--output", str(tmp_path / "run"), "--method", "crosskd", "--epochs", "1"),
         *("--teacher", f"{family}_resnet18", "--teacher-weights", str(tmp_path / "teacher.pth")),
         *("--student", f"{family}_mobilenet_v3_large"),
     ]
     torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=80)}, tmp_path / "teacher.pth")
-    with pytest.raises(ValueError, match=r"knows 80 classes, the data 2 categories \(cat, dog\)"):
+    with pytest.raises(SystemExit, match=r"knows 80 classes, the data 2 categories \(cat, dog\)"):
         main(arguments)
     torch.save({"meta": {}, "state_dict": mmdet_state(family, classes=2)}, tmp_path / "teacher.pth")
     metrics = main(arguments)
-    assert list(metrics["results"]) == ["teacher", "mimic", "crosskd"]
+    assert list(metrics["results"]) == ["teacher", "crosskd"]
     assert {"classification", "bbox_regression", "kd_cls", "kd_reg"} <= metrics["histories"]["crosskd"][0][
         "losses"
     ].keys()
@@ -161,7 +351,7 @@ def test_faster_rcnns_train_on_labels_that_leave_0_to_the_background(tmp_path):
     metrics = main(
         [
             *coco_arguments(tmp_path / "coco"),
-            *("--output", str(tmp_path / "run"), "--method", "mimic", "crosskd", "--epochs", "1"),
+            *("--output", str(tmp_path / "run"), "--method", "crosskd", "--epochs", "1"),
             *(*models, "--teacher-weights", str(tmp_path / "teacher.pt"), "--regions", "32"),
         ]
     )
@@ -179,21 +369,24 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
     torch.save(
         build_detector("retinanet_resnet18", 3, width=32, anchor_scale=0.5).state_dict(), tmp_path / "t.pt"
     )
-    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", str(tmp_path / "t.pt"), "--epochs", "4"]
+    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", str(tmp_path / "t.pt"), "--epochs", "3"]
     whole, broken = (str(tmp_path / name) for name in ("whole", "broken"))
     main([*arguments, "--output", whole])
 
-    killed = subprocess.Popen(command(*arguments, "--output", broken), env=environment())
+    killed = multiprocessing.get_context("fork").Process(
+        target=main, args=([*arguments, "--output", broken],)
+    )
+    killed.start()
     checkpoint = Path(broken) / "crosskd" / "checkpoint.pt"
     deadline = time.monotonic() + 300
-    while not checkpoint.exists() and killed.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and killed.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert checkpoint.exists()
     reached = torch.load(checkpoint, weights_only=True)["epoch"]
-    assert 1 <= reached < 4
-    subprocess.run(command(*arguments, "--output", broken, "--resume"), env=environment(), check=True)
+    assert 1 <= reached < 3
+    main([*arguments, "--output", broken, "--resume"])
     first, second = (torch.load(Path(run) / "crosskd.pt", weights_only=True) for run in (whole, broken))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
@@ -229,7 +422,7 @@ def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path
     """One start for both families, for starting takes longer than training."""
     further = {
         "retinanet": (),
-        "gfl": ("--teacher", "gfl_resnet18", "--student", "gfl_resnet18", "--width", "64"),
+        "gfl": (*GFL, "--width", "64"),
     }
     runs = [
         ["--output", str(tmp_path / family), *SMALL, *models, "--method", "crosskd"]

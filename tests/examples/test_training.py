@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from augmentations import flip
 from coco_data import CocoFolder, training_loader
 from processes import Processes
+from run_folder import save_atomically
 from torch import nn
 from train_torchvision import parse
-from training import Trainer, learning_rate_factor, make_optimizer, save_atomically
+from training import Trainer, learning_rate_factor, make_optimizer
 
 from crosskd import CrossKD, Distiller
 from tests.examples.coco_files import write_coco
@@ -19,17 +21,17 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def options(*arguments: str, folder: Path):
-    chosen = ["--workers", "0", "--batch-size", "2", "--flip", "0", "--short-side", "64", *arguments]
+    chosen = ["--workers", "0", "--batch-size", "2", "--short-side", "64", *arguments]
     return parse(["--output", str(folder), *chosen])
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    return CocoFolder(*write_coco(tmp_path / "data"), flip=0.5)
+    return CocoFolder(*write_coco(tmp_path / "data"), augment=[flip])
 
 
 def make_trainer(dataset, folder, model=None, epochs=3, *arguments: str) -> Trainer:
-    chosen = options(*arguments, folder=folder)
+    chosen = options("--evaluate-every", "2", *arguments, folder=folder)
     folder.mkdir(exist_ok=True)
     loader = training_loader(dataset, chosen.batch_size, seed=chosen.seed, workers=0)
     return Trainer(model or tiny_retinanet(2, seed=3), loader, folder, chosen, epochs, ALONE)
@@ -99,7 +101,7 @@ def test_training_lowers_the_loss_and_notes_it(dataset, tmp_path, capsys):
 
 
 def test_accumulated_parts_step_as_one_batch_does(dataset, tmp_path):
-    dataset.flip = 0.0
+    dataset.augment = []
     once = make_trainer(
         dataset, tmp_path / "once", tiny_retinanet(2), 1, "--batch-size", "4", "--optimizer", "sgd"
     )
@@ -194,3 +196,71 @@ def test_the_gradient_is_clipped(dataset, tmp_path):
     trainer.run(no_evaluation)
     assert norms
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_average_is_evaluated_kept_and_taken_up_again(dataset, tmp_path):
+    """And it is the average of the student alone, that the optimizer's steps make."""
+
+    def model():
+        return Distiller(tiny_retinanet(2, seed=4, width=64), tiny_retinanet(2, seed=3), CrossKD())
+
+    torch.manual_seed(0)
+    whole = make_trainer(dataset, tmp_path / "whole", model(), 2, "--ema", "0.9")
+    key = "head.classification_head.cls_logits.weight"
+    weights, evaluated = [], []
+    whole.optimizer.register_step_post_hook(
+        lambda *_: weights.append(whole.trained.state_dict()[key].detach().clone())
+    )
+
+    def seen(detector):
+        evaluated.append(detector)
+        return {"AP": 0.0}
+
+    whole.run(seen)
+    expected = weights[0]
+    for weight in weights[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(whole.detector.state_dict()[key], expected)
+    assert evaluated == [whole.detector]
+    assert type(whole.detector) is type(whole.trained)
+
+    torch.manual_seed(0)
+    broken = make_trainer(dataset, tmp_path / "broken", model(), 2, "--ema", "0.9")
+    broken.history.append(broken._train_epoch())
+    broken._save()
+    resumed = make_trainer(dataset, tmp_path / "broken", model(), 2, "--ema", "0.9", "--resume")
+    resumed.run(no_evaluation)
+    assert equal_states(whole.detector, resumed.detector)
+    with pytest.raises(ValueError, match=r"checkpoint.pt: --ema was given"):
+        make_trainer(dataset, tmp_path / "broken", model(), 2, "--resume").run(no_evaluation)
+
+
+def test_an_evaluation_that_fails_loses_no_epoch(dataset, tmp_path):
+    def fails(detector):
+        raise RuntimeError("evaluation")
+
+    with pytest.raises(RuntimeError, match="evaluation"):
+        make_trainer(dataset, tmp_path / "run", None, 1).run(fails)
+    resumed = make_trainer(dataset, tmp_path / "run", None, 1, "--resume")
+    resumed._train_epoch = fails
+    (entry,) = resumed.run(no_evaluation)
+    assert entry["metrics"] == {"AP": 0.0}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_damaged_checkpoint_is_named(dataset, tmp_path, content):
+    trainer = make_trainer(dataset, tmp_path / "run", None, 1)
+    if content is None:
+        save_atomically({"epoch": 1}, trainer.checkpoint)
+    else:
+        trainer.checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint.pt is (damaged|no checkpoint)"):
+        make_trainer(dataset, tmp_path / "run", None, 1, "--resume").run(no_evaluation)
+
+
+def test_the_log_is_told_every_epoch(dataset, tmp_path):
+    trainer = make_trainer(dataset, tmp_path / "run", None, 2)
+    told = []
+    trainer.log = lambda name, entry: told.append((name, entry["epoch"], "metrics" in entry))
+    trainer.run(no_evaluation)
+    assert told == [("run", 1, False), ("run", 2, True)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.helpers.mmdet_heads import SIZE, samples_of
+from tests.helpers.mmdet_heads import samples_of
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -33,13 +33,14 @@ def load_recipe(name: str, options: dict[str, Any] | None = None) -> Config:
 
 def mmdet_batch() -> dict[str, Any]:
     """Two images as mmdet's data loader hands them over, the second without objects."""
-    boxes = torch.tensor([[8.0, 8, 72, 60], [40, 30, 150, 120]])
+    size = (64, 96)
+    boxes = torch.tensor([[8.0, 8, 48, 40], [30, 20, 92, 60]])
     objects = [
         {"boxes": boxes, "labels": torch.tensor([0, 7])},
         {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.long)},
     ]
-    images = [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8) for _ in objects]
-    return {"inputs": images, "data_samples": samples_of(objects)}
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in objects]
+    return {"inputs": images, "data_samples": samples_of(objects, size)}
 
 
 def small_bccd(root: Path, models: tuple[str, ...] = ("model.teacher", "model.student")) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def make_predictions(
     quality: bool = False,
     box_per_class: bool = False,
     background: int | None = None,
+    objectness: bool = False,
 ) -> Predictions:
     """Random predictions in float64; boxes are regressed as they are."""
     shape = (BATCH, ANCHORS, CLASSES, 2) if box_per_class else (BATCH, ANCHORS, 2)
@@ -73,9 +74,10 @@ def make_predictions(
     return Predictions(
         logits.requires_grad_(),
         regression.requires_grad_(),
-        torch.randn(BATCH, ANCHORS).double().requires_grad_() if quality else None,
+        torch.randn(BATCH, ANCHORS).double().requires_grad_() if quality or objectness else None,
         background=background,
         box_per_class=box_per_class,
+        objectness=objectness,
     )
 
 

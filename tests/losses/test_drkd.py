@@ -240,6 +240,7 @@ def test_the_instance_relation_is_float32_under_autocast():
             r"\(objects, channels\) and images \(objects,\), got \(3, 2\) and \(2,\)",
         ),
         (lambda: InstanceRelation(2, temperature=0), ValueError, "temperature must be above 0, got 0"),
+        (lambda: InstanceRelation(2, temperature=float("inf")), ValueError, "above 0, got inf"),
         (
             lambda: InstanceRelation(2)(torch.zeros(1, 2), torch.zeros(1, 2).int(), torch.zeros(1)),
             TypeError,

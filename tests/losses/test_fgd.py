@@ -216,6 +216,7 @@ def test_no_images_give_a_zero_with_a_gradient():
         ({"boxes": []}, ValueError, "one tensor for each of 1 images, got 0"),
         ({"boxes": [torch.zeros(3, 5)]}, ValueError, r"\(..., 4\), xyxy in pixels, got \(3, 5\)"),
         ({"temperature": 0.0}, ValueError, "temperature and stride must be above 0, got 0.0 and 8"),
+        ({"temperature": math.inf}, ValueError, "temperature and stride must be above 0, got inf and 8"),
         ({"stride": math.nan}, ValueError, "temperature and stride must be above 0, got 0.5 and nan"),
     ],
 )

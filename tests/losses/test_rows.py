@@ -89,6 +89,15 @@ def test_no_rows_give_zero_with_a_gradient(case, shape):
         assert student.grad.shape == student.shape
 
 
+@every_loss
+@pytest.mark.parametrize("value", [0.0, -2.0, math.nan])
+def test_error_a_normalizer_that_is_not_above_0(case, value):
+    student, teacher = case.make(3)
+    for normalizer in (value, torch.tensor(value), torch.tensor([value])):
+        with pytest.raises(ValueError, match=f"normalizer must be above 0, got {value}"):
+            case(student, teacher, normalizer=normalizer)
+
+
 @every_logit_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_logits_stay_finite(case, dtype):

@@ -134,6 +134,59 @@ def test_quality_is_cross_entropy_on_positive_anchors():
     assert torch.equal(step.student.predictions.quality.grad != 0, positive)
 
 
+def products(predictions: Predictions, image: int, anchor: int) -> list[float]:
+    """The logits of the classes' probabilities, each times that of an object."""
+    there = sigmoid(predictions.quality[image, anchor].item())
+    found = [there * sigmoid(logit) for logit in predictions.logits[image, anchor].tolist()]
+    return [math.log(probability / (1 - probability)) for probability in found]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_classification_with_objectness_compares_products(weighted, beta):
+    step = make_step(weighted=weighted, objectness=True)
+    found = compare(step, cls_weight=0.4, reg_weight=0, beta=beta)
+    student, teacher = step.student.predictions, step.teacher.predictions
+
+    def row(i: int, a: int) -> float:
+        return quality_focal_row(products(student, i, a), products(teacher, i, a), beta=beta)
+
+    assert found["kd_cls"].item() == pytest.approx(
+        0.4 * weighted_sum(step, lambda i, a: 1.0, row) / 5, rel=1e-10
+    )
+    found["kd_cls"].backward()
+    assert student.quality.grad.abs().sum() > 0
+
+
+def test_boxes_count_by_the_teachers_objectness():
+    """Class logits that are large where nothing is weigh nothing."""
+    teacher = make_predictions(objectness=True)
+    teacher.quality.data.fill_(-30.0)
+    found = compare(make_step(teacher=teacher, objectness=True), cls_weight=0, reg_weight=1)
+    assert found["kd_reg"].item() < 1e-9
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_objectness_is_compared_on_all_anchors_that_count(weighted):
+    step = make_step(weighted=weighted, objectness=True)
+    settled = comparison(cls_weight=0, reg_weight=0, quality_weight=1.0).settled(head_of())
+    found = losses_of(settled, step)
+    quality = [side.predictions.quality.tolist() for side in (step.student, step.teacher)]
+
+    def row(i: int, a: int) -> float:
+        return cross_entropy(quality[0][i][a], sigmoid(quality[1][i][a]))
+
+    assert found["kd_quality"].item() == pytest.approx(
+        weighted_sum(step, lambda i, a: 1.0, row) / 5, rel=1e-10
+    )
+
+
+def test_objectness_is_distilled_unless_said_otherwise():
+    head = PlainHead(objectness=True)
+    assert comparison().settled(head).names == ("kd_cls", "kd_reg", "kd_quality")
+    assert comparison(quality_weight=0).settled(head).names == ("kd_cls", "kd_reg")
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_classification_of_a_softmax(weighted, beta):

@@ -341,6 +341,42 @@ def test_a_checkpoint_with_the_biases_of_old_projections_loads(build):
     distiller.load_state_dict(state)
 
 
+def test_an_activation_that_cannot_be_told_is_told_of(caplog):
+    class Functional(nn.Conv2d):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features).relu()
+
+    detectors = [tiny_retinanet(seed=seed) for seed in (1, 2)]
+    for detector in detectors:
+        detector.head.classification_head.conv[2] = nn.Sequential(Functional(32, 32, 3, padding=1))
+    with caplog.at_level("INFO", logger="crosskd"):
+        Distiller(*detectors, CrossKD(position=3))
+    (told,) = [record.getMessage() for record in caplog.records if "second time" in record.getMessage()]
+    assert "block 3 of the teacher's classification tower (Functional)" in told
+    with pytest.raises(ValueError, match='tap="pre" at position 3'):
+        Distiller(*detectors, CrossKD(position=3, tap="pre"))
+
+
+def test_the_second_activation_of_ones_own_is_the_listed_ones():
+    """An activation that nobody listed distils as the one that it computes."""
+
+    class Own(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            return features * features.sigmoid()
+
+    found = []
+    for activation in (nn.SiLU, Own):
+        detectors = [tiny_retinanet(seed=seed) for seed in (1, 2)]
+        for detector in detectors:
+            for head in (detector.head.classification_head, detector.head.regression_head):
+                for block in head.conv:
+                    block[-1] = activation()
+        for tap in ("post", "pre"):
+            found.append(Distiller(*detectors, CrossKD(tap=tap))(*tiny_batch())["kd_cls"].item())
+    assert found[:2] == pytest.approx(found[2:], rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
 def test_each_level_passes_its_own_tower_and_projection():
     outputs: list[Tensor] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from crosskd._checks import compute_dtype
-from crosskd._unchanged import unchanged
+from crosskd._unchanged import probing
 from crosskd.adapters.base import Adapter, Anchors, Batch, Objects, PixelCoding
 from crosskd.adapters.replacing import replaced
 from crosskd.adapters.torchvision.images import check_boxes, check_images, check_targets
@@ -66,11 +66,7 @@ class TorchvisionAdapter(Adapter):
         pixels = parameter.new_zeros(1, len(self.detector.transform.image_mean), height, width)
         try:
             # Not on a copy: pruned or weight-normalised layers can't be copied.
-            with torch.no_grad(), unchanged(backbone):
-                backbone.eval()
-                for module in backbone.modules():  # the user's hooks are not to be called
-                    module._forward_hooks.clear()
-                    module._forward_pre_hooks.clear()
+            with probing(backbone):
                 maps = _named(backbone(pixels))
         except Exception as error:  # noqa: BLE001  # a backbone may refuse this size in any way
             _logger.info("the strides are unknown: the backbone refused an image of zeros: %s", error)

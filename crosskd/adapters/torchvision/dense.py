@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ class _DenseHead(Head):
             head = getattr(detector.head, f"{name}_head")
             self.rest[name] = predictors_of(head)
             predictors = {predictor: getattr(head, predictor) for predictor in names}
-            blocks = list(head.conv)
-            width = None if blocks else next(iter(predictors.values())).in_channels
-            branches.append(Branch(name, (Tower.of(blocks, f"{name} tower", width_in=width),), predictors))
+            empty = isinstance(head.conv, Sized) and not len(head.conv)
+            width = next(iter(predictors.values())).in_channels if empty else None
+            branches.append(Branch(name, (Tower.of(head.conv, f"{name} tower", width_in=width),), predictors))
         self.branches = tuple(branches)
 
     def anchors(self, batch: Batch, maps: Sequence[Tensor]) -> Anchors:

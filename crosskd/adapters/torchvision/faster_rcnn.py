@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,8 @@ class _RPN(Head):
     def __init__(self, detector: Any) -> None:
         self.rpn = detector.rpn
         head = _known(detector, "rpn.head", RPNHead)
-        blocks = list(head.conv)
-        tower = Tower.of(blocks, "rpn tower", width_in=None if blocks else head.cls_logits.in_channels)
+        empty = isinstance(head.conv, Sized) and not len(head.conv)
+        tower = Tower.of(head.conv, "rpn tower", width_in=head.cls_logits.in_channels if empty else None)
         self.rest = predictors_of(head)
         predictors = {"cls_logits": head.cls_logits, "bbox_pred": head.bbox_pred}
         self.branches = (Branch("rpn", (tower,), predictors),)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -493,10 +491,5 @@ def test_batches_that_are_not_mmdets():
 def test_a_teacher_that_answers_not_a_number():
     teacher, student = pair_of("gfl")
     nn.init.constant_(teacher.bbox_head.gfl_cls.bias, math.nan)
-    with pytest.raises(ValueError, match="kd_cls is nan on the first step"):
+    with pytest.raises(ValueError, match="got nan: look for predictions that are not finite"):
         Distiller(teacher, student, CrossKD())(*batch_of())
-
-
-def test_importing_crosskd_does_not_import_mmdet():
-    code = "import sys, crosskd, crosskd.adapters; assert 'mmdet' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -464,11 +464,9 @@ def test_check_tells_confidence_and_fit():
         [1 / (1 + 3 * torch.tensor(-8.0).exp().item())] * 2, 1e-2
     )
     assert report.fit is not None
-    assert (report.fit.objects, report.fit.found, report.fit.best_iou) == (2, 2, pytest.approx(1, abs=1e-3))
+    assert (report.fit.objects, report.fit.found, report.fit.right) == (2, 2, 2)
     assert len(report.splits[0].student_shapes) == 3
-    with pytest.raises(
-        ValueError, match="finds none of the 2 objects.*Of other classes its predictions fit 2"
-    ):
+    with pytest.raises(ValueError, match=r"over 2 objects .* 0 times, class 1 for 2 \(2 of 2\)"):
         crosskd.check(sure_of(2), tiny_ssd(seed=1), *of_anchors(1))
 
 
