@@ -173,6 +173,8 @@ def draw_windows(
             min(0.0, room) + abs(room) * share
             for room, share in ((width - window, draw[1]), (height - window, draw[2]))
         )
+        if scale == 1:  # whole pixels, as sharp as the images that are measured
+            left, top = float(round(left)), float(round(top))
         signs = [
             -1.0 if axis in data.flips and share < 0.5 else 1.0
             for axis, share in (("h", draw[3]), ("v", draw[4]))

@@ -68,6 +68,15 @@ def test_a_detector_is_shown_half_the_size_and_a_teacher_all_of_it(root):
     assert data.whole_images(images, [3], CPU, 0.5)[0].shape == half.shape
 
 
+def test_crops_at_scale_1_are_as_sharp_as_the_images(root):
+    settings = replace(evidence.TOY, crop=24, scales=(1.0, 1.0), flips="")
+    images = data.load_images(root, settings, "train", root / "cache")
+    window, _ = data.draw_windows(images, [3], settings, torch.Generator().manual_seed(0))
+    (crop,) = data.crops(images.pixels, [3], window, 24, CPU)
+    parts = (images.pixels[3] / 255).unfold(1, 24, 1).unfold(2, 24, 1)  # all that lie on whole pixels
+    assert float((parts - crop[:, None, None]).abs().amax(dim=(0, 3, 4)).min()) < 1e-4
+
+
 def test_a_smaller_image_stands_whole_in_a_larger_crop(root):
     settings = replace(evidence.TOY, crop=128, scales=(1.0, 1.0), flips="")
     images = data.load_images(root, settings, "val", root / "cache")
