@@ -157,6 +157,7 @@ class DenseDetector(nn.Module, ABC):
         head: a `DenseHead`.
         strides: pixels between locations, a level.
         anchor_scale: side of the anchors, in strides.
+        center_offset: of the first location from the image's corner, in strides.
         min_size: images are resized to this short side; several for scale jitter, the last in eval.
         max_size: but their longer side is at most this.
         score_thresh: detections are at least this sure.
@@ -172,6 +173,7 @@ class DenseDetector(nn.Module, ABC):
         *,
         strides: Sequence[int] = STRIDES,
         anchor_scale: float = 8.0,
+        center_offset: float = 0.0,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         score_thresh: float = 0.05,
@@ -181,7 +183,7 @@ class DenseDetector(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.strides, self.anchor_scale = tuple(strides), anchor_scale
+        self.strides, self.anchor_scale, self.center_offset = tuple(strides), anchor_scale, center_offset
         # Images as ImageNet's backbones know them; batches padded to a multiple of 32.
         mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         self.transform = GeneralizedRCNNTransform(min_size, max_size, mean, deviation, _BATCH_STRIDE)
@@ -228,7 +230,7 @@ class DenseDetector(nn.Module, ABC):
     # -- anchors ------------------------------------------------------------------------------
 
     def grid(self, batch: ImageList, features: Sequence[Tensor]) -> Grid:
-        """The anchors of a batch: squares around points ``stride`` apart, the first in the corner.
+        """The anchors of a batch: squares around points ``stride`` apart, the first in or near the corner.
 
         Raises:
             ValueError: feature maps of other strides than the detector's.
@@ -245,7 +247,8 @@ class DenseDetector(nn.Module, ABC):
         centers, strides = [], []
         for (rows, columns), stride in zip(sizes, self.strides, strict=True):
             y, x = torch.meshgrid(
-                *(stride * torch.arange(n, device=device) for n in (rows, columns)), indexing="ij"
+                *(stride * (torch.arange(n, device=device) + self.center_offset) for n in (rows, columns)),
+                indexing="ij",
             )
             centers.append(torch.stack([x, y], dim=-1).flatten(0, 1).float())
             strides.append(torch.full((rows * columns,), float(stride), device=device))

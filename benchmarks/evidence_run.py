@@ -1,0 +1,549 @@
+"""One run of evidence.py in a process of its own: a detector trained alone or distilled, then measured.
+
+``run.json`` in the run's folder says everything about it; `evidence.py` writes it. A run that is stopped,
+or that comes to its time limit, has kept ``state.pt`` and goes on from there. What it leaves: ``model.pt``,
+``result.json`` with the metrics on the validation split, and, with ``--test``, ``test.json`` and
+``detections_test.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence_data import (
+    DataSet,
+    Images,
+    Window,
+    chosen_images,
+    coco_folder,
+    crops,
+    draw_windows,
+    load_images,
+    whole_images,
+)
+from measure import versions
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+import crosskd
+from crosskd import Distiller
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from backbones import build_backbone
+from dense_heads import ATSS, GFL, adapter_of
+from evaluation import coco_metrics, coco_results
+from methods_table import inherits, make_methods
+from nanodet import NANODET, NanoDet, load_nanodet
+from training import save_atomically
+
+STRIDES = (8, 16, 32, 64, 128)
+BEFORE = "crosskd-pre"  # CrossKD that taps features in front of the block's activation
+REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
+
+
+@dataclass(frozen=True)
+class Model:
+    """A detector.
+
+    Attributes:
+        family: ``"gfl"``, ``"atss"``, ``"retinanet"``, ``"fcos"``; ``"nanodet"``, a GFL whose classes and
+            boxes share a tower; or ``"nanodet_g"``, the whole COCO detector, which ``--nanodet`` names.
+        backbone: one of `backbones.BACKBONES`.
+        pretrained: ImageNet weights in the backbone.
+        width: channels of pyramid and towers.
+        blocks: convolutions a tower.
+        levels: 3 or 5, from stride 8 on.
+    """
+
+    family: str = "gfl"
+    backbone: str = "mobilenet_v2"
+    pretrained: bool = False
+    width: int = 64
+    blocks: int = 2
+    levels: int = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything about a run.
+
+    Attributes:
+        data: what is learned.
+        model: what is trained.
+        sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
+        method: a name of `methods_table`, or ``crosskd-pre``.
+        seed: of weights, batches and crops.
+        steps: how many.
+        teacher: the teacher's run; ``None`` for a model that learns alone.
+        position: of CrossKD.
+        batch: images a step.
+        learning_rate: its highest, of AdamW; a cosine to 0 after ``warmup`` steps.
+        warmup: steps.
+        ema: decay of the averaged weights that are measured instead of the last ones; 0 for none.
+        labelled: the share of the training images that have labels; a teacher's students see the others, too.
+        person_only: the student's one class is the teacher's class 0.
+    """
+
+    data: DataSet
+    model: Model
+    sees: str = "images"
+    method: str = "none"
+    seed: int = 0
+    steps: int = 1000
+    teacher: Run | None = None
+    position: int | None = 1
+    batch: int = 8
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.0
+    labelled: float = 1.0
+    person_only: bool = False
+
+
+def run_of(content: Mapping[str, Any]) -> Run:
+    """The run that a ``run.json`` describes."""
+    values = dict(content)
+    data = {**values.pop("data")}
+    data["scales"] = tuple(data["scales"])
+    teacher = values.pop("teacher")
+    return Run(
+        DataSet(**data),
+        Model(**values.pop("model")),
+        teacher=None if teacher is None else run_of(teacher),
+        **values,
+    )
+
+
+def name_of(run: Run) -> str:
+    """The name of a run's folder."""
+    teacher = [] if run.teacher is None else ["from", *_names(run.teacher)]
+    labels = [f"labels{run.labelled:g}"] if run.labelled < 1 else []
+    parts = [run.data.name, *_names(run), *labels, *teacher, run.method, str(run.steps), f"seed{run.seed}"]
+    return "_".join(parts)
+
+
+def _names(run: Run) -> list[str]:
+    model, sees = run.model, [run.sees] if run.sees != "images" else []
+    if model.family == "nanodet_g":
+        return [model.family, *sees]
+    return [
+        model.family,
+        model.backbone.replace("_", "-"),
+        *(["imagenet"] if model.pretrained else []),
+        *sees,
+    ]
+
+
+# -- detectors ------------------------------------------------------------------------------------
+
+
+class Unresized(GeneralizedRCNNTransform):
+    """Normalises images and leaves their size as it is."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Both as they are."""
+        return image, target
+
+
+def build(model: Model, data: DataSet, nanodet: Path | None) -> nn.Module:
+    """A detector for images of any size, which are not resized.
+
+    Args:
+        model: which.
+        data: whose classes, and objects of what size.
+        nanodet: the file of NanoDet-g's weights, for a model of that family.
+    """
+    if model.family == "nanodet_g":
+        if nanodet is None:
+            raise ValueError("NanoDet-g teaches: give --nanodet, the file of its weights")
+        detector: Any = load_nanodet(nanodet)
+    else:
+        backbone = build_backbone(
+            model.backbone, model.pretrained, model.width, fixed_norm=False, levels=model.levels
+        )
+        detector = _with_head(model, backbone, data)
+    transform = detector.transform
+    detector.transform = Unresized(0, 0, transform.image_mean, transform.image_std)
+    return detector
+
+
+def _with_head(model: Model, backbone: nn.Module, data: DataSet) -> nn.Module:
+    strides, classes = STRIDES[: model.levels], data.classes
+    if model.family == "nanodet":
+        return NanoDet(backbone, classes, group_norm=True)
+    if model.family in ("gfl", "atss"):
+        kind, more = (GFL, {"reg_max": REG_MAX}) if model.family == "gfl" else (ATSS, {})
+        options = {"strides": strides, "blocks": model.blocks, "anchor_scale": data.anchor_scale}
+        return kind(backbone, classes, **options, **more)
+    if model.family == "fcos":
+        anchors = AnchorGenerator(
+            tuple((s * data.anchor_scale / 8,) for s in strides), ((1.0,),) * model.levels
+        )
+        return FCOS(backbone, classes, anchor_generator=anchors)
+    bases = [s * data.anchor_scale / 2 for s in strides]
+    octaves = tuple(tuple(int(base * 2 ** (third / 3)) for third in range(3)) for base in bases)
+    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * model.levels)
+    head = RetinaNetHead(model.width, 9, classes, norm_layer=partial(nn.GroupNorm, 32))
+    return RetinaNet(backbone, classes, anchor_generator=anchors, head=head)
+
+
+def adapter(detector: nn.Module) -> Any:
+    """Takes a detector of any of the families apart."""
+    return NANODET(detector) if isinstance(detector, NanoDet) else adapter_of(detector)
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A run on its way.
+
+    Attributes:
+        run: what is trained.
+        options: of the process.
+        student: the detector.
+        trained: the distiller around it, or the detector itself.
+        averaged: its averaged weights; ``None`` without.
+        step: how many steps are done.
+        seconds: they took, evaluations left out.
+        history: what was measured on the way.
+    """
+
+    run: Run
+    options: Namespace
+    student: nn.Module
+    trained: nn.Module
+    averaged: AveragedModel | None
+    view: dict[str, list[Tensor]]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to go on."""
+        parts = {"trained": self.trained, "optimizer": self.optimizer, "schedule": self.schedule}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        averaged = None if self.averaged is None else self.averaged.state_dict()
+        numbers = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        return {**states, "averaged": averaged, **numbers}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        for name in ("trained", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+
+    def measured(self) -> nn.Module:
+        """The detector that is measured."""
+        return self.student if self.averaged is None else self.averaged.module
+
+
+def start(run: Run, options: Namespace) -> Training:
+    """A run before its first step."""
+    torch.manual_seed(run.seed)
+    device = options.device
+    student = build(run.model, run.data, options.nanodet).to(device).train()
+    view: dict[str, list[Tensor]] = {}
+    trained = student
+    if run.teacher is not None:
+        trained = _distiller(run, run.teacher, student, view, options).train()
+    if options.channels_last:
+        trained.to(memory_format=torch.channels_last)
+    if options.compile:
+        student.backbone.compile(dynamic=False)
+    averaged = None
+    if run.ema:
+        averaging = get_ema_multi_avg_fn(run.ema)
+        averaged = AveragedModel(student, multi_avg_fn=averaging, use_buffers=True)
+    # Normalisations and biases are not decayed.
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": 0.02},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / run.warmup) * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return Training(run, options, student, trained, averaged, view, optimizer, schedule)
+
+
+def _distiller(
+    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
+) -> Distiller:
+    teacher = build(of_teacher.model, of_teacher.data, options.nanodet)
+    if of_teacher.model.family != "nanodet_g":
+        weights = options.output / name_of(of_teacher) / "model.pt"
+        teacher.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    teacher.to(options.device).eval()
+    if inherits(run.method):
+        print(crosskd.inherit(student, teacher), flush=True)
+    tap = "pre" if run.method == BEFORE else "post"
+    settings = Namespace(
+        position=run.position, tap=tap, cls_weight=None, reg_weight=None, stop_distilling=None
+    )
+    methods = make_methods("crosskd" if run.method == BEFORE else run.method, settings)
+    more: dict[str, Any] = {}
+    if of_teacher.sees != "images":
+        more["teacher_view"] = lambda images, targets: view["teacher"]
+    if of_teacher.sees == "zoom":
+        more["view_scale"] = 2.0
+    if run.person_only:
+        more["class_map"] = [0]
+    return Distiller(teacher, student, methods, adapter, teacher_adapter=adapter, **more)
+
+
+def train(training: Training, images: dict[str, Images], folder: Path) -> bool:
+    """Trains to the end, or to the time limit.
+
+    Args:
+        training: from `start`, or as it was stopped.
+        images: ``"train"`` and ``"val"``; and ``"teacher"``, what it sees, where that is another folder.
+        folder: where the state is kept.
+
+    Returns:
+        Whether the run is at its end.
+    """
+    run, options = training.run, training.options
+    state = folder / "state.pt"
+    if state.exists():
+        training.load(torch.load(state, map_location=options.device, weights_only=True))
+    every = max(1, run.steps // options.evaluations)
+    saved = time.monotonic()
+    while training.step < run.steps:
+        if time.time() > options.until or (options.output / "stop").exists():
+            save_atomically(training.state(), state)
+            return False
+        begun = time.perf_counter()
+        loss = _one_step(training, images)
+        training.seconds += time.perf_counter() - begun
+        if training.step % every == 0 and training.step < run.steps:
+            metrics = measure(training.measured(), run, images["val"], "val", options, options.curve_images)[
+                0
+            ]
+            entry = {"step": training.step, "AP": metrics["AP"], "loss": float(loss)}
+            training.history.append(entry)
+            print(json.dumps({**entry, "seconds": round(training.seconds)}), flush=True)
+        if time.monotonic() - saved > options.save_seconds:
+            save_atomically(training.state(), state)
+            saved = time.monotonic()
+    return True
+
+
+def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
+    run, device = training.run, training.options.device
+    labelled, others = _shares(run, len(images["train"].labels))
+    autocast = torch.autocast(device.type, torch.bfloat16) if training.options.bf16 else nullcontext()
+    losses: list[Tensor] = []
+    # Unlabelled images beside the labelled ones, for a student that has a teacher to tell of them.
+    for offset, among in enumerate([labelled, others] if run.teacher is not None else [labelled]):
+        if not among:
+            continue
+        seed = 2 * run.seed + offset
+        chosen = [among[n] for n in chosen_images(len(among), run.batch, seed, training.step)]
+        generator = torch.Generator().manual_seed(hash((seed, training.step, 1)) % 2**63)
+        window, targets = draw_windows(images["train"], chosen, run.data, generator)
+        of_student = images["teacher" if run.teacher is None and run.sees == "pair" else "train"]
+        given = _crops(run, of_student, chosen, window, device)
+        if run.teacher is not None and run.teacher.sees != "images":
+            seen = images["teacher" if run.teacher.sees == "pair" else "train"]
+            training.view["teacher"] = _crops(run.teacher, seen, chosen, window, device)
+        factor = 2.0 if run.sees == "zoom" else 1.0
+        objects: list[dict[str, Tensor]] | None = [
+            {"boxes": factor * target["boxes"].to(device), "labels": target["labels"].to(device)}
+            for target in targets
+        ]
+        with autocast:
+            losses += training.trained(given, objects if offset == 0 else None).values()
+    total = torch.stack([loss.float() for loss in losses]).sum()
+    if training.step % 50 == 0 and not torch.isfinite(total):
+        raise FloatingPointError(f"the loss is {float(total)} at step {training.step}")
+    training.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(training.trained.parameters(), 5.0)
+    training.optimizer.step()
+    training.schedule.step()
+    if training.averaged is not None:
+        training.averaged.update_parameters(training.student)
+    training.step += 1
+    return total.detach()
+
+
+def _crops(run: Run, images: Images, chosen: list[int], window: Window, device: torch.device) -> list[Tensor]:
+    """A batch as the model of a run sees it."""
+    zoom = 2 if run.sees == "zoom" else 1
+    finer = max(1, round(1 / (run.data.shown * zoom)))
+    return crops(images.pixels, chosen, window, run.data.crop * zoom, device, finer=finer)
+
+
+def _shares(run: Run, count: int) -> tuple[list[int], list[int]]:
+    """The images with labels and those without, the same for every seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    labelled = max(1, round(run.labelled * count))
+    return order[:labelled], order[labelled:]
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(
+    detector: nn.Module, run: Run, images: Images, split: str, options: Namespace, count: int | None = None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """COCO's metrics on whole images of a split, and the detections in COCO's result form.
+
+    Args:
+        detector: what is measured.
+        run: whose.
+        images: of the split, as the detector sees them.
+        split: its name.
+        options: of the process.
+        count: so many images alone, the first.
+    """
+    was_training = detector.training
+    detector.eval()
+    folder = coco_folder(options.root, run.data, split)
+    folder.ids = folder.ids[:count]
+    scale = run.data.shown * (2 if run.sees == "zoom" else 1)
+    results = []
+    for begin in range(0, len(folder.ids), run.batch):
+        chosen = range(begin, min(begin + run.batch, len(folder.ids)))
+        given = whole_images(images, chosen, options.device, scale)
+        for index, output in zip(chosen, detector(given), strict=True):
+            factor = float(images.factors[index]) * scale
+            found = {**output, "boxes": output["boxes"] / factor}
+            results += coco_results(folder, folder.ids[index], found)
+    detector.train(was_training)
+    return coco_metrics(folder, results), results
+
+
+def finish(training: Training, images: Images, folder: Path) -> None:
+    """Measures a trained run on the validation split and writes what is left of it."""
+    run, options = training.run, training.options
+    detector = training.measured()
+    save_atomically(detector.state_dict(), folder / "model.pt")
+    metrics, _ = measure(detector, run, images, "val", options)
+    cuda = options.device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result = {
+        "val": metrics,
+        "history": training.history,
+        "seconds": training.seconds,
+        "memory": torch.cuda.max_memory_allocated() / 2**20 if cuda else peak,
+        "parameters": sum(p.numel() for p in training.student.parameters()),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def measure_on_test(run: Run, options: Namespace, folder: Path) -> None:
+    """Looks at the test split, once."""
+    detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
+    if run.model.family != "nanodet_g":
+        detector.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    detector.to(options.device)
+    images = load_images(options.root, run.data, "test", options.cache, seen_folder(run))
+    metrics, results = measure(detector, run, images, "test", options)
+    (folder / "detections_test.json").write_text(json.dumps(results))
+    (folder / "test.json").write_text(json.dumps(metrics))
+
+
+def seen_folder(run: Run) -> str:
+    """The folder of what a run's model sees."""
+    return run.data.pair or "images" if run.sees == "pair" else "images"
+
+
+def work(folder: Path, options: Namespace) -> None:
+    """Does what is not done yet of a run."""
+    run = run_of(json.loads((folder / "run.json").read_text()))
+    if not (folder / "result.json").exists():
+        splits = {"train": ("train", "images"), "val": ("val", seen_folder(run))}
+        seer = run if run.teacher is None else run.teacher
+        if seer.sees == "pair":
+            splits["teacher"] = ("train", seen_folder(seer))
+        images = {
+            name: load_images(options.root, run.data, split, options.cache, where)
+            for name, (split, where) in splits.items()
+        }
+        if options.device.type == "cuda":
+            images = {name: of_split.to(options.device) for name, of_split in images.items()}
+        training = start(run, options)
+        if run.model.family != "nanodet_g" and not train(training, images, folder):
+            print("stopped, to go on from here", flush=True)
+            return
+        finish(training, images["val"], folder)
+    if options.test and not (folder / "test.json").exists():
+        measure_on_test(run, options, folder)
+
+
+def parse(arguments: list[str] | None = None) -> Namespace:
+    """The options of a process, which don't change what a run is."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="of the run, with its run.json")
+    add("--root", type=Path, required=True, help="folder of the data sets")
+    add("--output", type=Path, required=True, help="folder of all runs")
+    add("--cache", type=Path, required=True, help="folder of decoded images")
+    add("--nanodet", type=Path, help="NanoDet-g's weights")
+    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--threads", type=int, default=1)
+    add("--until", type=float, default=math.inf, help="stop at this time, in seconds since 1970")
+    add("--test", action="store_true", help="measure on the test split, too")
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--compile", action="store_true", help="compile the student's backbone")
+    add("--channels-last", action="store_true")
+    add("--evaluations", type=int, default=10, help="points of a learning curve")
+    add("--curve-images", type=int, default=100, help="validation images of each point")
+    add("--save-seconds", type=float, default=60.0, help="between two savings of the state")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Does a run."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    work(options.folder, options)
+
+
+def as_json(run: Run) -> str:
+    """What stands in ``run.json``."""
+    return json.dumps(asdict(run), indent=1, sort_keys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The evidence: batches that agree with their boxes, runs that go on, budgets before methods, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.test_benchmarks import FOLDER, load, tables
+
+sys.path.insert(0, str(FOLDER.parent / "examples"))
+data, run, evidence, report, toy = (
+    load(name) for name in ("evidence_data", "evidence_run", "evidence", "evidence_report", "evidence_toy")
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evidence")
+    toy.make_toy(folder / "toy")
+    return folder
+
+
+def options_of(root: Path, output: Path, **changed) -> Namespace:
+    given = {"--root": root, "--output": output, "--cache": root / "cache", "--evaluations": 2}
+    arguments = [str(part) for pair in given.items() for part in pair]
+    options = run.parse([str(output), *arguments, "--curve-images", "2", "--channels-last"])
+    more = {"budgets": output / "budgets.json", "jobs": 1, "resamples": 20, "budget_seeds": [0]}
+    return Namespace(**{**vars(options), **more, "bf16": False, **changed})
+
+
+@pytest.mark.parametrize("flips", ["", "h", "hv"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 2.0)])
+def test_a_crops_boxes_are_where_its_objects_are(root, flips, scales):
+    """The toy's clean scenes are grey but for its objects."""
+    settings = replace(evidence.TOY, flips=flips, scales=scales, crop=96)
+    images = data.load_images(root, settings, "train", root / "cache", "images_pair")
+    chosen = list(range(8))
+    window, targets = data.draw_windows(images, chosen, settings, torch.Generator().manual_seed(0))
+    for size in (96, 192):
+        for crop, target in zip(data.crops(images.pixels, chosen, window, size, CPU), targets, strict=True):
+            factor = size / 96
+            assert crop.shape == (3, size, size)
+            for box, label in zip(factor * target["boxes"], target["labels"], strict=True):
+                x, y = ((box[:2] + box[2:]) / 2).long().tolist()
+                assert crop[0, y, x].gt(0.7) if label == 0 else crop[2, y, x].gt(0.7)
+                outside = box[2].ceil().int() + 3
+                if outside < size:
+                    assert (crop[:, y, outside] - crop[:, y, x]).abs().max() > 0.3
+
+
+def test_a_detector_is_shown_half_the_size_and_a_teacher_all_of_it(root):
+    settings = replace(evidence.TOY, crop=32, shown=0.5, scales=(1.0, 1.0), flips="")
+    images = data.load_images(root, settings, "train", root / "cache")
+    window, targets = data.draw_windows(images, [3], settings, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(targets[0]["boxes"], images.boxes[3] / 2)
+    (half,) = run._crops(small_run(data=settings), images, [3], window, CPU)
+    (whole,) = run._crops(small_run(data=settings, sees="zoom"), images, [3], window, CPU)
+    torch.testing.assert_close(whole, images.pixels[3] / 255)
+    torch.testing.assert_close(half, torch.nn.functional.avg_pool2d(whole[None], 2)[0])
+    assert data.whole_images(images, [3], CPU, 0.5)[0].shape == half.shape
+
+
+def test_crops_at_scale_1_are_as_sharp_as_the_images(root):
+    settings = replace(evidence.TOY, crop=24, scales=(1.0, 1.0), flips="")
+    images = data.load_images(root, settings, "train", root / "cache")
+    window, _ = data.draw_windows(images, [3], settings, torch.Generator().manual_seed(0))
+    (crop,) = data.crops(images.pixels, [3], window, 24, CPU)
+    parts = (images.pixels[3] / 255).unfold(1, 24, 1).unfold(2, 24, 1)  # all that lie on whole pixels
+    assert float((parts - crop[:, None, None]).abs().amax(dim=(0, 3, 4)).min()) < 1e-4
+
+
+def test_a_smaller_image_stands_whole_in_a_larger_crop(root):
+    settings = replace(evidence.TOY, crop=128, scales=(1.0, 1.0), flips="")
+    images = data.load_images(root, settings, "val", root / "cache")
+    _, targets = data.draw_windows(images, [0, 1], settings, torch.Generator().manual_seed(0))
+    assert [len(target["boxes"]) for target in targets] == [2, 2]
+
+
+def test_images_are_shrunk_to_the_canvas_with_their_boxes(root):
+    whole, half = (
+        data.load_images(root, replace(evidence.TOY, side=side), "val", root / "cache") for side in (64, 32)
+    )
+    assert half.pixels.shape[2:] == (32, 32)
+    assert half.factors.tolist() == [0.5] * 6
+    torch.testing.assert_close(half.boxes[0], whole.boxes[0] / 2)
+
+
+def test_every_round_shows_every_image_once_whatever_was_done_before():
+    steps = [data.chosen_images(10, 4, 3, step) for step in range(5)]
+    shown = [image for step in steps for image in step]
+    assert sorted(shown[:10]) == sorted(shown[10:]) == list(range(10))
+    assert shown[:10] != shown[10:]
+    assert data.chosen_images(10, 4, 3, 2) == steps[2] != data.chosen_images(10, 4, 4, 2)
+
+
+def small_run(**changed):
+    return replace(evidence.TOY_PAIR.student, **{"steps": 4, "ema": 0.0, **changed})
+
+
+def work(one, options, folder_of: Path) -> dict:
+    folder = folder_of / run.name_of(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(run.as_json(one))
+    run.work(folder, options)
+    return torch.load(folder / "model.pt", weights_only=True) if (folder / "model.pt").exists() else {}
+
+
+def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch):
+    whole = work(small_run(ema=0.5), options_of(root, tmp_path / "whole"), tmp_path / "whole")
+    options, one_step = options_of(root, tmp_path / "parts"), run._one_step
+
+    def step_and_stop(training, images):
+        if training.step == 1:
+            (options.output / "stop").touch()
+        return one_step(training, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_one_step", step_and_stop)
+        assert work(small_run(ema=0.5), options, tmp_path / "parts") == {}
+    (options.output / "stop").unlink()
+    folder = tmp_path / "parts" / run.name_of(small_run())
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
+    parts = work(small_run(ema=0.5), options, tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    result = json.loads((folder / "result.json").read_text())
+    assert [entry["step"] for entry in result["history"]] == [2]
+    assert not (folder / "test.json").exists()
+    assert not (folder / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("sees", "method", "labelled"),
+    [("pair", "crosskd+pkd", 1.0), ("images", run.BEFORE, 0.5), ("zoom", "pkd", 1.0), ("pair", "fgd", 0.5)],
+)
+def test_a_teacher_of_each_kind_teaches(root, tmp_path, sees, method, labelled):
+    options = options_of(root, tmp_path, test=True)
+    levels = 5 if sees == "zoom" else 3
+    teacher = small_run(sees=sees)
+    teacher = replace(teacher, model=replace(teacher.model, levels=levels))
+    student = small_run(method=method, teacher=teacher, labelled=labelled)
+    assert work(teacher, options, tmp_path)
+    assert work(student, options, tmp_path)
+    folder = tmp_path / run.name_of(student)
+    assert {"AP", "AP50"} <= json.loads((folder / "test.json").read_text()).keys()
+    assert isinstance(json.loads((folder / "detections_test.json").read_text()), list)
+
+
+def test_runs_have_names_of_their_own_and_are_read_back():
+    runs = []
+    for pair in evidence.PAIRS.values():
+        runs += evidence.table_runs(pair, 1200, [0, 1], pair.methods)
+    assert len({run.name_of(each) for each in runs}) == len(set(runs))
+    for each in runs:
+        assert run.run_of(json.loads(run.as_json(each))) == each
+
+
+def test_few_labels_are_the_same_for_every_seed():
+    labelled, others = run._shares(small_run(labelled=0.25, seed=3), 16)
+    assert len(labelled) == 4
+    assert sorted(labelled + others) == list(range(16))
+    assert run._shares(small_run(labelled=0.25, seed=5), 16)[0] == labelled
+
+
+def test_a_budget_is_flat_where_twice_as_much_brings_little():
+    assert evidence.flat_at({100: 20.0, 200: 30.0, 400: 30.9}) == 200
+    assert evidence.flat_at({100: 20.0, 200: 30.0}) is None
+    assert evidence.flat_at({100: 0.0, 200: 0.0, 400: 0.5}) is None  # it learned nothing yet
+
+
+class Process:
+    """Stands for a run's process: done at once, or failed."""
+
+    def __init__(self, one, options, test, fails=()) -> None:
+        folder = options.output / run.name_of(one)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(run.as_json(one))
+        self.returncode = int(one.method in fails)
+        if not self.returncode:
+            (folder / "result.json").write_text(json.dumps({"val": {"AP": float(one.steps)}}))
+            (folder / "test.json").write_text("{}")
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def launched(monkeypatch, fails=()) -> list[str]:
+    names: list[str] = []
+
+    def launch(one, options, test):
+        names.append((one.method, one.seed, one.sees))
+        return Process(one, options, test, fails)
+
+    monkeypatch.setattr(evidence, "launch", launch)
+    monkeypatch.setattr(evidence.time, "sleep", lambda seconds: None)
+    return names
+
+
+def test_nothing_is_run_twice_and_teachers_come_first(root, tmp_path, monkeypatch):
+    names = launched(monkeypatch)
+    options = options_of(root, tmp_path, jobs=3)
+    runs = evidence.table_runs(evidence.TOY_PAIR, 6, [0, 1], ["none", "crosskd"])
+    assert evidence.run_all(runs, options, test=True)
+    assert set(names) == {("none", s, "images") for s in (0, 1)} | {
+        ("crosskd", 0, "images"),
+        ("crosskd", 1, "images"),
+        ("none", 0, "pair"),
+    }
+    assert names.index(("none", 0, "pair")) < names.index(("crosskd", 0, "images"))
+    count = len(names)
+    assert evidence.run_all(runs, options, test=True)
+    assert len(names) == count
+    folder = tmp_path / run.name_of(runs[-1])
+    (folder / "run.json").write_text(run.as_json(replace(runs[-1], learning_rate=1.0)))
+    with pytest.raises(ValueError, match="other settings"):
+        evidence.run_all(runs, options, test=True)
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_done(root, tmp_path, monkeypatch):
+    names = launched(monkeypatch, fails=["pkd"])
+    runs = evidence.table_runs(evidence.TOY_PAIR, 6, [0], ["pkd", "none", "crosskd"])
+    with pytest.raises(RuntimeError, match=r"1 runs failed, see .*pkd_6_seed0.log.txt"):
+        evidence.run_all(runs, options_of(root, tmp_path), test=True)
+    assert len(names) == 4
+
+
+def test_when_time_is_over_nothing_is_started(root, tmp_path, monkeypatch):
+    names = launched(monkeypatch)
+    runs = evidence.table_runs(evidence.TOY_PAIR, 6, [0], ["none"])
+    assert not evidence.run_all(runs, options_of(root, tmp_path, until=0.0), test=True)
+    (tmp_path / "stop").touch()
+    assert not evidence.run_all(runs, options_of(root, tmp_path), test=True)
+    assert names == []
+
+
+def test_a_budget_is_written_down_once_and_no_method_runs_without(root, tmp_path, monkeypatch):
+    names = launched(monkeypatch)
+    options = options_of(root, tmp_path)
+    assert evidence.choose_budget("toy", evidence.TOY_PAIR, options)
+    kept = json.loads(options.budgets.read_text())
+    assert kept == {"toy": {"steps": 6, "flat": False, "alone": {"6": 6.0, "12": 12.0}, "seeds": [0]}}
+    assert evidence.choose_budget("toy", evidence.TOY_PAIR, options)
+    assert len(names) == 2
+    arguments = ["--root", str(root), "--output", str(tmp_path), "--results", str(tmp_path / "none")]
+    with pytest.raises(SystemExit, match="no budget for boards"):
+        evidence.main(arguments)
+
+
+def test_differences_go_seed_by_seed_with_an_interval_of_images_and_seeds():
+    def finished(values):
+        return report.Finished(small_run(), {}, {"AP": np.array(values)}, {})
+
+    generator = np.random.default_rng(0)
+    noise = generator.normal(size=1000)
+    alone = {seed: finished([20.0, *(20 + noise)]) for seed in (0, 1, 2)}
+    method = {seed: finished([20.0 + seed, *(20.0 + seed + noise)]) for seed in (0, 1, 2, 3)}
+    gains, low, high = report.difference(method, alone)
+    assert gains == [0.0, 1.0, 2.0]
+    assert (low, high) == (0.0, 2.0)  # the images cancel, what is left are the seeds
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path):
+    """Every process for real: budget, teacher, students, tables, picture."""
+    arguments = ["--toy", "--output", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
+    arguments += ["--resamples", "20", "--methods", "none", "crosskd", "--jobs", "2"]
+    evidence.main(arguments)
+    rows, classes, ladder = tables(tmp_path / "results" / "toy.md")
+    assert [row[""] for row in rows] == ["teacher", "student alone", "CrossKD"]
+    assert [row["steps"] for row in ladder] == ["6", "12"]
+    assert set(classes[0]) == {"", "square", "disc"}
+    assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("toy_*/result.json")}
+    assert len(before) == 4
+    evidence.main([*arguments, "--report"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
