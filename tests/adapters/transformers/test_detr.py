@@ -120,6 +120,22 @@ def test_own_losses_are_those_of_plain_training_to_the_bit(kind):
     assert together._proved == {"student", "teacher"}
 
 
+def test_batches_of_the_librarys_image_processor():
+    from transformers import DetrImageProcessor
+
+    processor = DetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((60, 90), (80, 50))]
+    box = {"bbox": [5, 5, 20, 30], "category_id": 1, "area": 600, "iscrowd": 0}  # x, y, width, height
+    objects = [{"image_id": index, "annotations": [box]} for index in range(2)]
+    inputs = processor(images=images, annotations=objects, return_tensors="pt")
+    distiller = distiller_of("detr")
+    assert all(loss > 0 for loss in distilled(distiller(**inputs)).values())
+    adapter = distiller.student_adapter
+    batch = adapter.prepare(*adapter.from_keywords(inputs))
+    assert (batch.size, batch.image_sizes) == ((76, 72), ((48, 72), (76, 48)))
+    torch.testing.assert_close(batch.objects[0].boxes, 0.8 * torch.tensor([[5.0, 5.0, 25.0, 35.0]]))
+
+
 def test_padding_is_the_teachers_too():
     distiller, inputs = distiller_of("deformable_detr"), batch_of()
     mask = torch.ones(2, SIZE, SIZE, dtype=torch.long)
