@@ -236,13 +236,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _command(script: str) -> str:
-    """The command line without the name of the output file, which tells nothing about the numbers."""
+    """The command line without the names of what it writes, which tell nothing about the numbers."""
     arguments = iter(sys.argv[1:])
     kept = []
     for argument in arguments:
-        if argument == "--output":
+        if argument in ("--output", "--folder"):
             next(arguments, None)
-        elif not argument.startswith("--output="):
+        elif not argument.startswith(("--output=", "--folder=")):
             kept.append(argument)
     return " ".join(["python", script, *kept])
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from backbones import BACKBONES, STRIDES, TWO_STAGE_STRIDES, build_backbone
 from dense_heads import ATSS, GFL, load_mmdet_checkpoint
@@ -34,6 +35,14 @@ PUBLISHED = {
     "fcos_resnet50": ("fcos_resnet50_fpn", FCOS_ResNet50_FPN_Weights.COCO_V1),
     "fasterrcnn_resnet50": ("fasterrcnn_resnet50_fpn", FasterRCNN_ResNet50_FPN_Weights.COCO_V1),
 }
+
+
+class ExactAnchors(AnchorGenerator):
+    """Anchors in float32 at least; torchvision's own have the feature maps' type, bfloat16 under autocast."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Casts the anchors around a location, which those of a batch get their type from."""
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
 
 
 def build_detector(
@@ -75,17 +84,17 @@ def build_detector(
         return DENSE_HEADS[family](backbone, num_classes, anchor_scale=8 * anchor_scale, **sizes)
     if family == "fasterrcnn":
         bases = tuple((int(8 * stride * anchor_scale),) for stride in TWO_STAGE_STRIDES)
-        anchors = AnchorGenerator(bases, ((0.5, 1.0, 2.0),) * len(bases))
+        anchors = ExactAnchors(bases, ((0.5, 1.0, 2.0),) * len(bases))
         head = TwoMLPHead(width * 7**2, 4 * width)
         predictor = FastRCNNPredictor(4 * width, num_classes)
         parts = {"rpn_anchor_generator": anchors, "box_head": head, "box_predictor": predictor}
         return FasterRCNN(backbone, None, box_batch_size_per_image=regions, **parts, **sizes)
     if family == "fcos":
-        anchors = AnchorGenerator(tuple((s * anchor_scale,) for s in STRIDES), ((1.0,),) * len(STRIDES))
+        anchors = ExactAnchors(tuple((s * anchor_scale,) for s in STRIDES), ((1.0,),) * len(STRIDES))
         return FCOS(backbone, num_classes, anchor_generator=anchors, **sizes)
     bases = [4 * stride * anchor_scale for stride in STRIDES]
     octaves = tuple(tuple(int(base * 2 ** (third / 3)) for third in range(3)) for base in bases)
-    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(STRIDES))
+    anchors = ExactAnchors(octaves, ((0.5, 1.0, 2.0),) * len(STRIDES))
     norm = partial(nn.GroupNorm, 32) if head_norm == "group" else None
     head = RetinaNetHead(width, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, **sizes)
@@ -108,7 +117,10 @@ def load_published(name: str, options: argparse.Namespace) -> nn.Module:
     builder, weights = PUBLISHED[name]
     sizes = {"min_size": tuple(options.short_side), "max_size": options.long_side}
     with downloading(weights.url, "give a trained teacher by --teacher-weights PATH"):
-        return torchvision.models.get_model(builder, weights=weights, **sizes)
+        detector: nn.Module = torchvision.models.get_model(builder, weights=weights, **sizes)
+    owner = detector.rpn if isinstance(detector, FasterRCNN) else detector
+    owner.anchor_generator = ExactAnchors(owner.anchor_generator.sizes, owner.anchor_generator.aspect_ratios)
+    return detector
 
 
 def published_classes(name: str) -> list[str]:

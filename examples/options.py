@@ -161,6 +161,12 @@ def _add_training_options(group: Any) -> None:
     )
     group.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights, as 0.999")
     group.add_argument("--amp", choices=tuple(AMP_TYPES), default="none")
+    group.add_argument(
+        "--teacher-dtype",
+        choices=tuple(AMP_TYPES),
+        default="none",
+        help="what the teacher calculates in beside students in float32",
+    )
     group.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
 

@@ -259,7 +259,8 @@ def with_method(
     if not methods or teacher is None:
         return student
     # Of GFL and ATSS the library knows nothing: their adapters are in examples/dense_heads.
-    return Distiller(teacher, student, methods, adapter_of)
+    dtype = AMP_TYPES[options.teacher_dtype]
+    return Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype)
 
 
 def train(

@@ -131,6 +131,14 @@ def test_a_folder_of_other_options_is_refused(gpu, tmp_path):
     assert json.loads((tmp_path / "cells" / "settings.json").read_text())["batch"] == "1"
 
 
+def test_the_command_names_no_folder_of_the_machines(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--minutes", "0", "--folder", str(tmp_path), "--device=cpu"])
+    run(gpu, tmp_path, "--only", LOSSES[0], "--minutes", "0")
+    text = (tmp_path / "gpu.md").read_text()
+    assert "`python benchmarks/gpu.py --minutes 0 --device=cpu`" in text
+    assert str(tmp_path) not in text
+
+
 def test_names_that_are_none(gpu, capsys):
     with pytest.raises(SystemExit):
         gpu.parse_options(["--only", "tail"])

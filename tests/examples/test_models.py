@@ -29,6 +29,19 @@ def small(name: str, **options) -> torch.nn.Module:
     return build_detector(name, 3, width=32, short_side=[64], **options)
 
 
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "fasterrcnn"])
+def test_anchors_are_not_in_half_precision(family):
+    """Under autocast feature maps are, and torchvision's own anchors with them: up to 8 pixels off."""
+    detector = small(f"{family}_resnet18").eval()
+    generator = detector.rpn.anchor_generator if family == "fasterrcnn" else detector.anchor_generator
+    types = []
+    generator.register_forward_hook(lambda _, __, anchors: types.append(anchors[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        detector([torch.rand(3, 64, 64)] * 2)
+    detector.double()([torch.rand(3, 64, 64, dtype=torch.float64)] * 2)
+    assert types == [torch.float32, torch.float64]
+
+
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_has_five_levels_and_fits_its_family(name):
     if "efficientnet" in name:

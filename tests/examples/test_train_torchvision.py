@@ -17,7 +17,7 @@ import torchvision
 import train_torchvision
 from models import build_detector
 from processes import Processes
-from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16
+from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16, with_method
 
 import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
@@ -428,3 +428,10 @@ def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path
         for note in notes:
             assert all(0 < value < 100 for value in note["losses"].values())
     assert json.loads((folder / "metrics.json").read_text())["versions"]["processes"] == "2"
+
+
+def test_the_teacher_may_calculate_in_half_precision():
+    options = parse(["--teacher-dtype", "bfloat16"])
+    pair = [build_detector("retinanet_resnet18", 3, width=32, short_side=[64]) for _ in range(2)]
+    assert with_method("crosskd", *pair, options).teacher_dtype == torch.bfloat16
+    assert with_method("crosskd", *pair, parse([])).teacher_dtype is None
