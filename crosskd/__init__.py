@@ -22,9 +22,11 @@ from crosskd.distiller import Distiller
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, PredictionMimicking, StructuralKD
 from crosskd.methods.cosine import CosineAlignment
+from crosskd.methods.decoder_crosskd import DecoderCrossKD
 from crosskd.methods.drkd import DRKD
 from crosskd.methods.imitation import FeatureImitation
-from crosskd.methods.queries import DecoderCrossKD, MatchedQueries, QueryDistillation
+from crosskd.methods.matched_queries import MatchedQueries
+from crosskd.methods.queries import QueryDistillation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.schedule import Schedule
 

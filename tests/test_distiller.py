@@ -783,6 +783,18 @@ def test_a_gradient_that_is_0_on_one_step_is_not_refused(monkeypatch):
         distiller(*tiny_batch())
 
 
+def test_predictors_that_begin_with_zeros_are_not_refused():
+    # On the first step they pass nothing on to the maps, but move themselves.
+    student = tiny_retinanet(seed=1)
+    for predictor in (student.head.classification_head.cls_logits, student.head.regression_head.bbox_reg):
+        torch.nn.init.zeros_(predictor.weight)
+    distiller = Distiller(tiny_retinanet(), student, PredictionMimicking())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            distiller(*tiny_batch())
+
+
 def test_the_student_is_searched_for_sharded_weights_on_the_first_step_alone(monkeypatch):
     searched = []
     monkeypatch.setattr("crosskd.distiller.is_sharded", lambda student: bool(searched.append(student)))

@@ -1,4 +1,4 @@
-"""Methods for detection transformers: both decoders are run with the same queries, or queries are matched."""
+"""For detection transformers: both decoders answer the same queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou, nms
+from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from crosskd._checks import compute_dtype
 from crosskd.adapters.base import DecoderHead, DecoderLayer, Queries
@@ -27,35 +27,42 @@ from crosskd.predictions import Predictions, join_levels, mean_over_ranks
 from crosskd.schedule import Schedule
 from crosskd.step import Step, outside_graph, resized_boxes
 
-__all__ = ["DecoderCrossKD", "MatchedQueries", "QueryDistillation"]
+__all__ = ["GENERAL", "QueryDistillation", "QueryMethod", "check_layer", "corners_of"]
 
-# Reported for KD-DETR by third parties: classes, L1, GIoU.
-_WEIGHTS = (1.0, 5.0, 2.0)
 # Ours, among the 10 to 300 that were reported to help.
-_GENERAL = 100
+GENERAL = 100
 # A dense teacher's candidates, and from which overlap on the surest of them stands for the others.
 _CANDIDATES, _NMS = 1000, 0.5
 
 
-class _QueryMethod(Method):
-    """What methods of queries share: weights, and the losses of one prediction a row."""
+class QueryMethod(Method):
+    """What methods of queries share: weights, and the losses of rows that belong together.
 
-    requires: frozenset[Requirement] = frozenset({"queries"})
+    Args:
+        weights: of ``kd_cls``, ``kd_l1`` and ``kd_giou``.
+        schedule: how strongly the method counts as training goes on.
+        name: what stands in front of the losses' names where two methods' would clash.
+        head: of a detector with several heads the one to distil.
+
+    Raises:
+        ValueError: weights below 0 or all 0.
+    """
+
+    requires: frozenset[Requirement] = frozenset({"queries", "predictions"})
     teaches: Taught = "predictions"
 
     def __init__(
         self,
-        weights: Sequence[float | None],
+        weights: Sequence[float],
         *,
         schedule: Schedule | None,
         name: str,
         head: str | None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
-        given = [own if weight is None else weight for weight, own in zip(weights, _WEIGHTS, strict=True)]
-        if not all(0 <= weight < math.inf for weight in given) or not any(given):
-            raise ValueError(f"the weights must be 0 or more, one of them above 0; got {given}")
-        self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), given, strict=True))
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"the weights must be 0 or more, one of them above 0; got {list(weights)}")
+        self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), weights, strict=True))
 
     def setup(self, pair: Pair) -> None:
         """Demands two decoders; with equal classes, predicted alike, where the student's own are compared."""
@@ -82,7 +89,7 @@ class _QueryMethod(Method):
         normalizer = mean_over_ranks(weight.sum()).clamp(min=1)  # about the number of objects
         dtype = compute_dtype(student.logits, teacher.logits)
         ours, theirs = student.regression.to(dtype), teacher.regression.detach().to(dtype)
-        corners = [_corners(boxes, size) for boxes in (ours, theirs)]
+        corners = [corners_of(boxes, size) for boxes in (ours, theirs)]
         losses = {
             "kd_cls": (weight * _divergence(student, teacher)).sum() / normalizer,
             "kd_l1": (weight * (ours - theirs).abs().sum(dim=-1)).sum() / normalizer,
@@ -91,7 +98,7 @@ class _QueryMethod(Method):
         return {name: self.weights[name] * losses[name] for name in self.loss_names()}
 
 
-class QueryDistillation(_QueryMethod):
+class QueryDistillation(QueryMethod):
     r"""KD-DETR: both decoders answer the same queries, so that their rows belong together one by one.
 
     .. math::
@@ -119,9 +126,9 @@ class QueryDistillation(_QueryMethod):
         own: whether the teacher's own queries are shared, too; without a meaning for a dense teacher.
         layers: (student's, teacher's) layers to compare, counted from 0, or from the last by negative
             numbers; unless given all that have a counterpart, counted from the last.
-        cls_weight: of ``kd_cls``; 1 unless given.
-        l1_weight: of ``kd_l1``; 5 unless given.
-        giou_weight: of ``kd_giou``; 2 unless given.
+        cls_weight: of ``kd_cls``.
+        l1_weight: of ``kd_l1``.
+        giou_weight: of ``kd_giou``.
         schedule: how strongly the method counts as training goes on.
         name: what stands in front of the losses' names where two methods' would clash.
         head: of a detector with several heads the one to distil.
@@ -138,17 +145,15 @@ class QueryDistillation(_QueryMethod):
         "general=50, own=True, layers=((-1, -1),), weights={'kd_cls': 1.0, 'kd_l1': 5.0, 'kd_giou': 2.0}"
     """
 
-    requires: frozenset[Requirement] = frozenset({"queries", "predictions"})
-
     def __init__(
         self,
-        general: int = _GENERAL,
+        general: int = GENERAL,
         own: bool = True,
         layers: Sequence[tuple[int, int]] | None = None,
         *,
-        cls_weight: float | None = None,
-        l1_weight: float | None = None,
-        giou_weight: float | None = None,
+        cls_weight: float = 1.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
         schedule: Schedule | None = None,
         name: str = "queries",
         head: str | None = None,
@@ -176,9 +181,9 @@ class QueryDistillation(_QueryMethod):
         if self.layers is None:
             count = min(teacher.num_layers, student.num_layers)
             self.layers = tuple((-place, -place) for place in range(count, 0, -1))
-        for index, (head, side) in enumerate(((student, "student"), (teacher, "teacher"))):
-            for layer in (pair_of_layers[index] for pair_of_layers in self.layers):
-                _check_layer(layer, head, side)
+        for ours, theirs in self.layers:
+            check_layer(ours, student, "student")
+            check_layer(theirs, teacher, "teacher")
         if teacher.width != student.width:
             self.projections["content"] = nn.Linear(teacher.width, student.width)
             if "position" in teacher.kind:
@@ -192,7 +197,7 @@ class QueryDistillation(_QueryMethod):
         if self.layers is None:
             self.layers = tuple((-place, -place) for place in range(student.num_layers, 0, -1))
         for layer, _ in self.layers:
-            _check_layer(layer, student, "student")
+            check_layer(layer, student, "student")
         self.layers = tuple((layer, layer) for layer, _ in self.layers)  # there is one answer for all
         self.content = nn.Parameter(torch.randn(student.width))
 
@@ -275,176 +280,17 @@ class QueryDistillation(_QueryMethod):
         return sets
 
 
-class DecoderCrossKD(QueryDistillation):
-    """CrossKD for decoders: the teacher's last layers judge the student's queries in the middle.
-
-    Both decoders are run with the same queries, as for `QueryDistillation`. The student's state behind one of
-    its layers, brought to the teacher's width by a linear layer where the two differ, then goes through the
-    rest of the teacher's decoder, in the place of the teacher's own state, and the predictions of that layer
-    and of all behind it are held against the teacher's own.
-
-    Published for Deformable DETR; which layers, the weights and the queries are ours.
+def corners_of(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes xyxy in pixels, with sides of one at least, as GIoU needs them.
 
     Args:
-        position: (student's, teacher's) layer behind which the states change places, counted from 0 or, by
-            negative numbers, from the last; the last but one of both unless given.
-        general: how many random queries; 0 for none.
-        own: whether the teacher's own queries are shared, too.
-        cls_weight: of ``kd_cls``; 1 unless given.
-        l1_weight: of ``kd_l1``; 5 unless given.
-        giou_weight: of ``kd_giou``; 2 unless given.
-        schedule: how strongly the method counts as training goes on.
-        name: what stands in front of the losses' names where two methods' would clash.
-        head: of a detector with several heads the one to distil.
-
-    Raises:
-        ValueError: no queries, weights below 0 or all 0.
-
-    References:
-        CrossKD (Wang et al., CVPR 2024, arXiv 2306.11369).
+        boxes: shape (…, 4), centre, width and height from 0 to 1.
+        size: (height, width) in pixels of what they are shares of.
 
     Example:
-        >>> DecoderCrossKD(position=(1, 4)).position
-        (1, 4)
+        >>> corners_of(torch.tensor([0.5, 0.5, 0.5, 0.0]), (10, 20))
+        tensor([ 5.0000,  4.5000, 15.0000,  5.5000])
     """
-
-    teaches: Taught = "cross-head predictions"
-
-    def __init__(
-        self,
-        position: tuple[int, int] | None = None,
-        general: int = _GENERAL,
-        own: bool = True,
-        *,
-        cls_weight: float | None = None,
-        l1_weight: float | None = None,
-        giou_weight: float | None = None,
-        schedule: Schedule | None = None,
-        name: str = "decoder_crosskd",
-        head: str | None = None,
-    ) -> None:
-        super().__init__(
-            general, own, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight,
-            schedule=schedule, name=name, head=head,
-        )  # fmt: skip
-        self.position = position
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"position={self.position}, {super().extra_repr()}"
-
-    def setup(self, pair: Pair) -> None:
-        """Settles the position, and makes one projection more, of the student's states."""
-        teacher, student = require_decoders(pair)
-        if self.position is None:
-            self.position = (max(student.num_layers - 2, 0), max(teacher.num_layers - 2, 0))
-        _check_layer(self.position[0], student, "student")
-        _check_layer(self.position[1], teacher, "teacher")
-        first = self.position[1] % teacher.num_layers
-        self.position = (self.position[0] % student.num_layers, first)
-        # Both sides' layers are the teacher's.
-        self.layers = tuple((layer - teacher.num_layers,) * 2 for layer in range(first, teacher.num_layers))
-        super().setup(pair)
-        if teacher.width != student.width:
-            self.projections["state"] = nn.Linear(student.width, teacher.width)
-
-    def answers(self, step: Step, queries: Queries) -> tuple[list[DecoderLayer], list[DecoderLayer]]:
-        """The teacher's layers on the student's state, and on its own."""
-        ours, theirs = super().answers(step, queries)
-        assert self.position is not None
-        state = ours[self.position[0]].state
-        if "state" in self.projections:
-            state = self.projections["state"](state)
-        return step.teacher.decoded(queries, {self.position[1]: state}), theirs
-
-
-class MatchedQueries(_QueryMethod):
-    """The student's own predictions imitate those of the teacher that a one-to-one matching gives them.
-
-    The baseline: no queries are shared. In each image the teacher's surest predictions are matched with the
-    student's by the least cost of classes, L1 and GIoU, weighted as the losses are, and only pairs are
-    compared, in the last layer. The decoders may be of any two kinds.
-
-    The logits' part of DETRDistill; the cost, the weights and how many are matched are ours. Needs scipy.
-
-    Args:
-        count: how many of the teacher's predictions, the surest first, are matched.
-        cls_weight: of ``kd_cls``; 1 unless given.
-        l1_weight: of ``kd_l1``; 5 unless given.
-        giou_weight: of ``kd_giou``; 2 unless given.
-        schedule: how strongly the method counts as training goes on.
-        name: what stands in front of the losses' names where two methods' would clash.
-        head: of a detector with several heads the one to distil.
-
-    Raises:
-        ValueError: a count below 1, weights below 0 or all 0.
-
-    References:
-        DETRDistill: A Universal Knowledge Distillation Framework for DETR-families (Chang et al., ICCV 2023,
-        arXiv 2211.10156).
-
-    Example:
-        >>> MatchedQueries(count=20).count
-        20
-    """
-
-    requires: frozenset[Requirement] = frozenset({"queries", "predictions"})
-
-    def __init__(
-        self,
-        count: int = 100,
-        *,
-        cls_weight: float | None = None,
-        l1_weight: float | None = None,
-        giou_weight: float | None = None,
-        schedule: Schedule | None = None,
-        name: str = "matched_queries",
-        head: str | None = None,
-    ) -> None:
-        weights = (cls_weight, l1_weight, giou_weight)
-        super().__init__(weights, schedule=schedule, name=name, head=head)
-        if count < 1:
-            raise ValueError(f"count must be 1 or more, got {count}")
-        self.count = count
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"count={self.count}, weights={self.weights}"
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Matches the two sets of predictions, and compares pair by pair."""
-        require_same_shares(step)  # on each step, for batches are padded as they come
-        student, teacher = step.student.predictions, step.teacher.predictions
-        size = step.student.batch.size
-        theirs, ours = self._matched(student.detach(), teacher, size)
-        return self.compared(_rows(student, ours), _rows(teacher, theirs), size)
-
-    @outside_graph
-    @torch.no_grad()
-    def _matched(
-        self, student: Predictions, teacher: Predictions, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """(the teacher's, the student's) rows that belong together, each (batch, pairs)."""
-        from scipy.optimize import linear_sum_assignment
-
-        count = min(self.count, teacher.logits.shape[1], student.logits.shape[1])
-        surest = teacher.confidence().topk(count, dim=1).indices
-        wanted, matched = _rows(teacher, surest), []
-        for image in range(len(surest)):
-            scores = [side.probabilities()[image].float() for side in (wanted, student)]
-            classes = torch.cdist(scores[0], scores[1], p=1)
-            boxes = [side.regression[image].float() for side in (wanted, student)]
-            distance = torch.cdist(boxes[0], boxes[1], p=1)
-            overlap = generalized_box_iou(*(_corners(b, size) for b in boxes))
-            parts = zip(self.weights.values(), (classes, distance, 1 - overlap), strict=True)
-            cost = torch.stack([weight * part for weight, part in parts]).sum(dim=0)
-            _, columns = linear_sum_assignment(cost.nan_to_num(1e6).cpu().numpy())
-            matched.append(torch.as_tensor(columns, device=surest.device))
-        return surest, torch.stack(matched)
-
-
-def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes xyxy in pixels, of shares (…, 4) of images of ``size``, (height, width)."""
     boxes = boxes * boxes.new_tensor([size[1], size[0], size[1], size[0]])
     sides = boxes[..., 2:].clamp(min=1)  # those of less than a pixel have no overlap to speak of
     corners: Tensor = box_convert(torch.cat([boxes[..., :2], sides], dim=-1), "cxcywh", "xyxy")
@@ -465,17 +311,8 @@ def _divergence(student: Predictions, teacher: Predictions) -> Tensor:
     return (entropies[0] - entropies[1]).sum(dim=-1)
 
 
-def _rows(predictions: Predictions, rows: Tensor) -> Predictions:
-    """Some rows (batch, rows) of predictions."""
-    return Predictions(
-        predictions.logits.take_along_dim(rows[..., None], dim=1),
-        predictions.regression.take_along_dim(rows[..., None], dim=1),
-        None,
-        predictions.background,
-    )
-
-
-def _check_layer(layer: int, head: DecoderHead, side: str) -> None:
+def check_layer(layer: int, head: DecoderHead, side: str) -> None:
+    """Raises ``ValueError`` for a layer that a side's decoder doesn't predict at."""
     if not -head.num_layers <= layer < head.num_layers:
         raise ValueError(
             f"layer {layer} is none of the {side}'s: its decoder predicts at {head.num_layers} layers, "

@@ -74,7 +74,8 @@ class TransformersDetr(Adapter):
             values from 0 to 1 for RT-DETR and D-FINE, else ImageNet's mean and deviation.
 
     Raises:
-        ValueError: another detector, or other maps than these.
+        TypeError: another model.
+        ValueError: other maps than these.
 
     Example:
         >>> from functools import partial
@@ -307,9 +308,10 @@ def _family(detector: Any) -> str:
         family = base.__name__.removesuffix("ForObjectDetection")
         if family != base.__name__ and family in _KNOWN:
             return family
-    raise ValueError(
+    raise TypeError(
         f"a {type(detector).__name__} is none of the detectors that this adapter knows: "
         + ", ".join(f"{family}ForObjectDetection" for family in _KNOWN)
+        + ". A backbone may be a teacher: crosskd.adapters.backbone(), as teacher_adapter="
     )
 
 
