@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.models import mobilenet_v2
 
 from tests.benchmarks.test_benchmarks import load, tables
+from tests.helpers import detr
 from tests.helpers.reference_files import bccd_folder
 
 pytestmark = pytest.mark.transformers
@@ -62,8 +64,27 @@ def test_perfect_detections_have_a_precision_of_100(script, tmp_path):
     assert script.precision(found, images)["AP"] < 5
 
 
+def test_the_backbone_has_torchvisions_weights(script, tmp_path):
+    network, pixels = mobilenet_v2(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        network.train()(torch.rand(4, 3, 64, 64))  # running means of its own
+        torch.save(network.state_dict(), tmp_path / "weights.pth")
+        detector = script.build("student", 3, tmp_path / "weights.pth").eval()
+        found, expected = detector.model.backbone.model(pixels).feature_maps, []
+        for number, layer in enumerate(network.eval().features):
+            pixels = layer(pixels)
+            expected += [pixels] if number in (6, 13, 17) else []
+    torch.testing.assert_close(list(found), expected)
+    widths = script.WIDTHS["student"], script.WIDTHS["teacher"]
+    assert (detector.config.d_model, script.build("teacher", 3).config.d_model) == widths
+
+
 def test_a_stopped_run_goes_on_and_the_table_has_every_rung(script, tmp_path, monkeypatch):
-    """In this process, one run after the other, as they would be in processes of their own."""
+    """With tiny detectors, in this process, as they would be in processes of their own."""
+
+    def build(side: str, classes: int, weights: Path | None = None) -> Any:
+        width = {"teacher": 64, "student": 32}[side]
+        return detr.detector_of("rt_detr", width, torch.initial_seed(), queries=20, num_labels=classes)
 
     class Finished:
         returncode = 0
@@ -79,6 +100,7 @@ def test_a_stopped_run_goes_on_and_the_table_has_every_rung(script, tmp_path, mo
         script.train(name, seed, options)
         return Finished()
 
+    monkeypatch.setattr(script, "build", build)
     monkeypatch.setattr(script, "launch", launch)
     methods = ["--methods", "none", "both"]
     script.main(arguments(tmp_path, *methods, "--steps", "1"))
@@ -97,5 +119,5 @@ def test_a_stopped_run_goes_on_and_the_table_has_every_rung(script, tmp_path, mo
         assert fact in text
     stopped = torch.load(tmp_path / "runs/both-0/2.pt", weights_only=True)["val"]
     other = tmp_path / "other"
-    script.main(arguments(other, *methods))
+    script.main(arguments(other, "--methods", "both"))
     assert torch.equal(torch.load(other / "runs/both-0/2.pt", weights_only=True)["val"], stopped)
