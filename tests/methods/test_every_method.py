@@ -155,12 +155,11 @@ def of_methods(losses: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_the_table_has_every_method_and_every_kind():
-    classes = {
-        name
-        for name in crosskd.__all__
-        if isinstance(getattr(crosskd, name), type) and issubclass(getattr(crosskd, name), Method)
-    }
-    assert {label.split("(")[0] for label in TABLE} == classes - {"Method"}
+    """But for those of queries, which docs/transformers.md has a table of."""
+    public = [getattr(crosskd, name) for name in crosskd.__all__]
+    methods = [kind for kind in public if isinstance(kind, type) and issubclass(kind, Method)]
+    named = {kind.__name__ for kind in methods if kind is not Method and "queries" not in kind.requires}
+    assert {label.split("(")[0] for label in TABLE} == named
     assert all([*row] == [*KINDS, "without labels"] for row in TABLE.values())
     assert {cell for row in TABLE.values() for cell in row.values()} <= {"yes", "no"}
 

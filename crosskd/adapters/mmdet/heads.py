@@ -378,9 +378,8 @@ def summed(losses: Mapping[str, Any]) -> dict[str, Tensor]:
     """Losses, some of them lists of one per level, as mmengine's ``parse_losses`` adds them up."""
     total = {}
     for name, loss in losses.items():
-        levels = [loss] if isinstance(loss, Tensor) else loss
-        means = [level.mean() for level in levels]
-        total[name] = means[0] if isinstance(loss, Tensor) else torch.stack(means).sum()
+        means = [level.mean() for level in ([loss] if isinstance(loss, Tensor) else loss)]
+        total[name] = sum(means[1:], means[0])  # one by one: another order may round the last bit otherwise
     return total
 
 
