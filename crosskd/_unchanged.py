@@ -71,14 +71,14 @@ def probing(module: nn.Module) -> Iterator[None]:
 
 def _save(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
     """Keeps what a tensor or a container holds."""
-    if id(value) in contents or isinstance(value, nn.Parameter):
+    if id(value) in contents:
         return
-    if isinstance(value, Tensor):
-        contents[id(value)] = value, value.detach().clone()
-    elif isinstance(value, dict | list | set | deque):
+    if isinstance(value, dict | list | set | deque):
         contents[id(value)] = value, value.copy()
         for inner in value.values() if isinstance(value, dict) else value:
             _save(inner, contents)
+    elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        contents[id(value)] = value, value.detach().clone()
 
 
 def _restore(value: Any, content: Any) -> None:
