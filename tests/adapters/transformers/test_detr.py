@@ -234,6 +234,7 @@ def test_detections_are_the_students():
 
 
 def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
     class DistillationTrainer(Trainer):  # as docs/transformers.md has it
