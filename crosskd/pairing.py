@@ -241,7 +241,7 @@ def require_decoders(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
 
 
 def require_shared_queries(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
-    """The (teacher's, student's) decoder; raises ``ValueError`` where their queries are of other kinds."""
+    """The (teacher's, student's) decoder; raises ``ValueError`` where the two can't share queries."""
     teacher, student = require_decoders(pair)
     if teacher.kind != student.kind:
         raise ValueError(
@@ -249,6 +249,12 @@ def require_shared_queries(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
             f"(student, {student.head_type}), so the two can't be run with the same ones. Take detectors of "
             "one kind, a method of feature maps, such as crosskd.PKD(), or crosskd.MatchedQueries(), which "
             "matches predictions"
+        )
+    if pair.teacher_dtype is not None:
+        raise ValueError(
+            f"teacher_dtype={pair.teacher_dtype} is for the teacher's own forward, but with shared queries "
+            "its decoder runs again, in the type of its weights, on what that forward has left: leave it "
+            "out, or put torch.autocast around the whole step"
         )
     return teacher, student
 

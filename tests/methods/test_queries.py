@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from crosskd import (
+    PKD,
     DecoderCrossKD,
     Distiller,
     MatchedQueries,
@@ -141,6 +142,20 @@ def test_pairs_that_cannot_be_distilled():
         Distiller(dense, conditional, QueryDistillation())
     with pytest.raises(ValueError, match="general=0"):
         Distiller(dense, rt_detr, QueryDistillation(general=0))
+    with pytest.raises(ValueError, match="teacher_dtype=torch.bfloat16"):
+        Distiller(rt_detr, detector_of("rt_detr"), DecoderCrossKD(), teacher_dtype=torch.bfloat16)
+
+
+def test_matched_queries_and_maps_of_a_teacher_in_half_precision():
+    teacher, student = detector_of("rt_detr", seed=1), detector_of("rt_detr", seed=2)
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        methods = [MatchedQueries(), PKD()]
+        distiller = Distiller(teacher, copy.deepcopy(student), methods, teacher_dtype=dtype).train()
+        losses.append(distilled(distiller(**batch_of())))
+    assert losses[0].keys() == losses[1].keys()
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=0.05, atol=0)
 
 
 def test_images_that_are_padded_otherwise_for_the_teacher():
