@@ -48,6 +48,10 @@ import crosskd
 from crosskd.adapters import PixelCoding
 from crosskd.adapters.transformers import TransformersDetr
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from run_folder import save_atomically
+
 CODING = PixelCoding((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as the backbone expects
 FOUND = 50  # predictions that are kept of an image
 WARMUP = 50  # steps
@@ -125,7 +129,7 @@ def cache(root: Path, split: str, path: Path, size: Sequence[int], most: int | N
         kept["classes"].append(torch.tensor([categories[found["category_id"]] for found in objects]).long())
     names = [coco.cats[category]["name"] for category in categories]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save({**kept, "pixels": torch.stack(kept["pixels"]), "names": names}, path)
+    save_atomically({**kept, "pixels": torch.stack(kept["pixels"]), "names": names}, path)
 
 
 def build(side: str, classes: int, weights: Path | None = None) -> RTDetrForObjectDetection:
@@ -255,10 +259,10 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
             print(f"{done} steps, loss {loss.item():.2f}, {seconds:.3f} s a step", flush=True)
             keep_found(folder / f"{done}.pt", detector, images)
     state = {part: of_part.state_dict() for part, of_part in parts.items()}
-    save({**state, "done": done}, folder / "state.pt")
+    save_atomically({**state, "done": done}, folder / "state.pt")
     if side == "teacher" and (done == steps or until < options.until):
         keep_found(folder / "last.pt", detector, images)
-        save(detector.state_dict(), folder / "detector.pt")
+        save_atomically(detector.state_dict(), folder / "detector.pt")
 
 
 def optimizer_of(trained: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -285,14 +289,7 @@ def restored(folder: Path, parts: Mapping[str, Any], device: torch.device) -> in
 
 def keep_found(path: Path, detector: nn.Module, images: Mapping[str, Images]) -> None:
     """Writes what a detector finds on the validation and the test split."""
-    save({split: detections(detector, images[split]) for split in ("val", "test")}, path)
-
-
-def save(what: Any, path: Path) -> None:
-    """Writes a file as a whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(what, unfinished)
-    unfinished.replace(path)
+    save_atomically({split: detections(detector, images[split]) for split in ("val", "test")}, path)
 
 
 # -- all runs -----------------------------------------------------------------------------------------

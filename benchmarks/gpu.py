@@ -123,13 +123,15 @@ def planned(only: list[str]) -> list[Cell]:
         only: the beginnings of the names of those that are wanted; all of them if empty.
     """
     teachers = [Cell("teacher", "retinanet", mode=mode) for mode in ("eager", "compiled")]
-    methods = [
-        Cell("step", family, method, mode)
+    methods = {
+        mode: [
+            Cell("step", family, method, mode)
+            for family in FAMILIES
+            for method in METHODS
+            if method != "ld" or family == "gfl"  # which alone predicts distributions
+        ]
         for mode in ("eager", "compiled")
-        for family in FAMILIES
-        for method in METHODS
-        if method != "ld" or family == "gfl"  # which alone predicts distributions
-    ]
+    }
     types = [
         Cell("step", family, mode=mode, dtype=dtype, teacher=teacher)
         for mode in ("eager", "compiled")
@@ -137,17 +139,16 @@ def planned(only: list[str]) -> list[Cell]:
         for family in FAMILIES
     ]
     contiguous = [Cell("step", family, mode="eager", layout="contiguous") for family in FAMILIES]
-    eager = len([cell for cell in methods if cell.mode == "eager"])
     cells = [
         *(Cell("step", family) for family in FAMILIES[:2]),
         *(Cell("loss", loss, dtype=dtype) for dtype in ("float32", "bfloat16") for loss in LOSSES),
         *(Cell("step", family, mode="eager") for family in FAMILIES),
         *teachers,
         Cell("step", FAMILIES[2]),
-        *methods[:eager],
+        *methods["eager"],
         *types,
         *contiguous,
-        *methods[eager:],
+        *methods["compiled"],
     ]
     unique = list(dict.fromkeys(cells))
     return [cell for cell in unique if not only or cell.name.startswith(tuple(only))]
