@@ -72,7 +72,7 @@ class Pair:
 
 
 # Boards are all of one scale, and so sharp that a resized one looks like another: a student that had learned
-# from those drew the boxes of whole images 10 % too small.
+# from those drew the boxes of whole images too small.
 BOARDS = DataSet(
     "deeppcb", 6, side=320, crop=160, scales=(1.0, 1.0), flips="hv", pair="images_pair", anchor_scale=3.0
 )
