@@ -102,11 +102,12 @@ def _boards(student: Model, methods: tuple[str, ...] = ALL) -> Pair:
     )
 
 
-def _persons(student: Model, labelled: float = 1.0) -> Pair:
+def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pair.ladder) -> Pair:
     run = Run(PERSONS, student, person_only=True, labelled=labelled)
     question = "A COCO detector as it is" + (", 10 % of the labels" if labelled < 1 else "")
     # mimicking compares boxes location by location, and both have the same locations
-    return Pair(question, run, NANODET_G, (*MAIN, BEFORE, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld"))
+    methods = (*MAIN, BEFORE, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld")
+    return Pair(question, run, NANODET_G, methods, ladder)
 
 
 PAIRS: dict[str, Pair] = {
@@ -118,7 +119,10 @@ PAIRS: dict[str, Pair] = {
     "boards_fcos": _boards(replace(MOBILE, family="fcos"), (ALONE, "crosskd", "pkd", "crosskd+pkd")),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
     "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False)),
-    "persons_few": _persons(of_nanodet("mobilenet_v2", pretrained=True), 0.1),
+    # 120 images with labels are learned soon.
+    "persons_few": _persons(
+        of_nanodet("mobilenet_v2", pretrained=True), 0.1, (150, 300, 600, 1200, 2400, 4800)
+    ),
     "cells": Pair(
         "A pretrained teacher at twice the size",
         Run(CELLS, Model("gfl", "resnet18", width=128)),
