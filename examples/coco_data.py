@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
@@ -47,9 +48,11 @@ class CocoFolder(CocoDetection):
         seed: of the augmentations, which depend on it, the epoch and the image alone.
         augment: what is done to training images, in this order; see ``augmentations.py``.
         keep_empty: keep images without boxes.
+        unlabelled: a folder of further images, in it or below it. While ``draws_unlabelled`` is set, every
+            target has one of them, drawn by seed, epoch and image and augmented, as ``"unlabelled_image"``.
 
     Raises:
-        FileNotFoundError: no such folder or file, or most images are missing.
+        FileNotFoundError: no such folder or file, no image in it, or most images are missing.
         ValueError: annotations that can't be used, saying which.
         OSError: not one image can be read.
     """
@@ -64,6 +67,7 @@ class CocoFolder(CocoDetection):
         seed: int = 0,
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
+        unlabelled: Path | None = None,
     ) -> None:
         require(images, folder=True)
         require(annotations, folder=False)
@@ -83,6 +87,8 @@ class CocoFolder(CocoDetection):
         ) as error:
             raise ValueError(f"{annotations} can't be used: {error}") from error
         self.images, self.seed, self.augment, self.epoch = images, seed, list(augment), 0
+        self.unlabelled = [] if unlabelled is None else image_files(unlabelled)
+        self.draws_unlabelled = False
         categories = sorted(self.coco.getCatIds())
         self.names = [category["name"] for category in self.coco.loadCats(categories)]
         named = dict(enumerate(published))
@@ -232,8 +238,29 @@ class CocoFolder(CocoDetection):
             torch.default_generator.manual_seed(seed)
             for augmentation in self.augment:
                 image, target = augmentation(self, image, target)
+            if self.draws_unlabelled:  # last, for the labelled ones are to be the same with and without
+                target["unlabelled_image"] = self._draw_unlabelled()
         target["boxes"] = target["boxes"].as_subclass(Tensor)
         return image.as_subclass(Tensor).float() / 255, target
+
+    def _draw_unlabelled(self) -> Tensor:
+        drawn = int(torch.randint(len(self.unlabelled), ()))
+        for path in self.unlabelled[drawn:] + self.unlabelled[:drawn]:
+            try:
+                image: Tensor = tv_tensors.Image(decode(path, None))
+            except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+                with self._broken.get_lock():
+                    self._broken.value += 1
+                continue
+            size = tuple(image.shape[-2:])
+            boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+            target: dict[str, Tensor] = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
+            for augmentation in self.augment:
+                image, target = augmentation(self, image, target)
+            return image.as_subclass(Tensor).float() / 255
+        raise OSError(
+            f"not one of {len(self.unlabelled)} unlabelled images can be read: {self.unlabelled[:3]}"
+        )
 
 
 def check_annotations(coco: COCO) -> None:
@@ -300,6 +327,19 @@ def what_is_there(path: Path) -> str:
     return f"{folder} holds {', '.join(names[:5]) or 'nothing'}" + ", ..." * (len(names) > 5)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below it, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
+    require(folder, folder=True)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    return found
+
+
 def open_image(path: Path) -> Image.Image:
     """Opens an image without reading its pixels; raises for one that a detector can't use."""
     if not path.exists():
@@ -314,13 +354,13 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def decode(path: Path, size: tuple[int, int]) -> Tensor:
+def decode(path: Path, size: tuple[int, int] | None) -> Tensor:
     """An image as RGB bytes, shape (3, height, width); what 16 bits say is scaled to 8.
 
     Args:
         path: the file.
-        size: width and height that its boxes go by. The image is turned as its EXIF says, unless it has
-            this size only as it is stored.
+        size: width and height that its boxes go by, if it has any. The image is turned as its EXIF says,
+            unless it has this size only as it is stored.
     """
     with open_image(path) as image:
         turned = ImageOps.exif_transpose(image)

@@ -86,6 +86,12 @@ def _add_data_options(group: Any) -> None:
     group.add_argument("--val-images", default="val2017")
     group.add_argument("--val-annotations", default="annotations/instances_val2017.json")
     group.add_argument("--drop-empty", action="store_true", help="train without images that show no object")
+    group.add_argument(
+        "--unlabelled-images",
+        type=Path,
+        metavar="FOLDER",
+        help="further images, which distilled students learn from without labels: as many a step as labelled",
+    )
     group.add_argument("--shapes-train", type=int, default=400, help="how many training images to make")
     group.add_argument("--shapes-val", type=int, default=100)
 

@@ -176,6 +176,7 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         seed=options.seed,
         augment=[AUGMENTATIONS[name] for name in options.augment],
         keep_empty=not options.drop_empty,
+        unlabelled=options.unlabelled_images,
     )
     val = CocoFolder(root / val_images, root / val_file, **labels)
     if (train.names, train.label_of) != (val.names, val.label_of):
@@ -274,6 +275,7 @@ def train(
 ) -> tuple[nn.Module, History]:
     """Trains one model and writes its weights, as the plain detector's, to ``OUTPUT/NAME.pt``."""
     train_data, val_data = data
+    train_data.draws_unlabelled = bool(train_data.unlabelled) and isinstance(model, Distiller)
     folder = options.output / name
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,6 +310,8 @@ def try_out(
         with warnings.catch_warnings():  # a teacher that is not trained yet is no reason to warn
             warnings.simplefilter("ignore")
             model(images, targets)
+            if data.unlabelled and isinstance(model, Distiller):
+                model(images, None)
 
 
 def measure(

@@ -181,13 +181,23 @@ class Trainer:
     def _backward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]], parts: int, last: bool
     ) -> dict[str, float]:
-        """One forward and backward; returns the losses as numbers."""
+        """Forward and backward, of unlabelled images and of labelled ones; returns the losses as numbers."""
+        others = [target.pop("unlabelled_image") for target in targets if "unlabelled_image" in target]
+        # Not the other way round: all weights have a gradient in the pass that DDP synchronises, the last.
+        further = self._backward_of(others, None, parts, last=False) if others else {}
+        losses = self._backward_of(images, targets, parts, last)
+        return {**losses, **{f"unlabelled_{name}": value for name, value in further.items()}}
+
+    def _backward_of(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None, parts: int, last: bool
+    ) -> dict[str, float]:
         device = self.processes.device
         images = [image.to(device, non_blocking=True) for image in images]
-        targets = [
-            {name: value.to(device, non_blocking=True) for name, value in target.items()}
-            for target in targets
-        ]
+        if targets is not None:
+            targets = [
+                {name: value.to(device, non_blocking=True) for name, value in target.items()}
+                for target in targets
+            ]
         with self._synchronised(last), torch.autocast(device.type, self.amp_type, self.amp_type is not None):
             losses: dict[str, Tensor] = self.forward(images, targets)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import multiprocessing
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +17,9 @@ import pytest
 import torch
 import torchvision
 import train_torchvision
+from methods_table import check_name
 from models import build_detector
+from options import add_options
 from processes import Processes
 from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16, with_method
 
@@ -116,6 +120,20 @@ def test_data_that_is_not_there_is_named_with_what_is(option, given, missing, tm
     ):
         assert fact in said
     assert len(said.splitlines()) < 5  # without a page of options in front
+
+
+def test_the_commands_of_the_pages_have_options_that_there_are():
+    seen = 0
+    for page in [*sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "README.md"]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command in re.findall(r"train_torchvision\.py (--.*)", text):
+            parser = argparse.ArgumentParser(allow_abbrev=False)
+            add_options(parser)
+            options = parser.parse_args(shlex.split(command.split("`")[0], comments=True))
+            for method in options.method:
+                check_name(method)
+            seen += 1
+    assert seen > 5
 
 
 def test_a_gpu_that_is_not_there_is_said(monkeypatch, capsys):

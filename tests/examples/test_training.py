@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from augmentations import flip
-from coco_data import CocoFolder, training_loader
+from augmentations import crop, flip
+from coco_data import CocoFolder, collate, training_loader
 from processes import Processes
 from run_folder import save_atomically
 from torch import nn
@@ -98,6 +98,48 @@ def test_training_lowers_the_loss_and_notes_it(dataset, tmp_path, capsys):
     assert len(lines) == 8
     assert "epoch   8/8" in lines[-1]
     assert "images/s" in lines[-1]
+
+
+def test_distilled_students_learn_from_unlabelled_images_too(tmp_path):
+    """The labelled ones are the same with and without, and the gradient is the sum of both passes'."""
+    images, annotations = write_coco(tmp_path / "data")
+    teacher, student = tiny_retinanet(2, seed=1), tiny_retinanet(2, seed=2)
+    data = CocoFolder(images, annotations, augment=[flip, crop], unlabelled=images)
+    plain = [data[index] for index in range(len(data))]
+    data.draws_unlabelled = True
+    drawn = [data[index] for index in range(len(data))]
+    for (image, target), (same_image, with_another) in zip(plain, drawn, strict=True):
+        assert torch.equal(image, same_image)
+        assert target.keys() ^ with_another.keys() == {"unlabelled_image"}
+    again, first = data[0][1]["unlabelled_image"], drawn[0][1]["unlabelled_image"]
+    data.epoch = 1
+    other = [data[index][1]["unlabelled_image"] for index in range(len(data))]
+    assert torch.equal(again, first)
+    assert not all(torch.equal(a, b[1]["unlabelled_image"]) for a, b in zip(other, drawn, strict=True))
+
+    trainer = make_trainer(data, tmp_path / "run", Distiller(teacher, student, CrossKD()), 1, "--clip", "0")
+    given, targets = collate(drawn[:2])
+    unlabelled = [target["unlabelled_image"] for target in targets]
+    losses = trainer._backward(given, [dict(target) for target in targets], 1, True)
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    trainer.optimizer.zero_grad(set_to_none=True)
+    own = [target.copy() for target in targets]
+    expected = trainer.model(given, [{k: t[k] for k in ("boxes", "labels")} for t in own])
+    further = trainer.model(unlabelled, None)
+    sum([*expected.values(), *further.values()]).backward()
+    assert losses.keys() == expected.keys() | {f"unlabelled_{name}" for name in further}
+    assert losses["unlabelled_kd_cls"] == pytest.approx(further["kd_cls"].item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_unlabelled_images_that_are_not_there_are_named(tmp_path):
+    images, annotations = write_coco(tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(FileNotFoundError, match=folder):
+            CocoFolder(images, annotations, unlabelled=tmp_path / folder)
 
 
 def test_accumulated_parts_step_as_one_batch_does(dataset, tmp_path):
