@@ -39,7 +39,6 @@ import transformers
 from measure import mean_and_deviation, processor, table, versions, write
 from PIL import Image
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection, TimmBackboneConfig
@@ -50,6 +49,7 @@ from crosskd.adapters.transformers import TransformersDetr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+from evaluation import coco_metrics
 from run_folder import save_atomically
 
 CODING = PixelCoding((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, as the backbone expects
@@ -176,7 +176,7 @@ def detections(detector: nn.Module, images: Images) -> Tensor:
 
 
 def precision(found: Tensor, images: Images) -> dict[str, float]:
-    """AP, AP50 and AP75 of detections, in percent, in pixels of the images as the detectors see them."""
+    """COCO's metrics of detections, in percent, in pixels of the images as the detectors see them."""
     height, width = images.pixels.shape[-2:]
     scale = torch.tensor([width, height, width, height])
     annotations: list[dict[str, Any]] = []
@@ -185,23 +185,16 @@ def precision(found: Tensor, images: Images) -> dict[str, float]:
         for box, kind in zip(boxes.tolist(), label["class_labels"].tolist(), strict=True):
             annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": kind, "bbox": box}
             annotations.append({**annotation, "area": box[2] * box[3], "iscrowd": 0})
-    image_ids = torch.arange(1, len(found) + 1).repeat_interleave(FOUND)[:, None]
+    ids = torch.arange(1, len(found) + 1)
     rows = found.flatten(0, 1).double()
-    rows = torch.cat([image_ids, box_convert(rows[:, :4] * scale, "xyxy", "xywh"), rows[:, 4:]], dim=1)
+    boxes = box_convert(rows[:, :4] * scale, "xyxy", "xywh")
+    rows = torch.cat([ids.repeat_interleave(FOUND)[:, None], boxes, rows[:, 4:]], dim=1)
+    truth, categories = COCO(), [{"id": kind} for kind in range(len(images.names))]
+    listed = [{"id": image} for image in ids.tolist()]
+    truth.dataset = {"info": {}, "images": listed, "categories": categories, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {
-            "info": {},
-            "images": [{"id": image} for image in range(1, len(found) + 1)],
-            "categories": [{"id": kind} for kind in range(len(images.names))],
-            "annotations": annotations,
-        }
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(rows.numpy()), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(COLUMNS, (100 * evaluation.stats[:3]).tolist(), strict=True))
+    return dict(coco_metrics(truth, ids.tolist(), rows.numpy()))
 
 
 # -- one run ------------------------------------------------------------------------------------------

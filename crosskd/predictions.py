@@ -118,6 +118,17 @@ class Predictions:
             return largest
         return self.probabilities().amax(dim=-1)
 
+    def scores(self) -> Tensor:
+        """What detections are ranked by, shape (batch, anchors, classes), in float32 at least.
+
+        The class probabilities, which hold an objectness already. A centerness or an IoU counts as in FCOS:
+        the geometric mean of the two.
+        """
+        probabilities = self.probabilities()
+        if self.quality is None or self.objectness:
+            return probabilities
+        return (probabilities * self.quality.to(probabilities.dtype).sigmoid()[..., None]).sqrt()
+
     def box_confidence(self) -> Tensor:
         """How sure each box is: `confidence`, or with ``box_per_class`` the box's class's probability."""
         return self.probabilities() if self.box_per_class else self.confidence()

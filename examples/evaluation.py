@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,16 +70,17 @@ def evaluate(
         found = {image_id: results for share, _ in shares for image_id, results in share.items()}
         unreadable = sum(count for _, count in shares)
     results = [result for image_id in sorted(found) for result in found[image_id]]
-    return {**coco_metrics(dataset, results), "images": len(found), "unreadable_images": unreadable}
+    metrics = coco_metrics(dataset.coco, dataset.ids, results)
+    return {**metrics, "images": len(found), "unreadable_images": unreadable}
 
 
-def coco_metrics(dataset: CocoFolder, results: list[dict[str, Any]]) -> dict[str, float]:
+def coco_metrics(truth: COCO, image_ids: Sequence[int], results: Any) -> dict[str, float]:
     """COCO's box metrics of results, from 0 to 100, without those of sizes that no object has."""
     with contextlib.redirect_stdout(io.StringIO()):
         # loadRes takes no empty list.
-        found = dataset.coco.loadRes(results) if results else COCO()
-        evaluation = COCOeval(dataset.coco, found, "bbox")
-        evaluation.params.imgIds = dataset.ids
+        found = truth.loadRes(results) if len(results) else COCO()
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -59,9 +59,7 @@ def seen_in(head: Head, predictions: Predictions, anchors: Any, theirs: Batch, o
         ours: likewise the student, in whose pixels boxes are compared.
     """
     counts = counts_of(head, anchors)
-    scores = predictions.probabilities().float()
-    if predictions.quality is not None:  # its geometric mean with the class probability, as of FCOS
-        scores = (scores * predictions.quality.float().sigmoid()[..., None]).sqrt()
+    scores = predictions.scores().float()
     # A head that decodes no boxes has none to compare: at each place a box of no area.
     decoded = head.decode(predictions, anchors) if head.decodes else scores.new_zeros(*scores.shape[:2], 4)
     confidence = rows_of_images(predictions.confidence(), counts)

@@ -11,6 +11,7 @@ from crosskd.losses import giou_loss, quality_focal_loss
 from crosskd.methods.base import Method, Taught
 from crosskd.pairing import (
     Pair,
+    require_grid,
     require_heads,
     require_rows_alike,
     require_same_anchors,
@@ -93,6 +94,7 @@ class BCKD(Method):
     def setup(self, pair: Pair) -> None:
         """Demands a sigmoid per class and predictions of one kind, settles the weights."""
         teacher, student = require_heads(pair)
+        require_grid(pair)  # first: the others recommend what is refused for decoders, too
         for side, head in (("teacher", teacher), ("student", student)):
             _require_sigmoid(side, head)
         require_rows_alike(pair)

@@ -13,6 +13,7 @@ from crosskd.losses import distribution_kl_loss, valuable_region
 from crosskd.methods.base import Method, Requirement, Taught
 from crosskd.pairing import (
     Pair,
+    require_grid,
     require_heads,
     require_rows_alike,
     require_same_anchors,
@@ -137,6 +138,7 @@ class LD(Method):
     def setup(self, pair: Pair) -> None:
         """Demands distributions that can be compared row by row, settles reduction and weights."""
         teacher, student = require_heads(pair)
+        require_grid(pair)  # first: the others recommend what is refused for decoders, too
         for side, head in (("teacher", teacher), ("student", student)):
             if head.bins == 1:
                 raise ValueError(

@@ -232,9 +232,7 @@ class QueryDistillation(QueryMethod):
         teacher, student = step.teacher, step.student
         probabilities = teacher.predictions.probabilities().float()
         boxes = teacher.head.decode(teacher.predictions, teacher.anchors).float()
-        scores = probabilities.amax(dim=-1)
-        if teacher.predictions.quality is not None:
-            scores = scores * teacher.predictions.quality.float().sigmoid()
+        scores = teacher.predictions.scores().float().amax(dim=-1)
         found = probabilities.new_zeros(len(boxes), self.general, probabilities.shape[-1])
         scale = boxes.new_tensor(student.decoder.box_sizes(student.batch)).flip(-1).repeat(1, 2)[:, None]
         corners = (scale * scale.new_tensor([0.0, 0.0, 1.0, 1.0])).repeat(1, self.general, 1)

@@ -94,6 +94,14 @@ def test_detections_are_the_best_without_duplicates_in_the_students_pixels():
     assert (unlabelled.objects, unlabelled.likeliest.tolist()) == (None, [])
 
 
+def test_an_objectness_is_in_the_class_probabilities_already():
+    predictions = Predictions(
+        torch.tensor([[[0.8]]]).logit(), SQUARES[:1][None], torch.tensor([[0.5]]).logit(), objectness=True
+    )
+    (found,) = seen_in(Decoded(), predictions, Anchors(None, (1,)), batch(100), batch(100))
+    assert (found.highest, found.scores.item()) == pytest.approx((0.4, 0.4))
+
+
 def test_a_box_for_each_class():
     """Each class's box counts with its own probability; the background's with none."""
     logits = torch.tensor([[[0.0, 2.0, 1.0]]])

@@ -201,7 +201,7 @@ def test_what_cocos_measure_needs_is_filled_in(tmp_path):
     """Without area and iscrowd, and with number 0, which pycocotools takes for no match."""
     dataset = CocoFolder(*one_image(tmp_path, annotations=[{**BOX, "id": 0, "area": None}]))
     found = [{"image_id": 1, "category_id": 1, "bbox": BOX["bbox"], "score": 0.9}]
-    assert coco_metrics(dataset, found)["AP"] == pytest.approx(100)
+    assert coco_metrics(dataset.coco, dataset.ids, found)["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(("width", "turned"), [(40, True), (60, False)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,21 @@ def test_a_dense_teachers_detections_are_queries():
     assert losses["kd_l1"] > 0
     sum(losses.values()).backward()
     assert distiller.methods["queries"].content.grad.any()
+
+
+def test_an_objectness_counts_once_in_a_dense_teachers_detections():
+    """Of two places far from each other the first is surer: 0.9 * 0.5 against 0.5 * 0.8."""
+    classes, objectness = torch.tensor([[[0.9], [0.5]]]), torch.tensor([[0.5, 0.8]])
+    boxes = torch.tensor([[[0.0, 0.0, 16.0, 16.0], [32.0, 32.0, 64.0, 64.0]]])
+    predictions = Predictions(classes.logit(), boxes, objectness.logit(), objectness=True)
+    batch = SimpleNamespace(image_sizes=((SIZE, SIZE),))
+    head = SimpleNamespace(decode=lambda made, _: made.regression)
+    teacher = SimpleNamespace(predictions=predictions, head=head, anchors=None, batch=batch)
+    decoder = SimpleNamespace(box_sizes=lambda _: batch.image_sizes)
+    step: Any = SimpleNamespace(teacher=teacher, student=SimpleNamespace(decoder=decoder, batch=batch))
+    found = QueryDistillation(general=1).detections(step)
+    assert found.probabilities().item() == pytest.approx(0.45, abs=1e-5)
+    assert found.regression[0, 0].tolist() == pytest.approx([0.125, 0.125, 0.25, 0.25])
 
 
 def test_pairs_that_cannot_be_distilled():

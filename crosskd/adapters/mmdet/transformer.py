@@ -80,15 +80,11 @@ class MMDetTransformer(MMDetSingleStage):
         self.pad_divisor = int(getattr(detector.data_preprocessor, "pad_size_divisor", 1))
         pixels = next(detector.parameters()).new_zeros(1, 3, _PROBE_PIXELS, _PROBE_PIXELS)
         with torch.no_grad(), unchanged(detector):
-            run = _forward(detector.eval(), self._of_pixels(pixels))
+            run = _forward(detector.eval(), self.prepare(pixels, None))
         self.strides = tuple(_PROBE_PIXELS / level.shape[-1] for level in run.maps)
         self.widths = tuple(level.shape[1] for level in run.maps)
         self.head: Any = _Decoder(detector, run)
         self.heads = (self.head,)
-
-    def _of_pixels(self, pixels: Tensor) -> Batch:
-        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        return self.take(Batch(pixels, (size,) * len(pixels)))
 
     def prepare(self, images: Any, targets: Any) -> Batch:
         """As `MMDetSingleStage` does."""
@@ -102,7 +98,7 @@ class MMDetTransformer(MMDetSingleStage):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The memory of images without padding."""
-        maps: list[Tensor] = self.maps_of(self._of_pixels(pixels))
+        maps: list[Tensor] = self.maps_of(self.prepare(pixels, None))
         return maps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]

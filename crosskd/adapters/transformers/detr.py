@@ -111,7 +111,7 @@ class TransformersDetr(Adapter):
     def _probed(self) -> _OwnForward:
         """What the detector leaves of an image of zeros."""
         like, size = next(self.detector.parameters()), self.probe_size
-        batch = Batch(like.new_zeros(1, 3, size, size), ((size, size),), extra=_OwnForward())
+        batch = self.prepare(like.new_zeros(1, 3, size, size), None)
         with torch.no_grad(), unchanged(self.detector):
             return _forward(self.detector.eval(), batch)
 
@@ -154,8 +154,7 @@ class TransformersDetr(Adapter):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The feature maps of images without padding and labels."""
-        size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
-        maps: list[Tensor] = self.maps_of(self.take(Batch(pixels, (size,) * len(pixels))))
+        maps: list[Tensor] = self.maps_of(self.prepare(pixels, None))
         return maps
 
     # Hooks come and go, which the compiler doesn't follow.

@@ -10,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosskd import CWD, FGD, MGD, PKD, CosineAlignment, CrossKD, Distiller, FeatureImitation
+from crosskd import (
+    BCKD,
+    CWD,
+    FGD,
+    LD,
+    MGD,
+    PKD,
+    CosineAlignment,
+    CrossKD,
+    Distiller,
+    FeatureImitation,
+    PredictionMimicking,
+    ResponseDistillation,
+)
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Batch, DecoderHead
 from crosskd.adapters.transformers import TransformersDetr
@@ -327,8 +340,10 @@ def test_calls_that_mix_two_forms(strict):
 
 
 def test_methods_of_rows_are_refused_and_say_what_to_take_instead():
-    with pytest.raises(ValueError, match="QueryDistillation"):
-        distiller_of("rt_detr", CrossKD())
+    teacher, student = detector_of("detr", seed=1), detector_of("detr")
+    for method in (CrossKD(), PredictionMimicking(), ResponseDistillation(), BCKD(), LD()):
+        with pytest.raises(ValueError, match="set of queries in no order.*QueryDistillation"):
+            Distiller(teacher, student, method)
 
 
 def test_other_models_of_the_library():
