@@ -19,6 +19,7 @@ from crosskd import (
 from crosskd.compare import collect_detections, compare
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
+from crosskd.fold import fold_batch_norm
 from crosskd.inherit import inherit
 from crosskd.methods import BCKD, CWD, FGD, LD, MGD, PKD, CrossKD, Method, PredictionMimicking, StructuralKD
 from crosskd.methods.cosine import CosineAlignment
@@ -60,6 +61,7 @@ __all__ = [
     "collect_detections",
     "compare",
     "describe",
+    "fold_batch_norm",
     "inherit",
     "losses",
     "methods",

@@ -26,7 +26,14 @@ from crosskd.predictions import Predictions, of_this_rank
 from crosskd.running import run_region_heads, with_own_losses
 from crosskd.step import DetectorTrace, run_head
 
-__all__ = ["losses_of_pieces", "parting_layer", "prove_student", "prove_teacher", "same_random_numbers"]
+__all__ = [
+    "losses_of_pieces",
+    "parting_layer",
+    "prove_student",
+    "prove_teacher",
+    "proving",
+    "same_random_numbers",
+]
 
 # The same operators on the same numbers; under autocast, or where the two run in another order, rounding.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -47,9 +54,9 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
         targets: likewise.
     """
     name = f"student: {type(adapter.detector).__name__}"
-    with _proving(adapter.detector) as own_outputs, _own_forward(name):
+    with proving(adapter.detector) as own_outputs, _own_forward(name):
         given = adapter.own_losses(*_copied((images, targets)))
-    with _proving(adapter.detector) as outputs:
+    with proving(adapter.detector) as outputs:
         pieces = losses_of_pieces(adapter, *_copied((images, targets)))
     _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
@@ -80,11 +87,11 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
         batch: as the teacher takes it.
     """
     name = f"teacher: {type(adapter.detector).__name__}"
-    with _proving(adapter.detector) as own_outputs, _own_forward(name):
+    with proving(adapter.detector) as own_outputs, _own_forward(name):
         own = adapter.own_outputs(batch)
     runs = []
     before = {id(buffer): buffer.clone() for buffer in adapter.detector.buffers()}
-    with _proving(adapter.detector) as outputs:
+    with proving(adapter.detector) as outputs:
         maps = adapter.maps_of(batch)
         for head, given in zip(adapter.heads, own, strict=False):
             if isinstance(head, RegionHead):
@@ -202,8 +209,12 @@ def _own_forward(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _proving(detector: nn.Module) -> Iterator[Outputs]:
-    """Records the outputs of a detector's layers; all else that runs inside leaves no trace."""
+def proving(detector: nn.Module) -> Iterator[Outputs]:
+    """Records the outputs of a detector's layers; all else that runs inside leaves no trace.
+
+    Args:
+        detector: what runs inside, without gradients.
+    """
     with (
         torch.no_grad(),
         unchanged(detector),

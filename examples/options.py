@@ -31,7 +31,17 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 # What may differ where a run is taken up again: it decides no weight, or is looked at by its contents.
 FREE = (
-    *("output", "resume", "workers", "threads", "device", "compile", "logger", "evaluate_every"),
+    *(
+        "output",
+        "resume",
+        "workers",
+        "threads",
+        "device",
+        "compile",
+        "compile_teacher",
+        "logger",
+        "evaluate_every",
+    ),
     *("eval_batch_size", "method", "inherit", "root"),
 )
 
@@ -173,6 +183,10 @@ def _add_training_options(group: Any) -> None:
         default="none",
         help="what the teacher calculates in beside students in float32",
     )
+    group.add_argument(
+        "--fold-teacher", action="store_true", help="fold its batch norms into its convolutions"
+    )
+    group.add_argument("--compile-teacher", action="store_true", help="torch.compile its backbone alone")
     group.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
 

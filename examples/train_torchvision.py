@@ -261,7 +261,13 @@ def with_method(
         return student
     # Of GFL and ATSS the library knows nothing: their adapters are in examples/dense_heads.
     dtype = AMP_TYPES[options.teacher_dtype]
-    return Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype)
+    if options.fold_teacher:
+        noise = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
+        teacher = crosskd.fold_batch_norm(teacher, [noise.to(next(teacher.parameters()).device)])
+    distiller = Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype)
+    if options.compile_teacher:
+        distiller.teacher.get_submodule("backbone").compile()
+    return distiller
 
 
 def train(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import crosskd.adapters.mmdet  # says what to install where mmdet can't be imported
 
 # isort: split
+import torch
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -56,6 +57,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         teacher_view: likewise: the teacher's images, as its own data preprocessor would make them.
         view_scale: likewise.
         resize_levels: likewise.
+        teacher_dtype: likewise; its name in a config, ``"bfloat16"`` or ``"float16"``.
         prove: likewise.
 
     Raises:
@@ -89,6 +91,7 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         teacher_view: Callable[[Any, Any], Any] | None = None,
         view_scale: float | None = None,
         resize_levels: bool = False,
+        teacher_dtype: torch.dtype | str | None = None,
         prove: bool = True,
     ) -> None:
         if teacher_checkpoint == _NOT_GIVEN:
@@ -109,6 +112,8 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
             teacher_view=teacher_view,
             view_scale=view_scale,
             resize_levels=resize_levels,
+            # A type itself, or a word that names none, is left to the distiller.
+            teacher_dtype=getattr(torch, str(teacher_dtype), teacher_dtype),  # type: ignore[arg-type]
             prove=prove,
         )
         # In a tuple, where the module machinery sees neither a second copy of the student nor the teacher.

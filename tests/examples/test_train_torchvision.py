@@ -448,8 +448,14 @@ def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path
     assert json.loads((folder / "metrics.json").read_text())["versions"]["processes"] == "2"
 
 
-def test_the_teacher_may_calculate_in_half_precision():
-    options = parse(["--teacher-dtype", "bfloat16"])
+def test_the_teacher_may_be_cheaper():
+    options = parse(["--teacher-dtype", "bfloat16", "--fold-teacher", "--compile-teacher"])
     pair = [build_detector("retinanet_resnet18", 3, width=32, short_side=[64]) for _ in range(2)]
-    assert with_method("crosskd", *pair, options).teacher_dtype == torch.bfloat16
-    assert with_method("crosskd", *pair, parse([])).teacher_dtype is None
+    drawn = torch.get_rng_state()
+    cheap, plain = (with_method("crosskd", *pair, chosen) for chosen in (options, parse([])))
+    assert torch.equal(torch.get_rng_state(), drawn)  # training goes on with the same random numbers
+    assert (cheap.teacher_dtype, plain.teacher_dtype) == (torch.bfloat16, None)
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in d.teacher.modules()) for d in (cheap, plain)]
+    assert norms == [0, 20]
+    compiled = [d.teacher.backbone._compiled_call_impl is not None for d in (cheap, plain)]
+    assert compiled == [True, False]

@@ -242,6 +242,17 @@ def test_settings_reach_the_method():
     assert [m.position for m in build(config_of()).distiller.methods.values()] == [3]  # as published
 
 
+def test_the_teacher_calculates_in_a_type_that_the_config_names():
+    detector = build(config_of(teacher_dtype="bfloat16", prove=False)).train()
+    types = []
+    detector.teacher.bbox_head.gfl_cls.register_forward_hook(lambda _, __, out: types.append(out.dtype))
+    images, samples = batch_of(images=1)
+    assert detector.loss(images, samples)["loss_kd_cls"] > 0
+    assert types == 5 * [torch.bfloat16] + 5 * [torch.float32]  # its own levels, and the student's features
+    with pytest.raises(ValueError, match=r"torch.bfloat16 or torch.float16, got bf16"):
+        build(config_of(teacher_dtype="bf16"))
+
+
 def test_methods_are_named_as_words_or_dicts():
     methods = ["PKD", {"type": "CWD", "weight": 2.0, "schedule": {"stop": 1, "unit": "epoch"}}]
     detector = build(config_of(methods=methods))
