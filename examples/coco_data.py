@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import multiprocessing
 from collections import Counter
@@ -384,18 +385,24 @@ class AspectBatches(Sampler[list[int]]):
         seed: the order depends on it and on the epoch (``dataset.epoch``) alone.
         rank: this process.
         ranks: how many there are.
+
+    Attributes:
+        skip: how many batches are left out at the start, which a run taken up again has had.
     """
 
     def __init__(
         self, dataset: CocoFolder, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
     ) -> None:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.skip = rank, ranks, 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._batches(), self.skip, None)
+
+    def _batches(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(hash((self.seed, self.dataset.epoch)) % 2**63)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
         size = self.batch_size * self.ranks

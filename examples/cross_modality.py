@@ -54,6 +54,7 @@ RECIPE = {  # what the trainer takes beside the options
     "ema": 0.0,
     "channels_last": True,
     "resume": True,
+    "checkpoint_every": 0,
 }
 ANCHOR_SIZES = (16, 32, 64, 128, 256)  # in pixels, one per level
 

@@ -21,6 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch_size", "accumulate", "evaluate_every", "eval_batch_size"), (1, 1e9)),
     **dict.fromkeys(("regions", "threads"), (1, 1e9)),
     **dict.fromkeys(("position", "stop_distilling", "workers", "warmup_steps", "seed"), (0, 2**62)),
+    "checkpoint_every": (0, 1e9),
     **dict.fromkeys(("cls_weight", "reg_weight", "weight_decay", "clip"), (0, 1e9)),
     **dict.fromkeys(("learning_rate", "teacher_learning_rate"), (1e-12, 1e3)),
     "anchor_scale": (1e-3, 1e3),
@@ -31,18 +32,8 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 # What may differ where a run is taken up again: it decides no weight, or is looked at by its contents.
 FREE = (
-    *(
-        "output",
-        "resume",
-        "workers",
-        "threads",
-        "device",
-        "compile",
-        "compile_teacher",
-        "logger",
-        "evaluate_every",
-    ),
-    *("eval_batch_size", "method", "inherit", "root"),
+    *("output", "resume", "workers", "threads", "device", "compile", "compile_teacher", "logger"),
+    *("evaluate_every", "checkpoint_every", "eval_batch_size", "method", "inherit", "root"),
 )
 
 
@@ -196,6 +187,13 @@ def _add_run_options(group: Any) -> None:
         "--output", type=Path, help="folder for everything that is written; runs/DATA without it"
     )
     group.add_argument("--resume", action="store_true", help="go on with what --output already holds")
+    group.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="within an epoch; 0 for its end alone",
+    )
     group.add_argument("--evaluate-every", type=int, help="epochs")
     group.add_argument("--logger", choices=tuple(LOGGERS), default="none", help="of losses and metrics")
     group.add_argument("--eval-batch-size", type=int, default=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,13 @@ class Processes:
         """Waits until all processes are here."""
         if self.ranks > 1:
             dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values that all processes have, by rank."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 def start(device: str) -> Processes:

@@ -7,6 +7,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,34 @@ def learning_rate_factor(step: int, total: int, options: Namespace) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
+@dataclass
+class Part:
+    """How far an epoch has come, as a checkpoint holds it.
+
+    Attributes:
+        batches: how many of the epoch's were trained on.
+        sums: of the losses in them, by name.
+        cpu_seconds: that they took.
+        random: the states of each process's random generators behind them, by rank.
+    """
+
+    batches: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    random: list[list[Tensor]] = field(default_factory=list)
+
+
 class Trainer:
     """Trains a detector, alone or in a distiller, and can go on where a killed run stopped.
 
-    A checkpoint is written after every epoch and holds everything that the next one depends on; the
-    random numbers of an epoch depend on the seed, the epoch and the process alone. So an interrupted
-    run ends with the weights of an unbroken one.
+    A checkpoint is written after every epoch, and within it after every ``--checkpoint-every`` steps. It
+    holds everything that the next step depends on; the order of the images and their augmentations depend
+    on the seed and the epoch alone. So an interrupted run ends with the weights of an unbroken one.
 
     Args:
         model: a detector, or a `Distiller` around it.
-        loader: batches of (images, targets); its data set's ``epoch`` is set before each epoch.
+        loader: batches of (images, targets); its data set's ``epoch`` and its batch sampler's ``skip`` are
+            set before each epoch.
         folder: where the checkpoint is kept.
         options: the script's options.
         epochs: how long to train.
@@ -99,6 +118,7 @@ class Trainer:
             average = get_ema_multi_avg_fn(options.ema)
             self.average = AveragedModel(self.trained, multi_avg_fn=average, use_buffers=True)
         self.epoch = 0
+        self.part = Part()  # of the epoch that is being trained
         self.history: History = []
 
     @property
@@ -125,8 +145,8 @@ class Trainer:
         Returns:
             One entry an epoch: losses, learning rate, speed, and metrics where it was evaluated.
         """
-        if self.options.resume and self.checkpoint.exists():
-            self._load()
+        if self.options.resume:
+            self._resume()
         while self.epoch < self.epochs or self._lacks_metrics():
             if not self._lacks_metrics():
                 self.history.append(self._train_epoch())
@@ -138,43 +158,52 @@ class Trainer:
         return self.history
 
     def _lacks_metrics(self) -> bool:
+        if not self.history or self.part.batches:
+            return False
         due = self.epoch == self.epochs or self.epoch % self.options.evaluate_every == 0
-        return bool(self.history) and due and "metrics" not in self.history[-1]
+        return due and "metrics" not in self.history[-1]
 
     # -- one epoch ------------------------------------------------------------------------------
 
     def _train_epoch(self) -> dict[str, Any]:
         self.loader.dataset.epoch = self.epoch  # type: ignore[attr-defined]
+        self.loader.batch_sampler.skip = self.part.batches  # type: ignore[union-attr]
         torch.manual_seed(hash((self.options.seed, self.epoch, self.processes.rank)) % 2**63)
         if isinstance(self.model, Distiller):
             self.model.set_epoch(self.epoch)
         self.model.train()
-        started, worked, images_seen = time.perf_counter(), time.process_time(), 0
-        sums: dict[str, float] = {}
-        batches = len(self.loader)
+        part, batches, images_seen = self.part, len(self.loader), 0
+        started, worked = time.perf_counter(), time.process_time() - part.cpu_seconds
+        coming = iter(self.loader)  # which draws a random number itself
+        if part.random:
+            self._set_generators(part.random[self.processes.rank])
         with self._bar(batches) as bar:
-            for number, (images, targets) in enumerate(self.loader):
-                first = number - number % self.options.accumulate
+            for images, targets in coming:
+                first = part.batches - part.batches % self.options.accumulate
                 parts = min(self.options.accumulate, batches - first)
-                is_last_part = number == first + parts - 1
+                is_last_part = part.batches == first + parts - 1
                 losses = self._backward(images, targets, parts, is_last_part)
                 if is_last_part:
                     self._step()
                 images_seen += len(images) * self.processes.ranks
+                part.batches += 1
                 for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    part.sums[name] = part.sums.get(name, 0.0) + value
+                part.cpu_seconds = time.process_time() - worked
+                if is_last_part:
+                    self._save_within(batches)
                 speed = images_seen / (time.perf_counter() - started)
                 parts_text = {name: f"{value:.3f}" for name, value in losses.items()}
                 bar.set_postfix({**parts_text, "images/s": f"{speed:.1f}"})
                 bar.update()
         self._share_buffers()
-        self.epoch += 1
+        self.epoch, self.part = self.epoch + 1, Part()
         return {
             "epoch": self.epoch,
-            "losses": {name: value / batches for name, value in sums.items()},
+            "losses": {name: value / batches for name, value in part.sums.items()},
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": images_seen / (time.perf_counter() - started),
-            "cpu_seconds": time.process_time() - worked,
+            "cpu_seconds": part.cpu_seconds,
             "unreadable_images": self.loader.dataset.broken,  # type: ignore[attr-defined]
         }
 
@@ -206,7 +235,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in values.values()):
             raise FloatingPointError(
                 f"a loss is not finite in epoch {self.epoch + 1}: {values}. Lower --learning-rate, raise "
-                "--warmup-steps, or use --amp none; --resume goes on from the last epoch"
+                "--warmup-steps, or use --amp none; --resume goes on from the last checkpoint"
             )
         return values
 
@@ -242,7 +271,8 @@ class Trainer:
         title = f"{self.folder.name} {self.epoch + 1}/{self.epochs}"
         # None: no bar where the output is a file; an epoch's line is enough there.
         hidden = None if self.processes.is_first else True
-        return tqdm(total=batches, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+        done = self.part.batches
+        return tqdm(total=batches, initial=done, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
 
     def _report(self, entry: dict[str, Any]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in entry["losses"].items())
@@ -261,6 +291,24 @@ class Trainer:
             save_atomically(self._state(), self.checkpoint)
         self.processes.wait()
 
+    def _save_within(self, batches: int) -> None:
+        """A checkpoint in the middle of an epoch of so many batches, where one is due."""
+        step, every = self.part.batches // self.options.accumulate, self.options.checkpoint_every
+        if every and step % every == 0 and self.part.batches < batches:
+            self.part.random = self.processes.gather(self._generators())
+            self._save()
+
+    def _generators(self) -> list[Tensor]:
+        """The states of this process's random generators."""
+        device = self.processes.device
+        on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self.processes.device)
+
     def _state(self) -> dict[str, Any]:
         return {
             "average": None if self.average is None else self.average.state_dict(),
@@ -269,13 +317,28 @@ class Trainer:
             "schedule": self.schedule.state_dict()["last_epoch"],
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
+            "part": vars(self.part),
             "epochs": self.epochs,
             "history": self.history,
         }
 
+    def _resume(self) -> None:
+        """Goes on from the checkpoint, if there is one, which all processes must find."""
+        if self.checkpoint.exists():
+            self._load()
+        found = self.processes.gather((self.epoch, self.part.batches))
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"{self.checkpoint} isn't the same to all processes, which found these epochs and batches of "
+                f"the next in it: {found}. --output must be a folder that all machines share"
+            )
+        if self.epoch or self.part.batches:
+            where = f", batch {self.part.batches} of the next" if self.part.batches else ""
+            self.processes.say(f"{self.folder.name}: going on after epoch {self.epoch}{where}")
+
     def _load(self) -> None:
         state = read_weights(self.checkpoint)
-        if not isinstance(state, dict) or not self._state().keys() - {"average"} <= state.keys():
+        if not isinstance(state, dict) or not self._state().keys() - {"average", "part"} <= state.keys():
             raise ValueError(f"{self.checkpoint} is no checkpoint of a run: delete it to train anew")
         if state["epochs"] != self.epochs:
             raise ValueError(
@@ -291,7 +354,7 @@ class Trainer:
         self.schedule.last_epoch = state["schedule"]
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history = state["epoch"], state["history"]
-        self.processes.say(f"{self.folder.name}: going on after epoch {self.epoch}")
+        self.part = Part(**state.get("part", {}))
 
 
 def memory_format(options: Namespace) -> torch.memory_format:

@@ -121,6 +121,9 @@ def test_batches_hold_each_image_once_and_one_orientation(files):
     assert sorted(index for batch in drawn for index in batch) == [0, 1, 2, 3, 4]
     full = [batch for batch in drawn if len(batch) == 2]
     assert sum(len({dataset.is_landscape(i) for i in batch}) == 1 for batch in full) == 2
+    batches.skip = 2  # an epoch that is taken up in the middle
+    assert list(batches) == drawn[2:]
+    assert len(batches) == 3
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

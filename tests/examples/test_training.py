@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from augmentations import crop, flip
+from augmentations import crop, flip, mosaic
 from coco_data import CocoFolder, collate, training_loader
 from processes import Processes
 from run_folder import save_atomically
@@ -33,7 +34,7 @@ def dataset(tmp_path):
 def make_trainer(dataset, folder, model=None, epochs=3, *arguments: str) -> Trainer:
     chosen = options("--evaluate-every", "2", *arguments, folder=folder)
     folder.mkdir(exist_ok=True)
-    loader = training_loader(dataset, chosen.batch_size, seed=chosen.seed, workers=0)
+    loader = training_loader(dataset, chosen.batch_size, seed=chosen.seed, workers=chosen.workers)
     return Trainer(model or tiny_retinanet(2, seed=3), loader, folder, chosen, epochs, ALONE)
 
 
@@ -162,7 +163,7 @@ def test_accumulated_parts_step_as_one_batch_does(dataset, tmp_path):
 
 class _Batches:
     def __init__(self, batches, dataset):
-        self.batches, self.dataset = batches, dataset
+        self.batches, self.dataset, self.batch_sampler = batches, dataset, Namespace()
 
     def __len__(self):
         return len(self.batches)
@@ -172,34 +173,80 @@ class _Batches:
             yield [image for image, _ in batch], [dict(target) for _, target in batch]
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_a_stopped_run_goes_on_to_the_same_weights(dataset, tmp_path, distilled):
-    def model():
-        student = tiny_retinanet(2, seed=3, batch_norm=True)
-        teacher = tiny_retinanet(2, seed=4, width=64)
-        return Distiller(teacher, student, CrossKD()) if distilled else student
+class KilledError(Exception):
+    pass
 
-    torch.manual_seed(0)
-    whole_model = model()
-    whole = make_trainer(dataset, tmp_path / "whole", copy.deepcopy(whole_model), 3)
+
+def test_a_run_stopped_in_its_evaluation_goes_on_to_the_same_weights(dataset, tmp_path):
+    whole = make_trainer(dataset, tmp_path / "whole", tiny_retinanet(2, batch_norm=True), 3)
     whole.run(no_evaluation)
-
-    class KilledError(Exception):
-        pass
 
     def killed(detector):
         if broken.epoch == 2:
             raise KilledError
         return {"AP": 0.0}
 
-    broken = make_trainer(dataset, tmp_path / "broken", copy.deepcopy(whole_model), 3)
+    broken = make_trainer(dataset, tmp_path / "broken", tiny_retinanet(2, batch_norm=True), 3)
     broken.options.evaluate_every = 1
     with pytest.raises(KilledError):
         broken.run(killed)
-    resumed = make_trainer(dataset, tmp_path / "broken", model(), 3, "--resume")
+    resumed = make_trainer(dataset, tmp_path / "broken", tiny_retinanet(2, batch_norm=True), 3, "--resume")
     history = resumed.run(no_evaluation)
     assert equal_states(whole.model, resumed.model)
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
+
+
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(dataset, tmp_path, capsys):
+    """Whatever the workers, augmentations, random numbers of the model, and averages."""
+    dataset.augment = [flip, mosaic]
+    chosen = (
+        "--checkpoint-every",
+        "1",
+        "--workers",
+        "2",
+        "--ema",
+        "0.9",
+        "--batch-size",
+        "1",
+        "--accumulate",
+        "2",
+    )
+
+    def trainer(name: str, *further: str) -> Trainer:
+        torch.manual_seed(0)
+        student = tiny_retinanet(2, seed=3, batch_norm=True)
+        student.backbone.stem.append(nn.Dropout(0.2))
+        model = Distiller(tiny_retinanet(2, seed=4, width=64), student, CrossKD())
+        torch.manual_seed(99)  # what drew random numbers before must not matter
+        return make_trainer(dataset, tmp_path / name, model, 2, *chosen, *further)
+
+    whole = trainer("whole")
+    # Epochs of five batches and three steps: it is killed in the second epoch's second step.
+    broken, steps = trainer("broken"), []
+    expected = whole.run(no_evaluation)
+
+    def killed(*_):
+        steps.append(0)
+        if len(steps) == 5:
+            raise KilledError
+
+    broken.optimizer.register_step_pre_hook(killed)
+    with pytest.raises(KilledError):
+        broken.run(no_evaluation)
+    resumed = trainer("broken", "--resume")
+    history = resumed.run(no_evaluation)
+    assert "broken: going on after epoch 1, batch 2 of the next" in capsys.readouterr().out
+    assert equal_states(whole.model, resumed.model)
+    assert equal_states(whole.detector, resumed.detector)
+    assert [entry["losses"] for entry in history] == [entry["losses"] for entry in expected]
+
+
+def test_a_checkpoint_that_is_not_on_every_machine_is_refused(dataset, tmp_path):
+    make_trainer(dataset, tmp_path / "run", None, 1).run(no_evaluation)
+    resumed = make_trainer(dataset, tmp_path / "run", None, 1, "--resume")
+    resumed.processes = Namespace(**vars(ALONE), gather=lambda value: [value, (0, 0)])
+    with pytest.raises(ValueError, match=r"run/checkpoint.pt .*\[\(1, 0\), \(0, 0\)\].*all machines share"):
+        resumed.run(no_evaluation)
 
 
 def test_a_checkpoint_of_another_length_is_refused(dataset, tmp_path):
