@@ -47,5 +47,5 @@ def average_precision(detector: nn.Module, dataset: Any, images: Tensor) -> dict
     for image_id, output in zip(dataset.ids, detector.eval()(images), strict=True):
         at_full_size = {**output, "boxes": output["boxes"] * 640 / SIZE[1]}
         results += coco_results(dataset, image_id, at_full_size)
-    metrics: dict[str, float] = coco_metrics(dataset.coco, dataset.ids, results)
+    metrics: dict[str, float] = coco_metrics(dataset.ground_truth(), results)
     return metrics

@@ -121,8 +121,9 @@ def load_images(root: Path, data: DataSet, split: str, cache: Path, images: str 
         os.replace(unfinished, path)
     kept = torch.load(path, mmap=True, weights_only=True)
     factors = kept["factors"].tolist()
-    boxes = [folder.boxes[i] * factor for i, factor in zip(folder.ids, factors, strict=True)]
-    return Images(**kept, boxes=boxes, labels=[folder.labels[i] for i in folder.ids])
+    objects = [folder.objects(index) for index in range(len(folder))]
+    boxes = [of_image * factor for (of_image, _), factor in zip(objects, factors, strict=True)]
+    return Images(**kept, boxes=boxes, labels=[labels for _, labels in objects])
 
 
 def _decoded(folder: CocoFolder, side: int) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def read(runs: Sequence[Run], options: Namespace) -> dict[str, dict[int, Finishe
     found: dict[str, dict[int, Finished]] = {}
     if not runs:
         return found
-    truth = read_ground_truth(coco_folder(options.root, runs[0].data, "test").coco)
+    truth = read_ground_truth(coco_folder(options.root, runs[0].data, "test").ground_truth())
     number = len(truth.imgs)
     counts = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=options.resamples)
     students = any(run.teacher is not None for run in runs)

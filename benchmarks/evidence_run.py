@@ -441,7 +441,7 @@ def measure(
             found = {**output, "boxes": output["boxes"] / factor}
             results += coco_results(folder, folder.ids[index], found)
     detector.train(was_training)
-    return coco_metrics(folder.coco, folder.ids, results), results
+    return coco_metrics(folder.ground_truth(), results), results
 
 
 def finish(training: Training, images: Images, folder: Path) -> None:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import gc
 import itertools
+import json
 import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from augmentations import Augmentation, Sample
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pycocotools.coco import COCO
+from processes import ALONE, Processes
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.datasets import CocoDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -29,7 +29,38 @@ ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 LEAST_SIDE, MOST_RATIO = 8, 100  # pixels; what is smaller or narrower vanishes where images are resized
 
 
-class CocoFolder(CocoDetection):
+class Annotations(NamedTuple):
+    """A JSON file in COCO form as arrays, its annotations in the order of the images.
+
+    Lists of dicts would take ten times the memory, and once more in every worker: reading an object writes its
+    reference count, and so copies the page that workers share.
+
+    Attributes:
+        categories: names by id, in the order of the ids.
+        ids: of the images, in order.
+        file_names: shape (images,).
+        sizes: shape (images, 2), width and height.
+        rows: shape (images, 2), where an image's annotations begin and end.
+        boxes: shape (annotations, 4), x, y, width and height as the file has them.
+        areas: shape (annotations,).
+        category_ids: shape (annotations,).
+        crowd: shape (annotations,), which are crowds.
+        of_no_image: how many annotations were left out because their image isn't listed.
+    """
+
+    categories: dict[int, str]
+    ids: list[int]
+    file_names: NDArray[np.str_]
+    sizes: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    category_ids: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    of_no_image: int
+
+
+class CocoFolder(Dataset[Sample]):
     """Images with their boxes and labels.
 
     Crowd boxes are left out of the targets (evaluation ignores what is found in them), boxes without
@@ -37,7 +68,8 @@ class CocoFolder(CocoDetection):
     the next one that can and counted, in training; in evaluation it is an image without detections.
 
     Everything that would end a run late, or be trained on or measured wrongly, is looked for here: ids,
-    boxes, categories, and the size of every image against the file's.
+    boxes, categories, and the size of every image against the file's. Of several processes the first reads
+    the JSON file, and all look at a share of the images.
 
     Args:
         images: the folder that file names are relative to.
@@ -51,6 +83,11 @@ class CocoFolder(CocoDetection):
         keep_empty: keep images without boxes.
         unlabelled: a folder of further images, in it or below it. While ``draws_unlabelled`` is set, every
             target has one of them, drawn by seed, epoch and image and augmented, as ``"unlabelled_image"``.
+        processes: those that all make this data set now, if there are several.
+
+    Attributes:
+        ids: of the images.
+        counts: shape (images,), how many objects each shows.
 
     Raises:
         FileNotFoundError: no such folder or file, no image in it, or most images are missing.
@@ -69,115 +106,109 @@ class CocoFolder(CocoDetection):
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
         unlabelled: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         require(images, folder=True)
         require(annotations, folder=False)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-                super().__init__(images, str(annotations))
-                check_annotations(self.coco)
-        except KeyError as error:
-            raise ValueError(f"{annotations} isn't in COCO form: {error} is missing") from error
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            AssertionError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise ValueError(f"{annotations} can't be used: {error}") from error
         self.images, self.seed, self.augment, self.epoch = images, seed, list(augment), 0
         self.unlabelled = [] if unlabelled is None else image_files(unlabelled)
         self.draws_unlabelled = False
-        categories = sorted(self.coco.getCatIds())
-        self.names = [category["name"] for category in self.coco.loadCats(categories)]
+        self.annotations = processes.from_first(lambda: read_annotations(annotations))
+        self.ids = self.annotations.ids
+        categories = self.annotations.categories
+        self.names = list(categories.values())
         named = dict(enumerate(published))
-        self.is_published = bool(published) and all(
-            named.get(c) == n for c, n in zip(categories, self.names, strict=True)
-        )
+        self.is_published = bool(published) and all(named.get(c) == n for c, n in categories.items())
         numbered = {c: n for n, c in enumerate(categories, first_label)}
         self.label_of = {c: c for c in categories} if self.is_published else numbered
         self.category_of = {label: category for category, label in self.label_of.items()}
         self.num_classes = len(published) if self.is_published else max(self.category_of) + 1
-        self.left_out: Counter[str] = Counter()
-        self.boxes, self.labels = self._read_targets()
-        self.missing, self.unreadable = self._check_files()
+        self._make_targets()
+        self._check_files(processes)
         if 2 * len(self.missing) > len(self.ids):
-            path = self._path(self.missing[0])
+            path = self.images / self.missing[0]
             raise FileNotFoundError(
                 f"{annotations} names {len(self.ids)} images, of which {len(self.missing)} are missing. The "
                 f"first was looked for as {path}: {what_is_there(path)}. Is the images folder one level off?"
             )
         if not keep_empty:
-            self.ids = [i for i in self.ids if len(self.boxes[i])]
-        if not any(len(self.boxes[i]) for i in self.ids):
+            self._keep(self.counts > 0)
+        if not self.counts.any():
             raise ValueError(f"{annotations} holds no box of an object, so nothing to train on or measure by")
-        if all(self._decoded(i) is None for i in self.ids):
+        if all(self._decoded(index) is None for index in range(len(self))):
             raise OSError(f"not one of the {len(self)} images under {images} can be read")
         self._broken = multiprocessing.Value("i", 0)
 
-    def _read_targets(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        boxes, labels = {}, {}
-        known = set(self.ids)
-        self.left_out["of no image"] += sum(len(a) for i, a in self.coco.imgToAnns.items() if i not in known)
-        for image_id in self.ids:
-            info = self.coco.imgs[image_id]
-            kept = []
-            for annotation in self.coco.imgToAnns[image_id]:
-                if annotation["iscrowd"]:
-                    self.left_out["crowd"] += 1
-                    continue
-                x, y, width, height = annotation["bbox"]
-                left, top = max(0.0, x), max(0.0, y)
-                right, bottom = min(info["width"], x + width), min(info["height"], y + height)
-                if right - left < 1e-3 or bottom - top < 1e-3:
-                    self.left_out["empty"] += 1
-                    continue
-                kept.append(([left, top, right, bottom], self.label_of[annotation["category_id"]]))
-            boxes[image_id] = torch.tensor([b for b, _ in kept], dtype=torch.float32).reshape(-1, 4)
-            labels[image_id] = torch.tensor([n for _, n in kept], dtype=torch.int64)
-        return boxes, labels
+    def _make_targets(self) -> None:
+        """Boxes as xyxy, cut at the images' borders, labels, and which of them are targets."""
+        source = self.annotations
+        extents = source.rows[:, 1] - source.rows[:, 0]
+        owners = np.repeat(np.arange(len(self.ids)), extents)
+        corners = np.concatenate([source.boxes[:, :2], source.boxes[:, :2] + source.boxes[:, 2:]], axis=1)
+        corners = corners.clip(0, np.tile(source.sizes[owners], 2))
+        empty = ((corners[:, 2:] - corners[:, :2]) < 1e-3).any(axis=1) & ~source.crowd
+        self.is_target = ~(source.crowd | empty)
+        self.boxes = corners.astype(np.float32)
+        place = np.searchsorted(list(self.label_of), source.category_ids)
+        self.labels = np.array(list(self.label_of.values()))[place]
+        self.counts = np.bincount(owners[self.is_target], minlength=len(self.ids))
+        self.left_out = {
+            "of no image": source.of_no_image,
+            "crowd": int(source.crowd.sum()),
+            "empty": int(empty.sum()),
+        }
 
-    def _check_files(self) -> tuple[list[int], list[int]]:
-        """Ids of missing images, and of others that can't be read; raises for other sizes than annotated."""
+    def _check_files(self, processes: Processes) -> None:
+        """Names of missing images, and of others that can't be read; raises for other sizes than annotated."""
 
-        def other_size(image_id: int) -> tuple[int, int] | None:
-            expected = self._size(image_id)
-            with open_image(self._path(image_id)) as image:
+        def other_size(index: int) -> tuple[int, int] | None:
+            expected = self._size(index)
+            with open_image(self._path(index)) as image:
                 if expected == image.size:
                     return None
                 turned = image.getexif().get(ORIENTATION, 1) >= 5
                 return None if turned and expected == image.size[::-1] else image.size
 
-        def looked_at(image_id: int) -> tuple[int, int] | Exception | None:
+        def looked_at(index: int) -> tuple[int, int] | str | None:
             try:
-                return other_size(image_id)
-            except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything
-                return error
+                return other_size(index)
+            except FileNotFoundError:
+                return "missing"
+            except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+                return "unreadable"
 
+        share = range(processes.rank, len(self.ids), processes.ranks)
         with ThreadPoolExecutor(16) as pool:
-            found = dict(zip(self.ids, pool.map(looked_at, self.ids), strict=True))
-        differing = [i for i, size in found.items() if isinstance(size, tuple)]
+            seen = {i: fault for i, fault in zip(share, pool.map(looked_at, share), strict=True) if fault}
+        found = dict(sorted(entry for part in processes.gather(seen) for entry in part.items()))
+        differing = [i for i, fault in found.items() if not isinstance(fault, str)]
         if differing:
             shown = [f"{self._path(i)} is {found[i]}, annotated as {self._size(i)}" for i in differing[:3]]
             raise ValueError(
                 f"{len(differing)} images have another size (width, height) than their annotations say: "
                 f"{'; '.join(shown)}. Boxes would be elsewhere: correct the JSON file or the images"
             )
-        unusable = {i: isinstance(e, FileNotFoundError) for i, e in found.items() if isinstance(e, Exception)}
-        return [i for i, gone in unusable.items() if gone], [i for i, gone in unusable.items() if not gone]
+        names = self.annotations.file_names
+        self.missing = [str(names[i]) for i, fault in found.items() if fault == "missing"]
+        self.unreadable = [str(names[i]) for i, fault in found.items() if fault == "unreadable"]
 
-    def _path(self, image_id: int) -> Path:
-        return Path(self.images / self.coco.imgs[image_id]["file_name"])
+    def _keep(self, chosen: NDArray[np.bool_]) -> None:
+        source = self.annotations
+        self.ids, self.counts = np.array(source.ids)[chosen].tolist(), self.counts[chosen]
+        of_images = {"file_names": source.file_names, "sizes": source.sizes, "rows": source.rows}
+        kept = {name: values[chosen] for name, values in of_images.items()}
+        self.annotations = source._replace(ids=self.ids, **kept)
 
-    def _size(self, image_id: int) -> tuple[int, int]:
-        info = self.coco.imgs[image_id]
-        return info["width"], info["height"]
+    def _path(self, index: int) -> Path:
+        return self.images / str(self.annotations.file_names[index])
 
-    def _decoded(self, image_id: int) -> Tensor | None:
+    def _size(self, index: int) -> tuple[int, int]:
+        width, height = self.annotations.sizes[index].tolist()
+        return width, height
+
+    def _decoded(self, index: int) -> Tensor | None:
         try:
-            return decode(self._path(image_id), self._size(image_id))
+            return decode(self._path(index), self._size(index))
         except Exception:  # noqa: BLE001 - Pillow's readers raise anything
             return None
 
@@ -191,27 +222,54 @@ class CocoFolder(CocoDetection):
 
     def summary(self) -> str:
         """How much there is, and what was left out or can't be read, in a line."""
-        boxes = [len(self.boxes[i]) for i in self.ids]
         text = (
-            f"{len(boxes)} images, {boxes.count(0)} without objects, {sum(boxes)} boxes of "
+            f"{len(self)} images, {(self.counts == 0).sum()} without objects, {self.counts.sum()} boxes of "
             f"{len(self.names)} categories"
         )
         left_out = [f"{count} {kind}" for kind, count in self.left_out.items() if count]
         if left_out:
             text += f"; boxes left out: {', '.join(left_out)}"
-        for fault, ids in (("missing images", self.missing), ("images that can't be read", self.unreadable)):
-            if ids:
-                text += f"; {fault}: {len(ids)} ({', '.join(self._path(i).name for i in ids[:3])})"
+        faults = {"missing images": self.missing, "images that can't be read": self.unreadable}
+        for fault, names in faults.items():
+            if names:
+                text += f"; {fault}: {len(names)} ({', '.join(Path(name).name for name in names[:3])})"
         return text
 
     def is_landscape(self, index: int) -> bool:
         """Whether an image is at least as wide as high."""
-        width, height = self._size(self.ids[index])
-        return bool(width >= height)
+        width, height = self._size(index)
+        return width >= height
+
+    def objects(self, index: int) -> tuple[Tensor, Tensor]:
+        """Boxes of an image's objects, shape (objects, 4), xyxy in pixels, and their labels."""
+        rows = slice(*self.annotations.rows[index])
+        chosen = self.is_target[rows]
+        return torch.from_numpy(self.boxes[rows][chosen]), torch.from_numpy(self.labels[rows][chosen])
+
+    def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
+        """The content of a file in COCO form: all boxes as they were annotated, those of crowds too.
+
+        Annotations have new ids, from 1 on: pycocotools takes a match with number 0 for none.
+        """
+        source = self.annotations
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index, image_id in enumerate(self.ids):
+            width, height = self._size(index)
+            name = str(source.file_names[index])
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+            rows = slice(*source.rows[index])
+            facts = (source.boxes, source.areas, source.category_ids, source.crowd.view(np.uint8))
+            for box, area, category, crowd in zip(*(of_all[rows].tolist() for of_all in facts), strict=True):
+                number = len(annotations) + 1
+                entry = {"id": number, "image_id": image_id, "category_id": category, "bbox": box}
+                annotations.append({**entry, "area": area, "iscrowd": crowd})
+        categories = [{"id": number, "name": name} for number, name in source.categories.items()]
+        return {"images": images, "annotations": annotations, "categories": categories}
 
     def read(self, index: int) -> Tensor | None:
         """An image as RGB bytes, shape (3, height, width), or ``None`` if it can't be read."""
-        image = self._decoded(self.ids[index])
+        image = self._decoded(index)
         if image is None:
             with self._broken.get_lock():
                 self._broken.value += 1
@@ -223,12 +281,10 @@ class CocoFolder(CocoDetection):
             chosen = (index + offset) % len(self)
             image = self.read(chosen)
             if image is not None:
-                image_id = self.ids[chosen]
-                boxes = tv_tensors.BoundingBoxes(
-                    self.boxes[image_id].clone(), format="XYXY", canvas_size=tuple(image.shape[-2:])
-                )
-                labels = self.labels[image_id].clone()
-                target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(image_id)}
+                boxes, labels = self.objects(chosen)
+                size = tuple(image.shape[-2:])
+                boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+                target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(self.ids[chosen])}
                 return tv_tensors.Image(image), target
         raise OSError(f"not one of the {len(self)} images under {self.images} can be read")
 
@@ -264,7 +320,57 @@ class CocoFolder(CocoDetection):
         )
 
 
-def check_annotations(coco: COCO) -> None:
+def read_annotations(path: Path) -> Annotations:
+    """A JSON file in COCO form, checked.
+
+    Raises:
+        ValueError: it can't be used, saying why.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # looking for cycles among millions of new objects takes as long as reading them
+    try:
+        content = json.loads(path.read_bytes(), object_hook=_without_polygons)
+        check_annotations(content)
+        return _as_arrays(content)
+    except KeyError as error:
+        raise ValueError(f"{path} isn't in COCO form: {error} is missing") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _without_polygons(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)  # most of the file, which nobody reads
+    return entry
+
+
+def _as_arrays(content: dict[str, Any]) -> Annotations:
+    images = sorted(content["images"], key=lambda info: info["id"])
+    place = {info["id"]: number for number, info in enumerate(images)}
+    annotations = content["annotations"]
+    owners = np.array([place.get(a["image_id"], -1) for a in annotations], dtype=np.int64)
+    order = np.argsort(owners, kind="stable")
+    first = int((owners < 0).sum())  # behind those of no image
+    order, owners = order[first:], owners[order[first:]]
+    numbers = np.arange(len(images))
+    rows = [np.searchsorted(owners, numbers, side) for side in ("left", "right")]
+    return Annotations(
+        categories={c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])},
+        ids=list(place),
+        file_names=np.array([info["file_name"] for info in images]),
+        sizes=np.array([(info["width"], info["height"]) for info in images], dtype=np.int64),
+        rows=np.stack(rows, axis=1),
+        boxes=np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)[order],
+        areas=np.array([a["area"] for a in annotations], dtype=np.float64)[order],
+        category_ids=np.array([a["category_id"] for a in annotations], dtype=np.int64)[order],
+        crowd=np.array([a["iscrowd"] for a in annotations], dtype=np.bool_)[order],
+        of_no_image=first,
+    )
+
+
+def check_annotations(content: dict[str, Any]) -> None:
     """Refuses annotations that would be trained on or measured wrongly; adds what COCO's measure needs.
 
     Raises:
@@ -272,7 +378,6 @@ def check_annotations(coco: COCO) -> None:
             negative side, categories or sizes that don't exist.
         KeyError: what is missing.
     """
-    content = coco.dataset
     for kind in ("images", "categories", "annotations"):
         ids = Counter(entry["id"] for entry in content[kind])
         if not ids and kind != "annotations":
@@ -285,23 +390,21 @@ def check_annotations(coco: COCO) -> None:
     for info in content["images"]:
         if not (isinstance(info["file_name"], str) and info["width"] > 0 and info["height"] > 0):
             raise ValueError(f"image {info['id']} needs a file_name, and width and height above 0")
+    known = {category["id"] for category in content["categories"]}
     for annotation in content["annotations"]:
-        box, name = annotation["bbox"], f"annotation {annotation['id']}"
+        box, number = annotation["bbox"], annotation["id"]
         numbers = isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)
         if not numbers or min(box[2:]) < 0:
-            raise ValueError(f"{name}: bbox must be x, y, width, height, four finite numbers, got {box}")
-        if annotation["category_id"] not in coco.cats:
-            known = f"the ids in categories, {sorted(coco.cats)[:10]}"
-            raise ValueError(f"{name} is of category {annotation['category_id']}, which isn't among {known}")
+            fault = f"bbox must be x, y, width, height, four finite numbers, got {box}"
+            raise ValueError(f"annotation {number}: {fault}")
+        if annotation["category_id"] not in known:
+            fault = f"which isn't among the ids in categories, {sorted(known)[:10]}"
+            raise ValueError(f"annotation {number} is of category {annotation['category_id']}, {fault}")
         annotation["iscrowd"] = annotation.get("iscrowd") or 0
         if annotation["iscrowd"] not in (0, 1):
-            raise ValueError(f"{name}: iscrowd must be 0 or 1, got {annotation['iscrowd']}")
+            raise ValueError(f"annotation {number}: iscrowd must be 0 or 1, got {annotation['iscrowd']}")
         if not _is_finite(annotation.get("area")):
             annotation["area"] = box[2] * box[3]
-    if 0 in coco.anns:  # pycocotools takes a match with number 0 for none
-        for number, annotation in enumerate(content["annotations"], 1):
-            annotation["id"] = number
-        coco.createIndex()
 
 
 def _is_finite(value: Any) -> bool:

@@ -94,7 +94,7 @@ def draw_detections(
         squeeze=False,
         layout="constrained",
     )
-    truths = [(dataset.boxes[dataset.ids[index]], dataset.labels[dataset.ids[index]]) for index, _ in chosen]
+    truths = [dataset.objects(index) for index, _ in chosen]
     for axes, (_, image), (boxes, labels) in zip(grid[:, 0], chosen, truths, strict=True):
         _show(axes, image, boxes, labels)
     grid[0, 0].set_title(f"ground truth\n{sum(len(boxes) for boxes, _ in truths)} objects")
@@ -122,7 +122,7 @@ def draw_detections(
 
 
 def _busy_images(dataset: CocoFolder, count: int) -> list[tuple[int, Tensor]]:
-    order = sorted(range(len(dataset)), key=lambda index: -len(dataset.boxes[dataset.ids[index]]))
+    order = sorted(range(len(dataset)), key=lambda index: -dataset.counts[index])
     start = max(0, min(len(order) // 8, len(order) - count))
     pictures = ((index, dataset.read(index)) for index in order[start:])
     readable = ((index, image) for index, image in pictures if image is not None)

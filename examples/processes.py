@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,32 @@ class Processes:
         if self.ranks > 1:
             dist.barrier()
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values that all processes have, by rank."""
-        values = [value] * self.ranks
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """What the first process makes, in every process; a ``ValueError`` or ``OSError`` of it too."""
+        if self.ranks == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                made[0] = make()
+            except (ValueError, OSError) as error:
+                made[1] = error
+        dist.broadcast_object_list(made, 0)
+        if made[1] is not None:
+            raise made[1]
+        found: Value = made[0]
+        return found
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, in every process, in the order of the ranks."""
+        values: list[Any] = [value]
         if self.ranks > 1:
+            values *= self.ranks
             dist.all_gather_object(values, value)
         return values
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def start(device: str) -> Processes:

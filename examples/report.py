@@ -40,9 +40,4 @@ def write_comparison(
         parameters = sum(parameter.numel() for parameter in student.parameters())
         found[label_of(name)] = Detections(results, tuple(by_image), parameters, None)
         costs[label_of(name)] = {"seconds per image, with reading": seconds}
-    truth = {
-        "images": [data.coco.imgs[image_id] for image_id in data.ids],
-        "annotations": [a for image_id in data.ids for a in data.coco.imgToAnns[image_id]],
-        "categories": list(data.coco.cats.values()),
-    }
-    crosskd.compare(truth, found, images=data.images, costs=costs).save(folder)
+    crosskd.compare(data.ground_truth(), found, images=data.images, costs=costs).save(folder)

@@ -177,8 +177,9 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         augment=[AUGMENTATIONS[name] for name in options.augment],
         keep_empty=not options.drop_empty,
         unlabelled=options.unlabelled_images,
+        processes=processes,
     )
-    val = CocoFolder(root / val_images, root / val_file, **labels)
+    val = CocoFolder(root / val_images, root / val_file, **labels, processes=processes)
     if (train.names, train.label_of) != (val.names, val.label_of):
         raise ValueError(f"training data knows the categories {train.names}, validation data {val.names}")
     processes.say(f"training   {train.summary()}\nvalidation {val.summary()}")
@@ -304,7 +305,7 @@ def try_out(
     options: argparse.Namespace, data: CocoFolder, teacher: nn.Module | None, processes: Processes
 ) -> None:
     """One forward of every student in its distiller: what can't work fails before anything is trained."""
-    shown = [index for index, image_id in enumerate(data.ids) if len(data.boxes[image_id])][:2]
+    shown = data.counts.nonzero()[0][:2].tolist()
     images, targets = collate([data[index] for index in shown])
     images = [image.to(processes.device) for image in images]
     targets = [{name: value.to(processes.device) for name, value in target.items()} for target in targets]

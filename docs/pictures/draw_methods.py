@@ -547,7 +547,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_grad_enabled(False)
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10})
     data = CocoFolder(options.root / options.images, options.root / options.annotations)
-    files = [data.coco.imgs[number]["file_name"] for number in data.ids]
+    files = data.annotations.file_names.tolist()
     teacher = load(options.teacher_model, options.teacher, data, options)
     student = load(options.student_model, options.student, data, options)
     scene = Scene(options, data, teacher, student, files.index(options.image))

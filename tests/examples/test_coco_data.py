@@ -24,9 +24,11 @@ def files(tmp_path):
 
 def test_targets_leave_crowds_and_boxes_without_area_out_and_count_them(files):
     dataset = CocoFolder(*files)
-    assert dataset.boxes[1].tolist() == [[5, 5, 25, 15]]
-    assert dataset.boxes[2].tolist() == [[30, 50, 40, 60]]  # cut at the image's border
-    assert len(dataset.boxes[3]) == 0
+    boxes = [dataset.objects(index)[0] for index in range(3)]
+    assert boxes[0].tolist() == [[5, 5, 25, 15]]
+    assert boxes[1].tolist() == [[30, 50, 40, 60]]  # cut at the image's border
+    assert boxes[2].shape == (0, 4)
+    assert dataset.counts.tolist() == [1, 1, 0, 1, 0]
     assert (dataset.left_out["crowd"], dataset.left_out["empty"]) == (1, 1)
     summary = dataset.summary()
     assert summary == (
@@ -37,18 +39,23 @@ def test_targets_leave_crowds_and_boxes_without_area_out_and_count_them(files):
 
 def test_labels_are_numbered_or_the_category_ids_themselves(files):
     numbered, raw = CocoFolder(*files), CocoFolder(*files, published=PUBLISHED)
-    assert (numbered.labels[1].tolist(), numbered.num_classes) == ([1], 2)
-    assert (raw.labels[1].tolist(), raw.num_classes) == ([7], 9)
+    assert (numbered.objects(0)[1].tolist(), numbered.num_classes) == ([1], 2)
+    assert (raw.objects(0)[1].tolist(), raw.num_classes) == ([7], 9)
     assert numbered.category_of[1] == raw.category_of[7] == 7
     behind_the_background = CocoFolder(*files, first_label=1)
-    assert (behind_the_background.labels[1].tolist(), behind_the_background.num_classes) == ([2], 3)
+    assert (behind_the_background.objects(0)[1].tolist(), behind_the_background.num_classes) == ([2], 3)
     assert behind_the_background.category_of == {1: 3, 2: 7}
-    assert torch.equal(CocoFolder(*files, published=PUBLISHED, first_label=1).labels[1], raw.labels[1])
+    published = CocoFolder(*files, published=PUBLISHED, first_label=1)
+    assert torch.equal(published.objects(0)[1], raw.objects(0)[1])
 
 
 def test_images_without_objects_stay_unless_they_are_not_wanted(files):
     assert len(CocoFolder(*files)) == 5
-    assert CocoFolder(*files, keep_empty=False).ids == [1, 2, 4]
+    fewer = CocoFolder(*files, keep_empty=False)
+    assert (fewer.ids, fewer.counts.tolist()) == ([1, 2, 4], [1, 1, 1])
+    assert fewer.objects(2)[0].tolist() == [[1, 1, 10, 10]]
+    assert fewer[1][1]["image_id"] == 2
+    assert [image["file_name"] for image in fewer.ground_truth()["images"]] == ["1.jpg", "2.jpg", "4.jpg"]
 
 
 def test_grayscale_becomes_three_channels(files):
@@ -204,7 +211,7 @@ def test_what_cocos_measure_needs_is_filled_in(tmp_path):
     """Without area and iscrowd, and with number 0, which pycocotools takes for no match."""
     dataset = CocoFolder(*one_image(tmp_path, annotations=[{**BOX, "id": 0, "area": None}]))
     found = [{"image_id": 1, "category_id": 1, "bbox": BOX["bbox"], "score": 0.9}]
-    assert coco_metrics(dataset.coco, dataset.ids, found)["AP"] == pytest.approx(100)
+    assert coco_metrics(dataset.ground_truth(), found)["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(("width", "turned"), [(40, True), (60, False)])
@@ -237,7 +244,7 @@ def test_files_that_would_end_or_hang_a_run_are_counted(tmp_path, monkeypatch):
     others = [{**IMAGE, "id": n, "file_name": name} for n, name in enumerate(names, 2)]
     boxes = [BOX, {**BOX, "id": 2, "image_id": 99}]
     dataset = CocoFolder(folder, write_annotations(folder / "a.json", [IMAGE, *others], boxes))
-    assert (dataset.missing, dataset.unreadable) == ([6], [2, 3, 4, 5, 7])
+    assert (dataset.missing, dataset.unreadable) == (["nul\0.png"], [*names[:4], "."])
     assert "can't be read: 5 (bomb.png, narrow.png, pipe.png)" in dataset.summary()
     assert "1 of no image" in dataset.summary()
     assert dataset[3][1]["image_id"] == 1

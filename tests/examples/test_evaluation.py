@@ -21,8 +21,8 @@ class Oracle(nn.Module):
         assert not self.training
         outputs = []
         for _ in images:
-            image_id = self.dataset.ids[self.readable[self.calls]]
-            boxes, labels = self.dataset.boxes[image_id] + self.shift, self.dataset.labels[image_id]
+            boxes, labels = self.dataset.objects(self.readable[self.calls])
+            boxes = boxes + self.shift
             outputs.append({"boxes": boxes, "labels": labels, "scores": torch.full((len(boxes),), 0.9)})
             self.calls += 1
         return outputs
@@ -51,10 +51,10 @@ def test_boxes_that_are_off_count_less(dataset):
 
 def test_no_detections_at_all_are_zero_and_sizes_that_no_object_has_are_left_out(dataset):
     # Every object is smaller than 32 x 32.
-    nothing = coco_metrics(dataset.coco, dataset.ids, [])
+    nothing = coco_metrics(dataset.ground_truth(), [])
     assert nothing == dict.fromkeys(("AP", "AP50", "AP75", "AP_small"), 0.0)
     one = {"image_id": 1, "category_id": 7, "bbox": [5.0, 5.0, 20.0, 10.0], "score": 0.9}
-    assert coco_metrics(dataset.coco, dataset.ids, [one]).keys() == set(METRICS) - {"AP_medium", "AP_large"}
+    assert coco_metrics(dataset.ground_truth(), [one]).keys() == set(METRICS) - {"AP_medium", "AP_large"}
 
 
 def test_results_are_in_cocos_form_and_foreign_labels_are_left_out(dataset):

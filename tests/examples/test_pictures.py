@@ -57,7 +57,7 @@ def test_curves_show_own_losses_those_of_distillation_and_ap(tmp_path, figure):
 def test_detections_that_are_right_are_counted_and_solid(tmp_path, figure):
     write_shapes(tmp_path, train=1, val=1, seed=0)
     dataset = CocoFolder(tmp_path / "train", tmp_path / "annotations/train.json")
-    boxes, labels = dataset.boxes[1].tolist(), dataset.labels[1].tolist()
+    boxes, labels = (of_all.tolist() for of_all in dataset.objects(0))
     # The first object twice, then as another class; the second too unsure to be drawn.
     seen = Fixed(
         [boxes[0], boxes[0], boxes[0], boxes[1]],
