@@ -32,7 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 # What may differ where a run is taken up again: it decides no weight, or is looked at by its contents.
 FREE = (
     *("output", "resume", "workers", "threads", "device", "compile", "logger", "evaluate_every"),
-    *("eval_batch_size", "method", "inherit", "root"),
+    *("eval_batch_size", "method", "inherit", "root", "teacher_cache"),
 )
 
 
@@ -166,6 +166,18 @@ def _add_training_options(group: Any) -> None:
         choices=tuple(AMP_TYPES),
         default="none",
         help="what the teacher calculates in beside students in float32",
+    )
+    group.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what each method reads of the teacher, and read it where the same pixels come again",
+    )
+    group.add_argument(
+        "--teacher-cache-dtype",
+        choices=tuple(AMP_TYPES),
+        default="none",
+        help="what maps and predictions are kept in; as they were calculated if left out",
     )
     group.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")

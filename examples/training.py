@@ -152,6 +152,8 @@ class Trainer:
         started, worked, images_seen = time.perf_counter(), time.process_time(), 0
         sums: dict[str, float] = {}
         batches = len(self.loader)
+        cache = self.model.teacher_cache if isinstance(self.model, Distiller) else None
+        read = 0 if cache is None else cache.hits
         with self._bar(batches) as bar:
             for number, (images, targets) in enumerate(self.loader):
                 first = number - number % self.options.accumulate
@@ -169,7 +171,7 @@ class Trainer:
                 bar.update()
         self._share_buffers()
         self.epoch += 1
-        return {
+        entry = {
             "epoch": self.epoch,
             "losses": {name: value / batches for name, value in sums.items()},
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -177,6 +179,9 @@ class Trainer:
             "cpu_seconds": time.process_time() - worked,
             "unreadable_images": self.loader.dataset.broken,  # type: ignore[attr-defined]
         }
+        if cache is not None:  # of this process's images
+            entry["teacher_from_disk"] = (cache.hits - read) * self.processes.ranks / images_seen
+        return entry
 
     def _backward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]], parts: int, last: bool
@@ -237,6 +242,8 @@ class Trainer:
     def _report(self, entry: dict[str, Any]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in entry["losses"].items())
         metrics = f"  AP {entry['metrics']['AP']:.1f}" if "metrics" in entry else ""
+        if "teacher_from_disk" in entry:
+            metrics = f"  teacher {entry['teacher_from_disk']:.0%} from disk{metrics}"
         if self.processes.is_first:
             self.log(self.folder.name, entry)
         self.processes.say(

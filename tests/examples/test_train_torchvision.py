@@ -17,7 +17,15 @@ import torchvision
 import train_torchvision
 from models import build_detector
 from processes import Processes
-from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16, with_method
+from train_torchvision import (
+    cache_for,
+    main,
+    new_detector,
+    parse,
+    settings,
+    warn_of_slow_bfloat16,
+    with_method,
+)
 
 import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
@@ -435,3 +443,11 @@ def test_the_teacher_may_calculate_in_half_precision():
     pair = [build_detector("retinanet_resnet18", 3, width=32, short_side=[64]) for _ in range(2)]
     assert with_method("crosskd", *pair, options).teacher_dtype == torch.bfloat16
     assert with_method("crosskd", *pair, parse([])).teacher_dtype is None
+
+
+def test_each_method_has_a_folder_of_the_teachers_outputs(tmp_path):
+    options = parse(["--teacher-cache", str(tmp_path), "--teacher-cache-dtype", "bfloat16"])
+    cache = cache_for("crosskd", options)
+    assert (cache.folder, cache.dtype) == (tmp_path / "crosskd", torch.bfloat16)
+    assert cache_for("none", options) is None
+    assert cache_for("crosskd", parse([])) is None
