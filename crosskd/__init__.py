@@ -6,6 +6,7 @@
 from crosskd import (
     adapters,
     align,
+    cache,
     checkpoints,
     losses,
     methods,
@@ -16,6 +17,7 @@ from crosskd import (
     testing,
     towers,
 )
+from crosskd.cache import TeacherCache
 from crosskd.compare import collect_detections, compare
 from crosskd.diagnostics import check, check_adapter, describe
 from crosskd.distiller import Distiller
@@ -53,8 +55,10 @@ __all__ = [
     "ResponseDistillation",
     "Schedule",
     "StructuralKD",
+    "TeacherCache",
     "adapters",
     "align",
+    "cache",
     "check",
     "check_adapter",
     "checkpoints",

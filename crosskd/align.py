@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from crosskd._checks import compute_dtype, require_floating, shape_text
 
-__all__ = ["ChannelProjection", "FeatureStatistics", "align_statistics", "feature_statistics"]
+__all__ = [
+    "ChannelProjection",
+    "FeatureStatistics",
+    "align_statistics",
+    "feature_statistics",
+    "join_statistics",
+]
 
 
 EPSILON = 1e-6
@@ -24,10 +31,12 @@ class FeatureStatistics:
     Attributes:
         mean: shape (1, channels, 1, …), as many dimensions as the features.
         std: of the same shape, unbiased; 0 where there is a single location.
+        locations: how many were measured, of all images together.
     """
 
     mean: Tensor
     std: Tensor
+    locations: int = 1
 
     def normalize(self, features: Tensor) -> Tensor:
         r"""Features without their mean, over their standard deviation (1e-6 added).
@@ -61,9 +70,34 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
     features = features.to(compute_dtype(features))
     dimensions = [d for d in range(features.ndim) if d != 1]
     # A single location has no unbiased standard deviation: it counts as 0, not as "not a number".
-    correction = 1 if features.numel() > features.shape[1] else 0
+    locations = features.numel() // features.shape[1]
+    correction = 1 if locations > 1 else 0
     std, mean = torch.std_mean(features, dim=dimensions, correction=correction, keepdim=True)
-    return FeatureStatistics(mean=mean, std=std)
+    return FeatureStatistics(mean=mean, std=std, locations=locations)
+
+
+def join_statistics(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    r"""The statistics of several images together, of those of each: exact but for rounding.
+
+    Args:
+        parts: of the same number of channels.
+
+    Example:
+        >>> features = torch.randn(4, 8, 5, 5)
+        >>> joined = join_statistics([feature_statistics(image) for image in features.split(1)])
+        >>> torch.allclose(joined.std, feature_statistics(features).std, atol=1e-6)
+        True
+    """
+    counts = [part.locations for part in parts]
+    total = sum(counts)
+    mean = sum(n / total * part.mean.double() for n, part in zip(counts, parts, strict=True))
+    squares = sum(
+        (n - 1) * part.std.double().square() + n * (part.mean.double() - mean).square()
+        for n, part in zip(counts, parts, strict=True)
+    )
+    std = torch.as_tensor(squares / max(1, total - 1)).sqrt()
+    like = parts[0].mean
+    return FeatureStatistics(torch.as_tensor(mean).to(like), std.to(like), total)
 
 
 def align_statistics(student_features: Tensor, teacher: FeatureStatistics | Tensor) -> Tensor:

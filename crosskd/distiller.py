@@ -30,6 +30,7 @@ from crosskd._guards import (
 )
 from crosskd.adapters import find_adapter
 from crosskd.adapters.base import Adapter, AdapterSpec, Batch, Head, recoded
+from crosskd.cache import TeacherCache
 from crosskd.frozen import frozen_copy, sharing_memo
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
@@ -96,6 +97,8 @@ class Distiller(nn.Module):
             by autocast, while the student stays in float32. Its weights, and the part of it that the
             student's features pass in the cross-head, stay as they are. Under autocast the teacher is cheap
             already: leave it out.
+        teacher_cache: a folder on disk from which what the methods read of the teacher is taken, where it has
+            seen the same pixels before: `crosskd.cache.TeacherCache`.
         unlabelled_threshold: without targets, an anchor of which the teacher is at least this sure
             (class probability) counts as one object in the losses' normalizer.
         prove: compare the pieces with the detectors' own forward on the first step. To be switched off for a
@@ -144,6 +147,7 @@ class Distiller(nn.Module):
         view_scale: float | None = None,
         resize_levels: bool = False,
         teacher_dtype: torch.dtype | None = None,
+        teacher_cache: TeacherCache | None = None,
         unlabelled_threshold: float = 0.5,
         prove: bool = True,
     ) -> None:
@@ -158,6 +162,8 @@ class Distiller(nn.Module):
                 "teacher_dtype is what the teacher's own forward calculates in, torch.bfloat16 or "
                 f"torch.float16, got {teacher_dtype}: leave it out for the type of the weights"
             )
+        if not isinstance(teacher_cache, TeacherCache | None):
+            raise TypeError(f"teacher_cache must be a crosskd.TeacherCache(folder), got {teacher_cache!r}")
         check_shared(teacher, student)
         if view_scale is not None and (teacher_view is None or not 0 < view_scale < math.inf):
             raise ValueError(
@@ -165,7 +171,7 @@ class Distiller(nn.Module):
                 f"number above 0; got {view_scale} {'without' if teacher_view is None else 'with'} a view"
             )
         self.teacher_view, self.view_scale, self.resize_levels = teacher_view, view_scale, resize_levels
-        self.teacher_dtype = teacher_dtype
+        self.teacher_dtype, self.teacher_cache = teacher_dtype, teacher_cache
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
         hint = ""
         if adapter is not None and teacher_adapter is None and type(teacher) is not type(student):
@@ -177,6 +183,8 @@ class Distiller(nn.Module):
         spec = teacher_adapter or adapter or find_adapter
         theirs = _bound("teacher", spec, frozen_copy(teacher), hint)
         self._student_spec = adapter or find_adapter
+        if teacher_cache is not None:
+            teacher_cache.check(theirs)
         ours = _bound("student", self._student_spec, student)
         if not ours.heads:
             raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
@@ -385,7 +393,11 @@ class Distiller(nn.Module):
         batch, seen = self._prepare(images, targets, active)
         pair, student = self.pair, self.pair.student  # which a change of the student's has made anew
         # The teacher runs first, so that what it needed is freed.
-        theirs = run_teacher(pair, seen, active) if active else None
+        theirs, cache = None, self.teacher_cache
+        if active and cache is None:
+            theirs = run_teacher(pair, seen, active)
+        elif active and cache is not None:  # its entries are complete, whatever is at rest
+            theirs = cache.run(pair, seen, self._methods())
         del seen  # pixels of the teacher's own coding are freed before the student runs
         maps = student.maps_of(batch)
         if any(method.watches_maps for method in active.values()):

@@ -31,7 +31,9 @@ from crosskd.towers import Tapped, TapPoint
 from crosskd.views import Placement, lie_alike, place_level
 
 __all__ = [
+    "first_head",
     "points_of",
+    "reads_maps",
     "run_region_heads",
     "run_teacher",
     "steps_of",
@@ -79,31 +81,52 @@ def teacher_autocast(pair: Pair) -> AbstractContextManager[object]:
     return torch.autocast(next(pair.teacher.detector.parameters()).device.type, dtype=pair.teacher_dtype)
 
 
-def run_teacher(pair: Pair, batch: Batch, methods: Methods) -> DetectorTrace:
+def first_head(pair: Pair, methods: Methods) -> Head | None:
+    """The teacher's head that runs on the grid of its maps, where a method distils it.
+
+    Args:
+        pair: the two detectors.
+        methods: those that are asked.
+    """
+    head = _head_named(pair.teacher, pair.student.heads[0].name)
+    return head if head is not None and _of_head(methods, head.name) else None
+
+
+def reads_maps(methods: Methods, first: Head | None) -> bool:
+    """Whether a method reads the teacher's maps, or distils a head that runs on them later.
+
+    Args:
+        methods: those that are asked.
+        first: their `first_head`.
+    """
+    run = None if first is None else first.name
+    return any("maps" in method.requires or method.head not in (None, run) for method in methods.values())
+
+
+def run_teacher(pair: Pair, batch: Batch, methods: Methods, *, each_image: bool = False) -> DetectorTrace:
     """The teacher's maps and its first head's run, as far as methods require them.
 
     Args:
         pair: the two detectors.
         batch: as the teacher takes it.
         methods: the active ones, one at least.
+        each_image: of the features that methods tap, keep a list of what they keep of each image.
     """
     adapter = pair.teacher
     # No decorator: the compiler doesn't follow a decorated function into no_grad and out again.
     with torch.no_grad(), teacher_autocast(pair):
         maps = adapter.maps_of(batch)
         heads = {}
-        head = _head_named(adapter, pair.student.heads[0].name)
-        if head is not None and _of_head(methods, head.name):
+        head = first_head(pair, methods)
+        if head is not None:
             levels = list(range(len(maps)))
             if pair.levels is not None and not isinstance(pair.student_head, DecoderHead):
                 levels = [level for _, level in pair.levels]
-            heads[head.name] = _observed(
-                pair, head, [maps[level] for level in levels], levels, methods, batch
-            )
-    kept = any("maps" in method.requires or method.head not in (None, *heads) for method in methods.values())
+            fed = [maps[level] for level in levels]
+            heads[head.name] = _observed(pair, head, fed, levels, methods, batch, each_image=each_image)
     batch = replace(batch, pixels=shape_only(batch.pixels))
     dtype = _dtype_for_methods(pair)
-    if not kept:
+    if not reads_maps(methods, head):
         maps = [shape_only(feature_map, dtype) for feature_map in maps]
     elif dtype is not None:
         maps = [feature_map.to(dtype) for feature_map in maps]
@@ -126,11 +149,16 @@ def _observed(
     levels: Sequence[int],
     methods: Methods,
     batch: Batch,
+    *,
+    each_image: bool = False,
 ) -> HeadTrace:
     """A run of one of the teacher's heads: predictions, and what each method keeps of its features."""
 
     def keep(name: str, tapped: Tapped) -> Any:
-        return methods[name].keep_of_teacher(tapped)
+        if not each_image:
+            return methods[name].keep_of_teacher(tapped)
+        images = [replace(tapped, features=image) for image in torch.split(tapped.features, 1)]
+        return [methods[name].keep_of_teacher(image) for image in images]
 
     points, columns = points_of(head, methods, 1), _columns(pair, head)
     run = run_head(head, maps, levels, points, keep, columns, batch)

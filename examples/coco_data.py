@@ -32,8 +32,8 @@ LEAST_SIDE, MOST_RATIO = 8, 100  # pixels; what is smaller or narrower vanishes 
 class Annotations(NamedTuple):
     """A JSON file in COCO form as arrays, its annotations in the order of the images.
 
-    Lists of dicts would take ten times the memory, and once more in every worker: reading an object writes its
-    reference count, and so copies the page that workers share.
+    Lists of dicts would take ten times the memory, and once more in every worker: reading an object writes
+    its reference count, and so copies the page that workers share.
 
     Attributes:
         categories: names by id, in the order of the ids.
@@ -159,7 +159,7 @@ class CocoFolder(Dataset[Sample]):
         }
 
     def _check_files(self, processes: Processes) -> None:
-        """Names of missing images, and of others that can't be read; raises for other sizes than annotated."""
+        """Notes missing images, and others that can't be read; raises for other sizes than annotated."""
 
         def other_size(index: int) -> tuple[int, int] | None:
             expected = self._size(index)

@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
 FREE = (
     *("output", "resume", "workers", "threads", "device", "compile", "compile_teacher", "logger"),
     *("evaluate_every", "checkpoint_every", "eval_batch_size", "method", "inherit", "root"),
+    "teacher_cache",
 )
 
 
@@ -178,6 +179,18 @@ def _add_training_options(group: Any) -> None:
         "--fold-teacher", action="store_true", help="fold its batch norms into its convolutions"
     )
     group.add_argument("--compile-teacher", action="store_true", help="torch.compile its backbone alone")
+    group.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what each method reads of the teacher, and read it where the same pixels come again",
+    )
+    group.add_argument(
+        "--teacher-cache-dtype",
+        choices=tuple(AMP_TYPES),
+        default="none",
+        help="what maps and predictions are kept in; as they were calculated if left out",
+    )
     group.add_argument("--channels-last", action=argparse.BooleanOptionalAction)
     group.add_argument("--compile", action="store_true", help="torch.compile the training step")
 

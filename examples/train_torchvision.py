@@ -66,7 +66,7 @@ from torch import nn
 from training import AMP_TYPES, History, Trainer, memory_format
 
 import crosskd
-from crosskd import Distiller
+from crosskd import Distiller, TeacherCache
 
 # What fits each kind of data; each is an option as well.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -254,7 +254,11 @@ def make_student(options: argparse.Namespace, classes: int) -> nn.Module:
 
 
 def with_method(
-    name: str, student: nn.Module, teacher: nn.Module | None, options: argparse.Namespace
+    name: str,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    options: argparse.Namespace,
+    cache: TeacherCache | None = None,
 ) -> nn.Module:
     """The student in a distiller, or alone."""
     methods = make_methods(name, options)
@@ -265,10 +269,17 @@ def with_method(
     if options.fold_teacher:
         noise = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
         teacher = crosskd.fold_batch_norm(teacher, [noise.to(next(teacher.parameters()).device)])
-    distiller = Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype)
+    distiller = Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype, teacher_cache=cache)
     if options.compile_teacher:
         distiller.teacher.get_submodule("backbone").compile()
     return distiller
+
+
+def cache_for(name: str, options: argparse.Namespace) -> TeacherCache | None:
+    """The folder in ``--teacher-cache`` that all runs of a method share; ``None`` without the option."""
+    if options.teacher_cache is None or name == ALONE:
+        return None
+    return TeacherCache(options.teacher_cache / name, dtype=AMP_TYPES[options.teacher_cache_dtype])
 
 
 def train(
@@ -383,7 +394,7 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         student = make_student(options, data[0].num_classes)
         if inherits(method) and teacher is not None:
             processes.say(f"{method}: {crosskd.inherit(student, teacher)}")
-        model = with_method(method, student, teacher, options)
+        model = with_method(method, student, teacher, options, cache_for(method, options))
         trained, histories[method] = train(model, method, options.epochs, options, data, processes, log)
         models[method] = trained
         results[method] = _final(histories[method])

@@ -174,6 +174,8 @@ class Trainer:
         self.model.train()
         part, batches, images_seen = self.part, len(self.loader), 0
         started, worked = time.perf_counter(), time.process_time() - part.cpu_seconds
+        cache = self.model.teacher_cache if isinstance(self.model, Distiller) else None
+        read, missed = (0, 0) if cache is None else (cache.hits, cache.misses)
         coming = iter(self.loader)  # which draws a random number itself
         if part.random:
             self._set_generators(part.random[self.processes.rank])
@@ -198,7 +200,7 @@ class Trainer:
                 bar.update()
         self._share_buffers()
         self.epoch, self.part = self.epoch + 1, Part()
-        return {
+        entry = {
             "epoch": self.epoch,
             "losses": {name: value / batches for name, value in part.sums.items()},
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -206,6 +208,10 @@ class Trainer:
             "cpu_seconds": part.cpu_seconds,
             "unreadable_images": self.loader.dataset.broken,  # type: ignore[attr-defined]
         }
+        if cache is not None:  # of this process's images
+            hits, misses = cache.hits - read, cache.misses - missed
+            entry["teacher_from_disk"] = hits / (hits + misses)
+        return entry
 
     def _backward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]], parts: int, last: bool
@@ -277,6 +283,8 @@ class Trainer:
     def _report(self, entry: dict[str, Any]) -> None:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in entry["losses"].items())
         metrics = f"  AP {entry['metrics']['AP']:.1f}" if "metrics" in entry else ""
+        if "teacher_from_disk" in entry:
+            metrics = f"  teacher {entry['teacher_from_disk']:.0%} from disk{metrics}"
         if self.processes.is_first:
             self.log(self.folder.name, entry)
         self.processes.say(

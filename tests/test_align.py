@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crosskd.align import ChannelProjection, align_statistics, feature_statistics
+from crosskd.align import ChannelProjection, align_statistics, feature_statistics, join_statistics
 from tests.helpers.reference_files import load_parity
 
 
@@ -217,3 +217,13 @@ def test_error_nothing_to_measure(shape):
 def test_error_features_that_are_not_floating_point():
     with pytest.raises(TypeError, match=r"features must hold floating-point numbers, got torch\.uint8"):
         feature_statistics(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (3, 4, 1, 1), (1, 4, 2, 2), (1, 4, 1, 1), (3, 4)])
+def test_statistics_of_images_are_joined_to_those_of_their_batch(shape):
+    features = 3 * torch.randn(shape) + 100
+    joined = join_statistics([feature_statistics(image) for image in features.split(1)])
+    together = feature_statistics(features)
+    torch.testing.assert_close(joined.mean, together.mean)
+    torch.testing.assert_close(joined.std, together.std, rtol=1e-4, atol=1e-5)
+    assert joined.locations == together.locations == features[:, 0].numel()

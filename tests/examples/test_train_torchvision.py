@@ -21,7 +21,15 @@ from methods_table import check_name
 from models import build_detector
 from options import add_options
 from processes import Processes
-from train_torchvision import main, new_detector, parse, settings, warn_of_slow_bfloat16, with_method
+from train_torchvision import (
+    cache_for,
+    main,
+    new_detector,
+    parse,
+    settings,
+    warn_of_slow_bfloat16,
+    with_method,
+)
 
 import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
@@ -459,3 +467,11 @@ def test_the_teacher_may_be_cheaper():
     assert norms == [0, 20]
     compiled = [d.teacher.backbone._compiled_call_impl is not None for d in (cheap, plain)]
     assert compiled == [True, False]
+
+
+def test_each_method_has_a_folder_of_the_teachers_outputs(tmp_path):
+    options = parse(["--teacher-cache", str(tmp_path), "--teacher-cache-dtype", "bfloat16"])
+    cache = cache_for("crosskd", options)
+    assert (cache.folder, cache.dtype) == (tmp_path / "crosskd", torch.bfloat16)
+    assert cache_for("none", options) is None
+    assert cache_for("crosskd", parse([])) is None

@@ -1,0 +1,108 @@
+"""What a teacher's run has left of one image, as a file can hold it, and a batch's run made of such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosskd.adapters.base import Adapter, Batch, Head
+from crosskd.align import FeatureStatistics, join_statistics
+from crosskd.predictions import Predictions
+from crosskd.step import DetectorTrace, HeadTrace, Taps, shape_only
+
+__all__ = ["Entry", "entry_of", "joined"]
+
+Entry = dict[str, Any]
+"""Dicts and lists of numbers, names and tensors, each tensor with a batch of 1."""
+
+_NUMBERS = ("logits", "regression", "quality")
+_KINDS = ("background", "box_per_class", "objectness")
+
+
+def entry_of(trace: DetectorTrace, index: int, dtype: torch.dtype | None, *, maps: bool) -> Entry:
+    """What is kept of one image of a run.
+
+    Args:
+        trace: run with ``each_image``.
+        index: the image's place in it.
+        dtype: what maps and predictions are kept in; what methods keep at taps keeps its type.
+        maps: keep the maps, not only their shapes.
+    """
+    entry: Entry = {"maps": [_kept(level, index, dtype, shape_alone=not maps) for level in trace.maps]}
+    for run in trace.heads.values():  # one at most: heads of regions run later
+        numbers = [getattr(run.predictions, name) for name in _NUMBERS]
+        entry["numbers"] = [None if given is None else _kept(given, index, dtype) for given in numbers]
+        entry["kinds"] = {name: getattr(run.predictions, name) for name in _KINDS}
+        entry["levels"] = list(run.levels)
+        entry["taps"] = [
+            (method, branch, _tap(method, level[index]))
+            for method, branches in run.taps.items()
+            for branch, levels in branches.items()
+            for level in levels
+        ]
+    return entry
+
+
+def _kept(tensor: Tensor, index: int, dtype: torch.dtype | None, *, shape_alone: bool = False) -> Entry:
+    """One image's part of a tensor (batch, …), and the type that it had."""
+    part = tensor[index : index + 1]
+    if shape_alone:
+        return {"shape": list(part.shape[1:]), "type": part.dtype}
+    return {"numbers": torch.empty(part.shape, dtype=dtype or part.dtype).copy_(part), "type": part.dtype}
+
+
+def _tap(method: str, kept: Any) -> Entry:
+    """What a method keeps of one image's features."""
+    if isinstance(kept, FeatureStatistics):
+        return {"mean": kept.mean.cpu(), "std": kept.std.cpu(), "locations": kept.locations}
+    if isinstance(kept, Tensor) and kept.ndim and len(kept) == 1:
+        return _kept(kept, 0, None)
+    raise TypeError(
+        f"{method} keeps a {type(kept).__name__} of the teacher's features of one image, and teacher_cache= "
+        "knows tensors of shape (1, …) and crosskd.align.FeatureStatistics: return one of these from its "
+        "keep_of_teacher, or leave teacher_cache= out"
+    )
+
+
+def joined(adapter: Adapter, batch: Batch, head: Head | None, entries: Sequence[Entry]) -> DetectorTrace:
+    """The entries of a batch's images as one run of the teacher.
+
+    Args:
+        adapter: the teacher's.
+        batch: as the teacher takes it.
+        head: the one that was run, if any.
+        entries: one an image.
+    """
+    device, first = batch.pixels.device, entries[0]
+    maps = [_together(level, device) for level in zip(*(entry["maps"] for entry in entries), strict=True)]
+    heads = {}
+    if head is not None:
+        numbers = zip(*(entry["numbers"] for entry in entries), strict=True)
+        given = [None if parts[0] is None else _together(parts, device) for parts in numbers]
+        taps: Taps = {}
+        for parts in zip(*(entry["taps"] for entry in entries), strict=True):
+            method, branch, _ = parts[0]
+            together = _joined_tap([kept for _, _, kept in parts], device)
+            taps.setdefault(method, {}).setdefault(branch, []).append(together)
+        predictions = Predictions(*given, **first["kinds"])  # type: ignore[arg-type]
+        heads[head.name] = HeadTrace(head, predictions, tuple(first["levels"]), taps)
+    return DetectorTrace(adapter, replace(batch, pixels=shape_only(batch.pixels)), maps, heads)
+
+
+def _together(parts: Sequence[Entry], device: torch.device) -> Tensor:
+    """What was kept of several images as one tensor (batch, …) of the type that it had."""
+    dtype = parts[0]["type"]
+    if "shape" in parts[0]:
+        return torch.empty((), dtype=dtype, device=device).expand(len(parts), *parts[0]["shape"])
+    return torch.cat([part["numbers"] for part in parts]).to(device).to(dtype)
+
+
+def _joined_tap(parts: Sequence[Entry], device: torch.device) -> Any:
+    if "mean" not in parts[0]:
+        return _together(parts, device)
+    statistics = join_statistics([FeatureStatistics(**part) for part in parts])
+    return replace(statistics, mean=statistics.mean.to(device), std=statistics.std.to(device))
