@@ -10,6 +10,7 @@ import pytest
 
 from tests.benchmarks.test_benchmarks import load
 from tests.examples.coco_files import write_coco
+from tests.helpers import forked
 
 bccd = load("bccd")
 METHODS = ("none", "mimic", "crosskd", "pkd", "cwd")
@@ -100,8 +101,11 @@ def test_options_it_does_not_know_go_to_the_training_script():
 
 
 @pytest.mark.slow
-def test_everything_is_run_once_and_the_shown_command_names_no_folder_of_this_machine(tmp_path, capsys):
-    """A teacher, which is trained without a method, and a student: a process each, and seconds to start."""
+def test_everything_is_run_once_and_the_shown_command_names_no_folder_of_this_machine(
+    tmp_path, capsys, monkeypatch
+):
+    """A teacher, which is trained without a method, and a student: a process each."""
+    monkeypatch.setattr(bccd, "subprocess", forked)
     _, annotations = write_coco(tmp_path / "data")
     (tmp_path / "data" / "annotations").mkdir()
     for split in ("train", "test"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.benchmarks.test_benchmarks import FOLDER, load, tables
+from tests.helpers import forked
 
 sys.path.insert(0, str(FOLDER.parent / "examples"))
 data, run, evidence, report, toy = (
@@ -268,8 +269,9 @@ def test_differences_go_seed_by_seed_with_an_interval_of_images_and_seeds():
 
 
 @pytest.mark.slow
-def test_the_rehearsal(tmp_path):
+def test_the_rehearsal(tmp_path, monkeypatch):
     """Every process for real: budget, teacher, students, tables, picture."""
+    monkeypatch.setattr(evidence, "subprocess", forked)
     arguments = ["--toy", "--output", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
     arguments += ["--resamples", "20", "--methods", "none", "crosskd", "--jobs", "2"]
     evidence.main(arguments)

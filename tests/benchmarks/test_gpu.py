@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import time
 
@@ -14,6 +13,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from tests.benchmarks.test_benchmarks import FOLDER, load, tables
+from tests.helpers.imports import forget
 
 TOY = """--device cpu --size 64x64 --batch 1 --classes 3 --objects 2 --teacher resnet18 --student resnet18
 --anchors 500 --rounds 1 --threads 1 --backend eager"""
@@ -57,8 +57,9 @@ def test_tables(gpu, tmp_path):
     assert losses[1]["loss"] == "distribution_kl 1x500x17"
 
 
-@pytest.mark.slow
-def test_compiled_steps(gpu, tmp_path):
+def test_compiled_steps(gpu, tmp_path, monkeypatch):
+    """Losses are compiled for real, in `test_tables`."""
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     ((step,),) = run(gpu, tmp_path, "--only", "step-retinanet-crosskd-compiled-bfloat16")
     assert step["how"] == "compiled, bfloat16, channels last"
     assert float(step["first calls, s"]) > 0
@@ -157,7 +158,8 @@ def test_folded_batch_norms_give_the_same_numbers(gpu):
     torch.testing.assert_close(folded(pixels), network(pixels), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.slow
-def test_it_needs_no_pycocotools():
-    code = "import sys; sys.modules['pycocotools'] = None; sys.path.insert(0, sys.argv[1]); import gpu"
-    subprocess.run([sys.executable, "-c", code, str(FOLDER)], check=True)
+def test_it_needs_no_pycocotools(monkeypatch):
+    beside = {path.stem for folder in (FOLDER, FOLDER.parent / "examples") for path in folder.glob("*")}
+    forget(monkeypatch, "pycocotools", "crosskd", *beside)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    load("gpu")

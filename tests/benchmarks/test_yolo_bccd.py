@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.test_benchmarks import load
+from tests.helpers import forked
 from tests.helpers.reference_files import bccd_folder
 from tests.helpers.yolo import model_of
 
@@ -115,7 +116,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "teacher" / "metrics.json").write_text(json.dumps(run(1.0)))
     places = ["--root", str(bccd_folder()), "--output", str(folder), "--results", str(folder / "table.md")]
     shown = ["--size", "64", "--fraction", "0.04", "--epochs", "1", "--seeds", "1", "--threads", "3"]
-    yolo_bccd.main([*places, *shown])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(yolo_bccd, "subprocess", forked)
+        yolo_bccd.main([*places, *shown])
     return folder
 
 

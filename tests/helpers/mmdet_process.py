@@ -1,10 +1,8 @@
-"""One of several processes that train an mmdet config together without a GPU, for torchrun to start.
+"""One of several processes that train an mmdet config together without a GPU.
 
 mmdet's own launcher wants a GPU for each process, so the process group is made here, over gloo. Importing
 this needs no mmdet: pytest looks for doctests in every file.
 """
-
-import sys
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,3 @@ def main(config: str) -> None:
     if not all(torch.equal(flat, other) for other in others):
         raise SystemExit("the processes' students differ")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

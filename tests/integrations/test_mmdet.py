@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from crosskd import CrossKD, Method, Schedule
+from tests.helpers.imports import forget
 from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
 pytestmark = pytest.mark.mmdet
@@ -221,16 +222,15 @@ def test_a_schedule_in_epochs_follows_the_runner():
 # -- configs --------------------------------------------------------------------------------------
 
 
-def test_the_adapters_module_registers_it():
+def test_the_adapters_module_registers_it(monkeypatch):
     """Configs and code of earlier versions name it."""
-    code = (
-        "import crosskd.adapters.mmdet\n"
-        "from mmdet.registry import MODELS\n"
-        "from crosskd.adapters.mmdet import CrossKDDetector, MMDetSingleStage\n"
-        "from crosskd.integrations import mmdet\n"
-        "assert MODELS.get('CrossKDDetector') is CrossKDDetector is mmdet.CrossKDDetector"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    from mmdet.registry import MODELS
+
+    monkeypatch.delitem(MODELS.module_dict, "CrossKDDetector", raising=False)
+    forget(monkeypatch, "crosskd.adapters.mmdet", "crosskd.integrations.mmdet")
+    adapters = importlib.import_module("crosskd.adapters.mmdet")
+    integration = sys.modules["crosskd.integrations.mmdet"]
+    assert MODELS.get("CrossKDDetector") is adapters.CrossKDDetector is integration.CrossKDDetector
 
 
 def test_settings_reach_the_method():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -13,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import forked, mmdet_process
 from tests.helpers.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
 from tests.helpers.reference_files import bccd_folder
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,8 +140,7 @@ def tool(name: str, output: Path, *arguments: str) -> str:
         with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             runpy.run_path(str(script), run_name="__main__")
 
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
+    process = forked.in_fork(run)
     process.join()
     printed = output.read_text()
     assert process.exitcode == 0, printed[-6000:]
@@ -192,22 +189,7 @@ def test_two_processes_end_with_the_same_student(bccd, tmp_path):
     }
     config = config_of("gfl_r18_from_r50", tmp_path / "run", options)
     config.dump(tmp_path / "config.py")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "tests.helpers.mmdet_process",
-    ]
-    done = subprocess.run(
-        [sys.executable, *command, str(tmp_path / "config.py")],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert forked.on_ranks(mmdet_process.main, str(tmp_path / "config.py")) == [0, 0]
     saved = saved_by_mmengine(tmp_path / "run" / "epoch_1.pth")
     assert saved["meta"]["iter"] == 2
     assert not any("teacher" in key or key.startswith("module.") for key in saved["state_dict"])

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 
-NONE = "sys.modules['ultralytics'] = None"
+from tests.helpers.imports import forget
+
+MODULES = ("crosskd.adapters.ultralytics", "crosskd.integrations.ultralytics")
+NONE = {"ultralytics": None}
 # As far as the adapter looks before it looks at the version.
-OLD = """
-from unittest.mock import MagicMock
-for name in ("", ".nn", ".nn.modules", ".nn.modules.head", ".nn.tasks", ".utils"):
-    sys.modules["ultralytics" + name] = MagicMock(__version__="8.3.40")
-"""
+OLD = {
+    f"ultralytics{name}": MagicMock(__version__="8.3.40")
+    for name in ("", ".nn", ".nn.modules", ".nn.modules.head", ".nn.tasks", ".utils")
+}
 
 
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("found", "message"),
     [(NONE, "import of ultralytics halted"), (OLD, "8.3.40 is installed, which is older than 8.4.190")],
     ids=["none", "old"],
 )
-def test_the_imports_say_what_to_install(setting, message):
-    code = f"import sys\n{setting}"
-    for module in ("crosskd.adapters.ultralytics", "crosskd.integrations.ultralytics"):
-        code += f"\ntry:\n    import {module}\nexcept ImportError as error:\n    print(error)"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+def test_the_imports_say_what_to_install(module, found, message, monkeypatch):
+    forget(monkeypatch, "ultralytics", *MODULES)
+    for name, replaced in found.items():
+        monkeypatch.setitem(sys.modules, name, replaced)
+    with pytest.raises(ImportError) as raised:
+        importlib.import_module(module)
     for fact in (message, "pip install 'crosskd[ultralytics]'", "AGPL-3.0"):
-        assert done.stdout.count(fact) == 2
+        assert fact in str(raised.value)
