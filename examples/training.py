@@ -210,7 +210,7 @@ class Trainer:
         }
         if cache is not None:  # of this process's images
             hits, misses = cache.hits - read, cache.misses - missed
-            entry["teacher_from_disk"] = hits / (hits + misses)
+            entry["teacher_from_disk"] = hits / max(1, hits + misses)  # none behind --stop-distilling
         return entry
 
     def _backward(
