@@ -197,8 +197,19 @@ def test_settings_that_mean_nothing():
         QueryDistillation(general=0, own=False)
     with pytest.raises(ValueError, match=r"\[0, 0, 0\]"):
         QueryDistillation(cls_weight=0, l1_weight=0, giou_weight=0)
-    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
-        MatchedQueries(count=0)
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"count.* 1 or more, got {count}"):
+            MatchedQueries(count=count)  # type: ignore[arg-type]
+    for general in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"general.* 0 or more, got {general}"):
+            QueryDistillation(general=general)  # type: ignore[arg-type]
+    unpaired: Any
+    for unpaired in ([], 1, [1], (-1, -1), [(-1, -1), (0, 1, 2)], [(0, 0.5)]):
+        with pytest.raises(TypeError, match=r"layers.*\(student's, teacher's\)"):
+            QueryDistillation(layers=unpaired)
+    for unpaired in (1, (1,), "01"):
+        with pytest.raises(TypeError, match=r"position.*\(student's, teacher's\)"):
+            DecoderCrossKD(position=unpaired)
 
 
 @pytest.mark.parametrize("method", METHODS)
