@@ -233,14 +233,16 @@ class Distiller(nn.Module):
         columns = None
         if class_map is not None:
             last, own = teacher.heads[-1:], student.heads[-1]
-            if not last or last[0].background != own.background:
-                background = f"background column {last[0].background}" if last else "no head"
+            theirs, ours = last[0].background if last else None, own.background
+            if not last or (theirs is None) != (ours is None):
+                background = f"background column {theirs}" if last else "no head"
                 raise ValueError(
                     f"class_map= maps the classes of two heads of one kind: {background} (teacher), "
-                    f"background column {own.background} (student), None for a sigmoid per class. Leave it "
-                    "out: crosskd.CrossKD() compares all of the teacher's own classes, crosskd.PKD() none"
+                    f"background column {ours} (student), None for a sigmoid per class. Leave it out: "
+                    "crosskd.CrossKD(), or crosskd.DecoderCrossKD() between decoders, compares all of the "
+                    "teacher's own classes, crosskd.PKD() none"
                 )
-            columns = class_columns(class_map, last[0].num_classes, own.num_classes, own.background)
+            columns = class_columns(class_map, last[0].num_classes, own.num_classes, (theirs, ours))
         pair = Pair(
             teacher,
             student,

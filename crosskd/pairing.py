@@ -134,7 +134,7 @@ def match_levels(
 
 
 def class_columns(
-    class_map: ClassMap | None, teacher: int, student: int, background: int | None
+    class_map: ClassMap | None, teacher: int, student: int, backgrounds: tuple[int | None, int | None]
 ) -> tuple[int, ...] | None:
     """A ``class_map`` as the teacher's column of the logits for each of the student's.
 
@@ -142,7 +142,7 @@ def class_columns(
         class_map: as the user gave it.
         teacher: columns of the teacher's logits.
         student: likewise.
-        background: the column of either that means no object, where there is one.
+        backgrounds: the (teacher's, student's) column that means no object, ``None`` where none does.
 
     Returns:
         The columns; ``None`` where none was given.
@@ -152,7 +152,7 @@ def class_columns(
         TypeError: something else than whole numbers.
 
     Example:
-        >>> class_columns({0: 4, 1: 3}, teacher=5, student=2, background=None)
+        >>> class_columns({0: 4, 1: 3}, teacher=5, student=2, backgrounds=(None, None))
         (4, 3)
     """
     if class_map is None:
@@ -174,10 +174,11 @@ def class_columns(
     in_range = all(0 <= column < teacher for column in columns)
     if len(columns) != student or not in_range or len(set(columns)) < len(columns):
         raise ValueError(f"{expected}; got {len(columns)}: {columns}")
-    if background is not None and columns[background] != background:
+    theirs, ours = backgrounds
+    if theirs is not None and ours is not None and columns[ours] != theirs:
         raise ValueError(
-            f"class {background} means no object, to the teacher and to the student: class_map must leave it "
-            f"where it is, class_map[{background}] = {background}; got {columns}"
+            f"class {theirs} means no object (teacher), class {ours} (student), so class_map must have "
+            f"class_map[{ours}] = {theirs}; got {columns}"
         )
     return tuple(columns)
 
@@ -339,8 +340,11 @@ def require_predictions_alike(pair: Pair) -> None:
     kinds = []
     for head in (teacher, student):
         objectness = ", times an objectness" if head.objectness else ""
-        softmax = f"a softmax whose class {head.background} is no object"
-        kinds.append(f"a sigmoid per class{objectness}" if head.background is None else softmax)
+        background = head.background
+        if background is not None and pair.class_map is not None:
+            background = student.background  # which the class map gives the teacher's for
+        softmax = f"a softmax whose class {background} is no object"
+        kinds.append(f"a sigmoid per class{objectness}" if background is None else softmax)
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "

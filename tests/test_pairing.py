@@ -110,11 +110,11 @@ def test_a_sequence_and_a_mapping_name_the_same_columns(order, count):
     backwards = {student: columns[student] for student in reversed(range(count))}
     for class_map in (columns, list(columns), backwards, torch.tensor(columns), range(count)):
         expected = tuple(range(count)) if isinstance(class_map, range) else columns
-        assert class_columns(class_map, teacher=6, student=count, background=None) == expected
+        assert class_columns(class_map, teacher=6, student=count, backgrounds=(None, None)) == expected
 
 
 def test_no_class_map_is_none():
-    assert class_columns(None, teacher=80, student=3, background=None) is None
+    assert class_columns(None, teacher=80, student=3, backgrounds=(None, None)) is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_no_class_map_is_none():
 def test_error_class_map(class_map, got):
     message = rf"class of the teacher's, 0 to 5, for each of the student's 4.*{got}"
     with pytest.raises(ValueError, match=message):
-        class_columns(class_map, teacher=6, student=4, background=None)
+        class_columns(class_map, teacher=6, student=4, backgrounds=(None, None))
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,21 @@ def test_error_class_map_of_something_else_than_whole_numbers(value, got, as_map
     listed = [0, value, 2, 3]
     with pytest.raises(TypeError, match=f"0 to 5, for each of the student's 4.*got {got}"):
         class_columns(
-            dict(enumerate(listed)) if as_mapping else listed, teacher=6, student=4, background=None
+            dict(enumerate(listed)) if as_mapping else listed, teacher=6, student=4, backgrounds=(None, None)
         )
 
 
-def test_the_background_stays_where_it_is():
-    assert class_columns([0, 3, 1], teacher=4, student=3, background=0) == (0, 3, 1)
-    with pytest.raises(ValueError, match=r"class 0 means no object.*class_map\[0\] = 0; got \[1, 0, 2\]"):
-        class_columns([1, 0, 2], teacher=4, student=3, background=0)
+def test_the_background_stays_the_background():
+    assert class_columns([0, 3, 1], teacher=4, student=3, backgrounds=(0, 0)) == (0, 3, 1)
+    with pytest.raises(
+        ValueError, match=r"class 0 .*\(teacher\), class 0.* class_map\[0\] = 0; got \[1, 0, 2\]"
+    ):
+        class_columns([1, 0, 2], teacher=4, student=3, backgrounds=(0, 0))
+    assert class_columns([1, 0, 5], teacher=6, student=3, backgrounds=(5, 2)) == (1, 0, 5)
+    with pytest.raises(
+        ValueError, match=r"class 5 .*\(teacher\), class 2.* class_map\[2\] = 5; got \[1, 0, 2\]"
+    ):
+        class_columns([1, 0, 2], teacher=6, student=3, backgrounds=(5, 2))
 
 
 def test_error_numbers_of_classes():

@@ -6,7 +6,7 @@ from torch import nn
 
 from crosskd.adapters.base import DecoderLayer, Queries
 from crosskd.methods.base import Taught
-from crosskd.methods.queries import GENERAL, QueryDistillation, check_layer
+from crosskd.methods.queries import GENERAL, QueryDistillation, check_layer, layer_pairs
 from crosskd.pairing import Pair, require_decoders
 from crosskd.schedule import Schedule
 from crosskd.step import Step
@@ -38,6 +38,7 @@ class DecoderCrossKD(QueryDistillation):
 
     Raises:
         ValueError: no queries, weights below 0 or all 0.
+        TypeError: a position that is no pair.
 
     References:
         CrossKD (Wang et al., CVPR 2024, arXiv 2306.11369).
@@ -66,7 +67,7 @@ class DecoderCrossKD(QueryDistillation):
             general, own, cls_weight=cls_weight, l1_weight=l1_weight, giou_weight=giou_weight,
             schedule=schedule, name=name, head=head,
         )  # fmt: skip
-        self.position = position
+        self.position = None if position is None else layer_pairs("position", [position])[0]
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""

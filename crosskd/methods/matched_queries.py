@@ -58,8 +58,8 @@ class MatchedQueries(QueryMethod):
     ) -> None:
         weights = (cls_weight, l1_weight, giou_weight)
         super().__init__(weights, schedule=schedule, name=name, head=head)
-        if count < 1:
-            raise ValueError(f"count must be 1 or more, got {count}")
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"count must be a whole number of predictions, 1 or more, got {count}")
         self.count = count
 
     def extra_repr(self) -> str:

@@ -27,7 +27,7 @@ from crosskd.predictions import Predictions, join_levels, mean_over_ranks
 from crosskd.schedule import Schedule
 from crosskd.step import Step, outside_graph, resized_boxes
 
-__all__ = ["GENERAL", "QueryDistillation", "QueryMethod", "check_layer", "corners_of"]
+__all__ = ["GENERAL", "QueryDistillation", "QueryMethod", "check_layer", "corners_of", "layer_pairs"]
 
 # Ours, among the 10 to 300 that were reported to help.
 GENERAL = 100
@@ -135,6 +135,7 @@ class QueryDistillation(QueryMethod):
 
     Raises:
         ValueError: no queries, weights below 0 or all 0.
+        TypeError: layers that are no pairs.
 
     References:
         KD-DETR: Knowledge Distillation for Detection Transformer with Consistent Distillation Points Sampling
@@ -160,10 +161,12 @@ class QueryDistillation(QueryMethod):
     ) -> None:
         weights = (cls_weight, l1_weight, giou_weight)
         super().__init__(weights, schedule=schedule, name=name, head=head)
-        if general < 0 or not (general or own):
+        if not isinstance(general, int) or general < 0:
+            raise ValueError(f"general must be a whole number of queries, 0 or more, got {general}")
+        if not (general or own):
             raise ValueError(f"general={general} and own={own}: there are no queries to share")
         self.general, self.own = general, own
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = None if layers is None else layer_pairs("layers", layers)
         self.projections = nn.ModuleDict()
         self.content: nn.Parameter | None = None
 
@@ -307,6 +310,18 @@ def _divergence(student: Predictions, teacher: Predictions) -> Tensor:
         F.binary_cross_entropy_with_logits(logits, target, reduction="none") for logits in (ours, theirs)
     ]
     return (entropies[0] - entropies[1]).sum(dim=-1)
+
+
+def layer_pairs(name: str, pairs: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers as they were given under a name; raises ``TypeError`` for anything else."""
+    listed = list(pairs) if isinstance(pairs, Sequence) else []
+    found = [tuple(pair) for pair in listed if isinstance(pair, Sequence)]
+    whole = [len(pair) == 2 and all(isinstance(layer, int) for layer in pair) for pair in found]
+    if not listed or len(found) < len(listed) or not all(whole):
+        raise TypeError(
+            f"{name}: layers are named in pairs, (student's, teacher's), such as (-1, -1), got {pairs!r}"
+        )
+    return tuple((pair[0], pair[1]) for pair in found)
 
 
 def check_layer(layer: int, head: DecoderHead, side: str) -> None:

@@ -185,9 +185,11 @@ def test_images_that_are_padded_otherwise_for_the_teacher():
         distiller(batch_of()["pixel_values"], batch_of()["labels"])
 
 
-def test_a_teacher_of_more_classes():
-    teacher = detector_of("rt_detr", seed=1, num_labels=5)
-    distiller = Distiller(teacher, detector_of("rt_detr"), methods_of_queries(), class_map=[4, 0, 2])
+@pytest.mark.parametrize(("kind", "columns"), [("rt_detr", [4, 0, 2]), ("detr", [4, 0, 2, 5])])
+def test_a_teacher_of_more_classes(kind, columns):
+    """DETR's last class is no object: the teacher's is 5, the student's 3."""
+    teacher = detector_of(kind, seed=1, num_labels=5)
+    distiller = Distiller(teacher, detector_of(kind), methods_of_queries(), class_map=columns)
     losses = distiller.train()(**batch_of())
     assert all(losses[f"{name}_kd_cls"] > 0 for name in distiller.methods)
 
@@ -197,8 +199,19 @@ def test_settings_that_mean_nothing():
         QueryDistillation(general=0, own=False)
     with pytest.raises(ValueError, match=r"\[0, 0, 0\]"):
         QueryDistillation(cls_weight=0, l1_weight=0, giou_weight=0)
-    with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
-        MatchedQueries(count=0)
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"count.* 1 or more, got {count}"):
+            MatchedQueries(count=count)  # type: ignore[arg-type]
+    for general in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"general.* 0 or more, got {general}"):
+            QueryDistillation(general=general)  # type: ignore[arg-type]
+    unpaired: Any
+    for unpaired in ([], 1, [1], (-1, -1), [(-1, -1), (0, 1, 2)], [(0, 0.5)]):
+        with pytest.raises(TypeError, match=r"layers.*\(student's, teacher's\)"):
+            QueryDistillation(layers=unpaired)
+    for unpaired in (1, (1,), "01"):
+        with pytest.raises(TypeError, match=r"position.*\(student's, teacher's\)"):
+            DecoderCrossKD(position=unpaired)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -214,7 +227,7 @@ def test_predictors_that_begin_with_zeros_are_no_fault(method):
 def test_a_stopped_run_goes_on_as_it_would_have_with_accumulated_gradients():
     def made() -> Any:
         method = QueryDistillation(general=5, schedule=Schedule(warmup=4))
-        distiller = distiller_of("detr", method, prove=False)
+        distiller = distiller_of("rt_detr", method, prove=False)
         return distiller, torch.optim.AdamW(distiller.parameters(), lr=1e-3)
 
     def trained(distiller: Any, optimizer: Any, steps: range) -> list[float]:
@@ -244,7 +257,7 @@ def test_compiled_steps_give_the_same_losses():
     sides = []
     for _ in range(2):
         torch.manual_seed(0)
-        sides.append(distiller_of("detr", prove=False))
+        sides.append(distiller_of("d_fine", [*methods_of_queries(), PKD()], prove=False))
     compiled = torch.compile(sides[1], backend="eager")
     for step in range(2):
         torch.manual_seed(step)

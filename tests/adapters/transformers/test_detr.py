@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +248,7 @@ def test_detections_are_the_students():
 
 
 def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path):
+    """A D-FINE: two names share the weights of its predictors."""
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
     from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
@@ -255,6 +257,12 @@ def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path)
             outputs = model(**inputs)
             loss = sum(outputs.values()) if model.training else outputs.loss
             return (loss, outputs) if return_outputs else loss
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            if self.args.should_save:
+                folder = Path(output_dir or self.args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self.model.state_dict(), folder / "pytorch_model.bin")
 
     def collated(items):
         pixels = torch.stack([item["pixel_values"][0] for item in items])
@@ -267,7 +275,7 @@ def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path)
     )  # fmt: skip
     images, weights = [batch_of(1, seed=seed) for seed in range(4)], []
     for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        distiller = distiller_of("detr", prove=False)
+        distiller = distiller_of("d_fine", prove=False)
         trainer = DistillationTrainer(
             model=distiller,
             args=settings,
@@ -278,8 +286,8 @@ def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path)
         trainer.train(resume_from_checkpoint=checkpoint)
         weights.append({name: value.clone() for name, value in distiller.state_dict().items()})
         assert trainer.state.log_history[-2]["eval_loss"] > 0
-    assert not torch.equal(weights[0]["student.bbox_predictor.layers.0.weight"],
-                           detector_of("detr").bbox_predictor.layers[0].weight)  # fmt: skip
+    predictor = "model.decoder.bbox_embed.0.layers.0.weight"
+    assert not torch.equal(weights[0][f"student.{predictor}"], detector_of("d_fine").get_parameter(predictor))
     for name, value in weights[0].items():  # a run that was stopped goes on as it would have
         torch.testing.assert_close(weights[1][name], value)
     distiller.student.save_pretrained(tmp_path / "student")
