@@ -34,9 +34,8 @@ from losses import LOSSES, make_inputs
 from measure import MIB
 from step_cost import DEFAULTS, build_pair, make_batch, size_of, take_first_steps
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from crosskd import Distiller
+from crosskd import Distiller, fold_batch_norm
 from crosskd.running import run_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -64,7 +63,7 @@ STEP_HEADER = (
     "distilled / plain",
     "first calls, s",
 )
-TEACHER_HEADER = ("detector", "teacher", "forward, ms", "over the first", "peak, MiB")
+TEACHER_HEADER = ("detector", "teacher", "forward, ms", "over the first", "peak, MiB", "kd_cls", "kd_reg")
 LOSS_HEADER = (
     "loss",
     "dtype",
@@ -243,59 +242,61 @@ def timed(cases: dict[str, Callable[[], object]], options: argparse.Namespace) -
 # -- the teacher ---------------------------------------------------------------------------------
 
 
-def folded(detector: nn.Module) -> nn.Module:
-    """A copy of a detector on a ResNet whose batch norms are folded into the convolutions before them."""
-    detector = copy.deepcopy(detector)
-    for module in list(detector.modules()):
-        for of_convolution, of_norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
-            convolution, norm = getattr(module, of_convolution, None), getattr(module, of_norm, None)
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, of_convolution, fuse_conv_bn_eval(convolution, norm))
-                setattr(module, of_norm, nn.Identity())
-    return detector
+def cheaper_teachers(
+    cell: Cell, options: argparse.Namespace, teacher: nn.Module, images: list[Tensor]
+) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """A teacher by several means: what the distiller is given, and its further arguments."""
+    folded = fold_batch_norm(teacher, images[:1])
+    last, both = (copy.deepcopy(each).to(memory_format=torch.channels_last) for each in (teacher, folded))
+    half = {"teacher_dtype": torch.bfloat16}
+    if cell.mode == "compiled":
+        return {
+            "float32": (teacher, {}),
+            "compiled": (teacher, {}),
+            "bfloat16, channels last, batch norm folded": (both, half),
+            "all of these, compiled": (both, half),
+        }
+    small = copy.deepcopy(teacher)
+    small.transform.min_size = (options.size[0] // 2,)
+    small.transform.max_size = max(options.size) // 2
+    return {
+        "float32": (teacher, {}),
+        "channels last": (last, {}),
+        "batch norm folded": (folded, {}),
+        "bfloat16": (teacher, half),
+        "float16": (teacher, {"teacher_dtype": torch.float16}),
+        "bfloat16, channels last": (last, half),
+        "bfloat16, channels last, batch norm folded": (both, half),
+        "images of half the size": (
+            small,
+            {"teacher_view": lambda images, targets: images, "resize_levels": True},
+        ),
+    }
 
 
 def measure_teacher(cell: Cell, options: argparse.Namespace) -> Result:
-    """The teacher's maps and predictions by several means, in turn, and their peak memory."""
+    """What a step runs of the teacher, by several means in turn, its peak memory, and the losses with it."""
     torch.manual_seed(options.seed)
-    teacher, _ = build_pair(cell.subject, laid_out(options, "contiguous"), images := make_batch(options)[0])
-    pixels = teacher.transform(images)[0].tensors
-    last = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
-
-    def case(detector: nn.Module, dtype: str, *, cast: bool = False) -> Callable[[], object]:
-        return partial(forward, detector, pixels.to(getattr(torch, dtype)) if cast else pixels, dtype, cast)
-
-    def forward(detector: nn.Module, pixels: Tensor, dtype: str, cast: bool) -> object:
-        amp = "none" if cast or dtype == "float32" else dtype
-        with torch.no_grad(), measure.autocast(options.device, amp):
-            return detector.head(list(detector.backbone(pixels).values()))
-
-    if cell.mode == "eager":
-        cases = {
-            "float32": case(teacher, "float32"),
-            "float32, channels last": case(last, "float32"),
-            "float32, batch norm folded": case(folded(teacher), "float32"),
-            "bfloat16 by autocast": case(teacher, "bfloat16"),
-            "bfloat16 by autocast, channels last": case(last, "bfloat16"),
-            "the same, batch norm folded": case(folded(last), "bfloat16"),
-            "bfloat16 weights, channels last": case(
-                copy.deepcopy(last).to(torch.bfloat16), "bfloat16", cast=True
-            ),
-            "float16 by autocast, channels last": case(last, "float16"),
-        }
-    else:
-        compiled, both = copy.deepcopy(last), folded(last)
-        for detector in (compiled, both):
-            detector.backbone.compile(backend=options.backend)
-            detector.head.compile(backend=options.backend)
-        cases = {
-            "bfloat16 by autocast, channels last": case(last, "bfloat16"),
-            "the same, compiled": case(compiled, "bfloat16"),
-            "compiled, batch norm folded": case(both, "bfloat16"),
-        }
+    images, targets = make_batch(options)
+    teacher, student = build_pair(cell.subject, laid_out(options, "contiguous"), images)
+    for module in [*teacher.head.modules(), *student.head.modules()]:
+        if isinstance(module, nn.Conv2d):  # new ones answer alike everywhere, and all losses are near 0
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    cases, losses = {}, {}
+    for name, (cheap, further) in cheaper_teachers(cell, options, teacher, images).items():
+        method = METHODS["crosskd"].make(DEFAULTS)
+        distiller = Distiller(cheap, student, method, adapter_of, prove=False, **further)
+        if name.endswith("compiled"):
+            distiller.teacher.backbone.compile(backend=options.backend)
+        with torch.no_grad():
+            given = distiller(images, targets)
+        losses[name] = {key: float(loss) for key, loss in given.items() if key.startswith("kd_")}
+        batch = distiller.student_adapter.prepare(images, targets)
+        seen = distiller.teacher_batch(batch, images, targets)
+        cases[name] = partial(run_teacher, distiller.pair, seen, dict(distiller.methods.items()))
     seconds = timed(cases, options)
     peak = {name: measure.memory(function, options.device).peak for name, function in cases.items()}
-    return {"seconds": seconds, "peak": peak}
+    return {"seconds": seconds, "peak": peak, "losses": losses}
 
 
 # -- losses --------------------------------------------------------------------------------------
@@ -487,16 +488,22 @@ def step_rows(cell: Cell, result: Result) -> list[list[str]]:
 def teacher_rows(cell: Cell, result: Result) -> list[list[str]]:
     """The rows of one measurement of the teacher."""
     first = next(iter(result["seconds"].values()))
-    return [
-        [
-            cell.subject,
-            name,
-            f"{1000 * median(seconds):.1f}",
-            measure.ratios(seconds, first).text(),
-            f"{result['peak'][name] / MIB:.0f}",
-        ]
-        for name, seconds in result["seconds"].items()
-    ]
+    plain, *_ = result["losses"].values()
+    rows = []
+    for name, seconds in result["seconds"].items():
+        own = result["losses"][name]
+        changes = [f"{own[key] / plain[key] - 1:+.1e}" for key in plain]
+        rows.append(
+            [
+                cell.subject,
+                name,
+                f"{1000 * median(seconds):.1f}",
+                measure.ratios(seconds, first).text(),
+                f"{result['peak'][name] / MIB:.0f}",
+                *(changes if own is not plain else [f"{loss:.4g}" for loss in plain.values()]),
+            ]
+        )
+    return rows
 
 
 def loss_rows(cell: Cell, result: Result) -> list[list[str]]:
@@ -566,8 +573,10 @@ over the rounds; ratios are taken round by round, with their quartiles in bracke
 allocated above the weights. The last column: the first call of each, where the compiler works."""
 
 TEACHER_EXPLANATION = """\
-The teacher's backbone and head by several means, in turn. What rounding does to the losses is measured with
-trained weights, in the documentation: untrained ones amplify it."""
+What a distilled step beside a student in float32 runs of the teacher, by several means, in turn; compiled:
+its backbone. The last two columns: CrossKD's losses in the first row, below it their relative changes; the
+weights are untrained, the heads' drawn anew so that answers differ from place to place. Images of half the
+size: the teacher resizes them so, and its predictions are brought to the student's locations."""
 
 LOSS_EXPLANATION = f"""\
 Losses, forward and backward. GB/s: {LEAST_PASSES} times the bytes of one input, which is the least to be
