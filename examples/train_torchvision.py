@@ -63,7 +63,7 @@ from report import write_comparison
 from run_folder import claim, fingerprint, save_atomically
 from shapes_data import write_shapes
 from torch import nn
-from training import AMP_TYPES, History, Trainer, memory_format
+from training import AMP_TYPES, History, Trainer, memory_format, share_buffers
 
 import crosskd
 from crosskd import Distiller, TeacherCache
@@ -325,6 +325,8 @@ def try_out(
         if inherits(method) and teacher is not None:
             crosskd.inherit(student, teacher)
         model = with_method(method, student, teacher, options).to(processes.device).train()
+        if isinstance(model, Distiller):
+            model.set_epoch(0)
         with warnings.catch_warnings():  # a teacher that is not trained yet is no reason to warn
             warnings.simplefilter("ignore")
             model(images, targets)
@@ -407,6 +409,47 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     }
     if processes.is_first:
         write_report(metrics, models, data[1], options, processes)
+    if lock is not None:
+        lock.close()
+    return metrics
+
+
+def prepare_one(
+    options: argparse.Namespace, processes: Processes
+) -> tuple[nn.Module, nn.Module, tuple[CocoFolder, CocoFolder], BinaryIO | None]:
+    """What another loop than `Trainer` trains: the last of ``--method``.
+
+    Returns:
+        The distiller, or the student alone; the student; training and validation data; the folder's lock.
+    """
+    given = [f"--{name}" for name in ("resume", "ema", "compile") if getattr(options, name)]
+    if given:
+        raise SystemExit(f"{', '.join(given)}: only the loop of train_torchvision.py does that")
+    options.method = options.method[-1:]
+    data, teacher, untrained, lock = prepare(options, processes)
+    if untrained:
+        raise SystemExit(f"{options.teacher} isn't trained: name its weights by --teacher-weights")
+    student = make_student(options, data[0].num_classes)
+    if inherits(options.method[0]) and teacher is not None:
+        crosskd.inherit(student, teacher)
+    model = with_method(options.method[0], student, teacher, options)
+    return model.to(processes.device, memory_format=memory_format(options)), student, data, lock
+
+
+def finish(
+    student: nn.Module,
+    val: CocoFolder,
+    options: argparse.Namespace,
+    processes: Processes,
+    lock: BinaryIO | None,
+) -> dict[str, float]:
+    """Evaluates the student that another loop has trained, and writes its weights; returns the metrics."""
+    share_buffers(student)
+    metrics = measure(student, val, options, processes)
+    path = options.output / f"{options.method[0]}.pt"
+    if processes.is_first:
+        save_atomically(student.state_dict(), path)
+    processes.say(f"AP {metrics['AP']:.1f}; the student is {path}")
     if lock is not None:
         lock.close()
     return metrics

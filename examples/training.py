@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from processes import Processes
 from run_folder import save_atomically
 from torch import Tensor, nn
@@ -198,7 +199,9 @@ class Trainer:
                 parts_text = {name: f"{value:.3f}" for name, value in losses.items()}
                 bar.set_postfix({**parts_text, "images/s": f"{speed:.1f}"})
                 bar.update()
-        self._share_buffers()
+        share_buffers(self.model)
+        if self.average is not None:
+            share_buffers(self.average)
         self.epoch, self.part = self.epoch + 1, Part()
         entry = {
             "epoch": self.epoch,
@@ -264,12 +267,6 @@ class Trainer:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.trained)
-
-    def _share_buffers(self) -> None:
-        """Gives all processes the first one's batch statistics, so that all evaluate the same detector."""
-        if self.processes.ranks > 1:
-            for buffer in (*self.model.buffers(), *(self.average.buffers() if self.average else ())):
-                torch.distributed.broadcast(buffer, 0)
 
     # -- what a person sees ---------------------------------------------------------------------
 
@@ -363,6 +360,13 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history = state["epoch"], state["history"]
         self.part = Part(**state.get("part", {}))
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives all processes the first one's batch statistics, so that all evaluate the same detector."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def memory_format(options: Namespace) -> torch.memory_format:

@@ -7,9 +7,12 @@ import multiprocessing
 import os
 import re
 import shlex
-import subprocess
-import sys
+import signal
+import socket
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,7 +23,10 @@ import train_torchvision
 from methods_table import check_name
 from models import build_detector
 from options import add_options
-from processes import Processes
+from processes import Processes, start
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
+from torchvision.models.detection import RetinaNet
 from train_torchvision import (
     cache_for,
     main,
@@ -30,29 +36,18 @@ from train_torchvision import (
     warn_of_slow_bfloat16,
     with_method,
 )
+from training import Trainer
 
 import crosskd.checkpoints
 from tests.examples.coco_files import write_coco
 from tests.examples.mmdet_state import mmdet_state
+from tests.helpers.tiny import tiny_retinanet
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "examples" / "train_torchvision.py"
 SMALL = [
     *("--shapes-train", "8", "--shapes-val", "3", "--width", "32", "--short-side", "64", "--batch-size", "4"),
     *("--student", "retinanet_mobilenet_v3_large", "--teacher", "retinanet_resnet18", "--head-norm", "none"),
     *("--epochs", "1", "--teacher-epochs", "1", "--evaluate-every", "1", "--threads", "1"),
 ]
-
-
-def command(*arguments: str, script: Path = SCRIPT, processes: int = 1) -> list[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, str(script), *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
@@ -325,7 +320,8 @@ def test_another_seed_batch_size_or_annotation_is_another_run(tmp_path):
     for option, value in changed.items():
         now = of(option, value)
         assert [key for key in now if now[key] != first[key]] == [option[2:].replace("-", "_")]
-    assert of("--workers", "3", "--output", "elsewhere", "--method", "pkd") == first
+    free = ("--workers", "3", "--output", "elsewhere", "--method", "pkd", "--checkpoint-every", "7")
+    assert of(*free) == first
     path = tmp_path / "coco" / "annotations.json"
     path.write_text(path.read_text() + " ")
     assert [key for key, value in of().items() if value != first[key]] == [
@@ -417,43 +413,78 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-WRAPPER = """
-import hashlib, json, sys
-sys.path.insert(0, {examples!r})
-import torch
-import train_torchvision
+class Mortal(Trainer):
+    """Notes what each rank begins and ends with; rank 1 is killed in the epoch's third step, once."""
 
-class Noting(train_torchvision.Trainer):
+    def _train_epoch(self):
+        self.began = self.part.batches
+        return super()._train_epoch()
+
     def run(self, evaluate):
-        history = super().run(evaluate)
-        digest = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
-            digest.update(tensor.contiguous().numpy().tobytes())
-        last = history[-1]
-        note = {{"hash": digest.hexdigest(), "metrics": last["metrics"], "losses": last["losses"]}}
-        open(f"{{self.folder}}_{{self.processes.rank}}.json", "w").write(json.dumps(note))
-        return history
+        (last,) = super().run(evaluate)
+        weights = [value.numpy().tobytes() for value in self.model.state_dict().values()]
+        note = {"began": self.began, "weights": sha256(b"".join(weights)).hexdigest(), **last}
+        Path(f"{self.folder}_{self.processes.rank}.json").write_text(json.dumps(note))
+        return [last]
 
-train_torchvision.Trainer = Noting
-train_torchvision.main({arguments!r})
-"""
+    def _step(self):
+        died = Path("died")
+        if (self.processes.rank, self.part.batches) == (1, 2) and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._step()
+
+
+def one_of_two_machines(endpoint: str, train: Callable[[], None]) -> None:
+    """What torchrun does, but that it doesn't start Python anew: importing takes longer than all the rest."""
+    command = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d"]
+    command += [f"--rdzv-endpoint={endpoint}", "--start-method=fork", "train_torchvision.py"]
+    config, *_ = torchrun.config_from_args(torchrun.parse_args(command))
+    elastic_launch(config, train)()
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path):
-    folder = tmp_path / "gfl"
-    arguments = ["--output", str(folder), *SMALL, *GFL, "--width", "64", "--method", "crosskd"]
-    script = tmp_path / "noting.py"
-    script.write_text(WRAPPER.format(examples=str(SCRIPT.parent), arguments=arguments))
-    subprocess.run(command(script=script, processes=2), env=environment(), check=True)
-    for model in ("teacher", "crosskd"):
-        notes = [json.loads((folder / f"{model}_{rank}.json").read_text()) for rank in (0, 1)]
-        assert notes[0]["hash"] == notes[1]["hash"]
-        assert notes[0]["metrics"] == notes[1]["metrics"]
-        assert notes[0]["metrics"]["images"] == 3
-        for note in notes:
-            assert all(0 < value < 100 for value in note["losses"].values())
-    assert json.loads((folder / "metrics.json").read_text())["versions"]["processes"] == "2"
+def test_a_rank_lost_on_one_of_two_machines_changes_no_weight(tmp_path, monkeypatch):
+    """And all ranks end with equal weights and count each image once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_torchvision, "Trainer", Mortal)
+    monkeypatch.setattr(train_torchvision, "write_report", lambda *_: None)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
+
+    def tiny(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
+        return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
+
+    monkeypatch.setattr(train_torchvision, "new_detector", tiny)
+    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", "teacher.pt", "--checkpoint-every", "1"]
+    arguments += ["--batch-size", "1", "--resume"]
+
+    def train() -> None:
+        processes = start("cpu")
+        for output in ("broken", "whole"):
+            train_torchvision.run(parse(["--output", output, *arguments]), processes)
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    fork = multiprocessing.get_context("fork").Process
+    machines = [fork(target=one_of_two_machines, args=(endpoint, train)) for _ in range(2)]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join(300)
+        machine.kill()
+    assert [machine.exitcode for machine in machines] == [0, 0]
+    notes = [
+        json.loads(Path(output, f"crosskd_{rank}.json").read_text())
+        for output in ("broken", "whole")
+        for rank in (0, 1)
+    ]
+    assert [note["began"] for note in notes] == [2, 2, 0, 0]
+    assert len({note["weights"] for note in notes}) == 1
+    assert all(note["metrics"] == notes[0]["metrics"] for note in notes)
+    assert notes[0]["metrics"]["images"] == 3
+    assert notes[0]["losses"] == notes[2]["losses"]
+    assert all(0 < value < 100 for note in notes for value in note["losses"].values())
 
 
 def test_the_teacher_may_be_cheaper():
