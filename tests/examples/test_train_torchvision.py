@@ -395,7 +395,16 @@ WRAPPER = """
 import hashlib, json, sys
 sys.path.insert(0, {examples!r})
 import torch
-import train_torchvision
+import coco_data, evaluation, train_torchvision
+
+calls = []
+
+def noted(module, name):
+    function = getattr(module, name)
+    setattr(module, name, lambda *arguments: calls.append(name) or function(*arguments))
+
+noted(coco_data, "read_annotations")
+noted(evaluation, "coco_stats")
 
 class Noting(train_torchvision.Trainer):
     def run(self, evaluate):
@@ -404,7 +413,7 @@ class Noting(train_torchvision.Trainer):
         for tensor in self.model.state_dict().values():
             digest.update(tensor.contiguous().numpy().tobytes())
         last = history[-1]
-        note = {{"hash": digest.hexdigest(), "metrics": last["metrics"], "losses": last["losses"]}}
+        note = {{"hash": digest.hexdigest(), "calls": calls, **{{n: last[n] for n in ("metrics", "losses")}}}}
         open(f"{{self.folder}}_{{self.processes.rank}}.json", "w").write(json.dumps(note))
         return history
 
@@ -425,6 +434,9 @@ def test_two_processes_end_with_equal_weights_and_count_each_image_once(tmp_path
         assert notes[0]["hash"] == notes[1]["hash"]
         assert notes[0]["metrics"] == notes[1]["metrics"]
         assert notes[0]["metrics"]["images"] == 3
+        # Training and validation data are read, and the ground truth made, by the first process alone.
+        assert notes[0]["calls"][:3] == ["read_annotations", "read_annotations", "coco_stats"]
+        assert notes[1]["calls"] == []
         for note in notes:
             assert all(0 < value < 100 for value in note["losses"].values())
     assert json.loads((folder / "metrics.json").read_text())["versions"]["processes"] == "2"
