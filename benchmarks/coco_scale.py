@@ -328,11 +328,12 @@ def report(
         "# A data set of COCO's size",
         measure.environment("benchmarks/coco_scale.py", options, load)
         + f"\n- evaluators: pycocotools {metadata.version('pycocotools')}, faster-coco-eval {fast}"
-        + f"\n- data: {options.records:,} training and {options.val:,} validation images, {sizes(options)} of JSON",
-        "Medians over the rounds. Seconds are the wall clock's. Memory is resident, in MiB: of the pages that a\n"
-        "process shares with others, PSS counts its share and USS nothing.",
-        "Start-up: both JSON files read and checked, and the header of every image. Memory is what it added to\n"
-        "that of the imported modules.",
+        + f"\n- data: {options.records:,} training and {options.val:,} validation images, "
+        f"{sizes(options)} of JSON",
+        "Medians over the rounds. Seconds are the wall clock's. Memory is resident, in MiB: of the pages\n"
+        "that a process shares with others, PSS counts its share and USS nothing.",
+        "Start-up: both JSON files read and checked, and the header of every image. Memory is what it added\n"
+        "to that of the imported modules.",
         measure.table(["version", "processes", *cost, "kept, added up"], startups),
         f"Memory of the main process and of each of {options.workers} workers, at the end of an epoch whose "
         "images were not\ndecoded; PyTorch and the other modules, which all share, are in it.",
