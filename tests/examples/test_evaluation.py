@@ -41,6 +41,11 @@ def test_what_can_be_read_and_is_answered_rightly_counts_in_full(dataset):
     metrics = evaluate(oracle, dataset, batch_size=2, device=torch.device("cpu"))
     assert oracle.training
     assert metrics["images"] == 5
+    assert metrics["unreadable_images"] == 2
+    oracle.calls = 0
+    state = torch.get_rng_state()
+    assert evaluate(oracle, dataset, batch_size=2, device=torch.device("cpu"), workers=1) == metrics
+    assert torch.equal(state, torch.get_rng_state())
     # Image 4 can't be read, so one of two dogs is missed: COCO reads the recall of 0.5 at 101 points, of
     # which 51 are reached. The one cat is found, but annotated beyond the image's border: IoU 0.25.
     assert metrics["AP"] == pytest.approx(100 * (51 / 101 + 0) / 2, abs=0.1)
