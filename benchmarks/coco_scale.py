@@ -165,16 +165,17 @@ def startup(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def epoch(options: argparse.Namespace) -> dict[str, Any]:
-    """Start-up, memory at the end of an epoch whose images are not decoded, and what decoding costs."""
+    """Start-up, memory after a part of an epoch whose images are not decoded, and what decoding costs."""
     import coco_data
 
     train, _, took = started(options)
     decode, coco_data.decode = coco_data.decode, lambda path, size: torch.zeros(3, 8, 8, dtype=torch.uint8)
     whole = coco_data.training_loader(train, 16, seed=0, workers=options.workers)
     for number, _ in enumerate(whole, 1):
-        if number == len(whole):
+        if number == min(len(whole), max(1, options.touched // 16)):
             workers = [memory(child.pid) for child in multiprocessing.active_children()]
             main = memory()
+            break
     coco_data.decode = decode
     loader = coco_data.training_loader(train, 2, seed=0, workers=options.workers)
     spent = []
@@ -230,7 +231,7 @@ def run(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--part", part, *["--slow"] * slow]
-    for name in ("root", "workers", "images", "detections", "seed"):
+    for name in ("root", "workers", "touched", "images", "detections", "seed"):
         command += [f"--{name}", str(getattr(options, name))]
     found = [str(examples), str(examples.parent), os.environ.get("PYTHONPATH", "")]
     shared = {
@@ -257,8 +258,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--root", type=Path, default=Path("runs/coco_scale"), help="where the data is made, about 0.5 GB")
     add("--records", type=int, default=100_000, help="training images")
-    add("--val", type=int, default=5000, help="validation images")
+    add("--val", type=int, default=1000, help="validation images")
     add("--detections", type=int, default=100, help="of a validation image")
+    add("--touched", type=int, default=20_000, help="of how many images the workers give the boxes")
     add("--images", type=int, default=400, help="how many are decoded to measure what that costs")
     add("--workers", type=int, default=2)
     add("--ranks", type=int, default=2)
@@ -335,8 +337,8 @@ def report(
         "Start-up: both JSON files read and checked, and the header of every image. Memory is what it added\n"
         "to that of the imported modules.",
         measure.table(["version", "processes", *cost, "kept, added up"], startups),
-        f"Memory of the main process and of each of {options.workers} workers, at the end of an epoch whose "
-        "images were not\ndecoded; PyTorch and the other modules, which all share, are in it.",
+        f"Memory of the main process and of each of {options.workers} workers, after {options.touched:,} "
+        "images that were not decoded;\nPyTorch and the other modules, which all share, are in it.",
         measure.table(["version", "main, PSS", "main, USS", "worker, PSS", "worker, USS"], workers),
         f"Reading, decoding, flipping and handing over {options.images} of the images. An H100 needs {NEED} "
         "images/s (batch 8,\nRetinaNet-R50 from R101, compiled, bfloat16: step_cost_h100_compiled.md).",
