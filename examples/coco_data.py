@@ -27,13 +27,14 @@ from torchvision.transforms.functional import pil_to_tensor
 
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
 LEAST_SIDE, MOST_RATIO = 8, 100  # pixels; what is smaller or narrower vanishes where images are resized
+THREADS = 16  # that look at images: on a network's disk each waits for its answer
 
 
 class Annotations(NamedTuple):
     """A JSON file in COCO form as arrays, its annotations in the order of the images.
 
-    Lists of dicts would take ten times the memory, and once more in every worker: reading an object writes
-    its reference count, and so copies the page that workers share.
+    Lists of dicts take many times the memory, some of it once more in every worker: to read a Python object
+    is to write its reference count, which copies the page that it shares with the main process.
 
     Attributes:
         categories: names by id, in the order of the ids.
@@ -159,7 +160,7 @@ class CocoFolder(Dataset[Sample]):
         }
 
     def _check_files(self, processes: Processes) -> None:
-        """Notes missing images, and others that can't be read; raises for other sizes than annotated."""
+        """Notes which images are missing or can't be read; raises for other sizes than annotated."""
 
         def other_size(index: int) -> tuple[int, int] | None:
             expected = self._size(index)
@@ -177,10 +178,13 @@ class CocoFolder(Dataset[Sample]):
             except Exception:  # noqa: BLE001 - Pillow's readers raise anything
                 return "unreadable"
 
+        def faults(indices: Sequence[int]) -> list[tuple[int, tuple[int, int] | str]]:
+            return [(index, fault) for index in indices if (fault := looked_at(index))]
+
         share = range(processes.rank, len(self.ids), processes.ranks)
-        with ThreadPoolExecutor(16) as pool:
-            seen = {i: fault for i, fault in zip(share, pool.map(looked_at, share), strict=True) if fault}
-        found = dict(sorted(entry for part in processes.gather(seen) for entry in part.items()))
+        with ThreadPoolExecutor(THREADS) as pool:
+            parts = list(pool.map(faults, [share[n::THREADS] for n in range(THREADS)]))
+        found = dict(sorted(pair for seen in processes.gather(parts) for part in seen for pair in part))
         differing = [i for i, fault in found.items() if not isinstance(fault, str)]
         if differing:
             shown = [f"{self._path(i)} is {found[i]}, annotated as {self._size(i)}" for i in differing[:3]]
@@ -195,9 +199,12 @@ class CocoFolder(Dataset[Sample]):
     def _keep(self, chosen: NDArray[np.bool_]) -> None:
         source = self.annotations
         self.ids, self.counts = np.array(source.ids)[chosen].tolist(), self.counts[chosen]
-        of_images = {"file_names": source.file_names, "sizes": source.sizes, "rows": source.rows}
-        kept = {name: values[chosen] for name, values in of_images.items()}
-        self.annotations = source._replace(ids=self.ids, **kept)
+        self.annotations = source._replace(
+            ids=self.ids,
+            file_names=source.file_names[chosen],
+            sizes=source.sizes[chosen],
+            rows=source.rows[chosen],
+        )
 
     def _path(self, index: int) -> Path:
         return self.images / str(self.annotations.file_names[index])

@@ -10,8 +10,19 @@ import torch
 import torch.distributed as dist
 from coco_data import CocoFolder
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+class Pixels(Dataset[Tensor | None]):
+    """The images of a data set as they are; ``None`` for one that can't be read."""
+
+    def __init__(self, dataset: CocoFolder) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.dataset.read(index)
 
 
 @torch.no_grad()
@@ -23,16 +34,24 @@ def detect(
     device: torch.device,
     rank: int = 0,
     ranks: int = 1,
+    workers: int = 0,
 ) -> dict[int, list[dict[str, Any]]]:
     """Detections by image id, in COCO's result form, of this process's share of the images."""
     was_training = detector.training
     detector.eval()
     found: dict[int, list[dict[str, Any]]] = {}
     indices = range(rank, len(dataset), ranks)
-    for start in range(0, len(indices), batch_size):
-        chosen = list(indices[start : start + batch_size])
-        images = {index: dataset.read(index) for index in chosen}
-        readable = {i: image.to(device).float() / 255 for i, image in images.items() if image is not None}
+    batches = [list(indices[n : n + batch_size]) for n in range(0, len(indices), batch_size)]
+    loader = DataLoader(
+        Pixels(dataset),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the seed of workers isn't taken from the training's random numbers
+    )
+    for chosen, images in zip(batches, loader, strict=True):
+        pairs = zip(chosen, images, strict=True)
+        readable = {i: image.to(device).float() / 255 for i, image in pairs if image is not None}
         outputs = detector(list(readable.values())) if readable else []
         for index in chosen:
             found[dataset.ids[index]] = []
@@ -54,12 +73,21 @@ def coco_results(dataset: CocoFolder, image_id: int, output: dict[str, Tensor]) 
 
 
 def evaluate(
-    detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device
+    detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device, workers: int = 0
 ) -> dict[str, float]:
-    """COCO's box metrics, from 0 to 100, and the numbers of images and of those that can't be read."""
+    """COCO's box metrics, from 0 to 100, and the numbers of images and of those that can't be read.
+
+    Args:
+        detector: answers a list of images with boxes, scores and labels.
+        dataset: what it is measured on; of several processes each detects in its share.
+        batch_size: images at a time.
+        device: what the detector is on.
+        workers: processes that read images.
+    """
     before = dataset.broken
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = detect(detector, dataset, batch_size=batch_size, device=device, rank=rank, ranks=ranks)
+    share = {"rank": rank, "ranks": ranks, "workers": workers}
+    found = detect(detector, dataset, batch_size=batch_size, device=device, **share)
     shares: list[Any] = [(found, dataset.broken - before)] * ranks
     if ranks > 1:  # the first process alone needs the detections and makes the ground truth
         dist.gather_object(shares[0], shares if rank == 0 else None)

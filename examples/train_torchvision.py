@@ -338,7 +338,8 @@ def measure(
     detector: nn.Module, data: CocoFolder, options: argparse.Namespace, processes: Processes
 ) -> dict[str, float]:
     """COCO's metrics on the validation data."""
-    return evaluate(detector, data, batch_size=options.eval_batch_size, device=processes.device)
+    size, workers = options.eval_batch_size, options.workers
+    return evaluate(detector, data, batch_size=size, device=processes.device, workers=workers)
 
 
 # ---------------------------------------------------------------------------------------------

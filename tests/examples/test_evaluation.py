@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from coco_data import CocoFolder
-from evaluation import METRICS, coco_metrics, coco_results, evaluate
+from evaluation import METRICS, coco_metrics, coco_results, coco_stats, evaluate
 from torch import nn
 
 from tests.examples.coco_files import write_coco
@@ -38,6 +41,11 @@ def test_what_can_be_read_and_is_answered_rightly_counts_in_full(dataset):
     metrics = evaluate(oracle, dataset, batch_size=2, device=torch.device("cpu"))
     assert oracle.training
     assert metrics["images"] == 5
+    assert metrics["unreadable_images"] == 2
+    oracle.calls = 0
+    state = torch.get_rng_state()
+    assert evaluate(oracle, dataset, batch_size=2, device=torch.device("cpu"), workers=1) == metrics
+    assert torch.equal(state, torch.get_rng_state())
     # Image 4 can't be read, so one of two dogs is missed: COCO reads the recall of 0.5 at 101 points, of
     # which 51 are reached. The one cat is found, but annotated beyond the image's border: IoU 0.25.
     assert metrics["AP"] == pytest.approx(100 * (51 / 101 + 0) / 2, abs=0.1)
@@ -66,3 +74,39 @@ def test_results_are_in_cocos_form_and_foreign_labels_are_left_out(dataset):
     assert coco_results(dataset, 2, output) == [
         {"image_id": 2, "category_id": 7, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
     ]
+
+
+def random_evaluation(seed: int):
+    """Ground truth with crowds, images that show nothing or have no detection, and scores that are equal."""
+    random = np.random.default_rng(seed)
+    truth = {
+        "images": [{"id": n, "file_name": "", "width": 400, "height": 400} for n in range(1, 31)],
+        "categories": [{"id": n, "name": str(n)} for n in (1, 2, 5, 9)],  # nobody annotated a 9
+        "annotations": [],
+    }
+    found = []
+    for image in range(1, 31):
+        for _ in range(int(random.integers(0, 9)) * (image % 6 > 0)):
+            box = random.uniform(0, [200, 200, 150, 150]).round(1)
+            facts = {"image_id": image, "category_id": int(random.choice([1, 2, 5]))}
+            own = {"id": len(truth["annotations"]) + 1, "area": float(box[2] * box[3]), "bbox": box.tolist()}
+            truth["annotations"].append({**facts, **own, "iscrowd": int(random.random() < 0.15)})
+            for _ in range(int(random.integers(0, 4)) * (image % 7 > 0)):
+                moved = (box + random.normal(0, 6, 4)).clip(1).tolist()
+                found.append({**facts, "bbox": moved, "score": float(random.integers(1, 6) / 5)})
+        found.append({"image_id": image, "category_id": 9, "bbox": [9.0, 9.0, 9.0, 9.0], "score": 0.6})
+    return truth, found
+
+
+def test_the_fast_evaluation_gives_pycocotools_numbers(monkeypatch):
+    pytest.importorskip("faster_coco_eval")
+    for seed in range(3):
+        truth, found = random_evaluation(seed)
+        for results in (found, []):
+            fast = coco_stats(truth, results)
+            with monkeypatch.context() as patched:
+                patched.setitem(sys.modules, "faster_coco_eval", None)
+                usual = coco_stats(truth, results)
+            assert len(usual) == len(fast) == 12
+            np.testing.assert_allclose(fast, usual, rtol=0, atol=1e-9)
+        assert 0.05 < coco_stats(truth, found)[0] < 0.5

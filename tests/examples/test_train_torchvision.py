@@ -12,10 +12,14 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.error import URLError
 
+import coco_data
+import evaluation
 import pytest
 import torch
 import torchvision
@@ -126,8 +130,8 @@ def test_data_that_is_not_there_is_named_with_what_is(option, given, missing, tm
 
 
 def test_the_commands_of_the_pages_have_options_that_there_are():
-    seen = 0
-    for page in [*sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "README.md"]:
+    repository, seen = Path(__file__).parents[2], 0
+    for page in [*sorted(repository.glob("docs/**/*.md")), repository / "README.md"]:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for command in re.findall(r"train_torchvision\.py (--.*)", text):
             parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -416,6 +420,8 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
 class Mortal(Trainer):
     """Notes what each rank begins and ends with; rank 1 is killed in the epoch's third step, once."""
 
+    calls: ClassVar[list[str]] = []  # of what the first process alone has to do
+
     def _train_epoch(self):
         self.began = self.part.batches
         return super()._train_epoch()
@@ -424,6 +430,7 @@ class Mortal(Trainer):
         (last,) = super().run(evaluate)
         weights = [value.numpy().tobytes() for value in self.model.state_dict().values()]
         note = {"began": self.began, "weights": sha256(b"".join(weights)).hexdigest(), **last}
+        note["calls"] = self.calls
         Path(f"{self.folder}_{self.processes.rank}.json").write_text(json.dumps(note))
         return [last]
 
@@ -433,6 +440,11 @@ class Mortal(Trainer):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         super()._step()
+
+
+def noted(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    Mortal.calls.append(name)
+    return function(*arguments)
 
 
 def one_of_two_machines(endpoint: str, train: Callable[[], None]) -> None:
@@ -450,6 +462,9 @@ def test_a_rank_lost_on_one_of_two_machines_changes_no_weight(tmp_path, monkeypa
     monkeypatch.setattr(train_torchvision, "Trainer", Mortal)
     monkeypatch.setattr(train_torchvision, "write_report", lambda *_: None)
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
+
+    for module, function in ((coco_data, "read_annotations"), (evaluation, "coco_stats")):
+        monkeypatch.setattr(module, function, partial(noted, function, getattr(module, function)))
 
     def tiny(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
         return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
@@ -484,6 +499,8 @@ def test_a_rank_lost_on_one_of_two_machines_changes_no_weight(tmp_path, monkeypa
     assert all(note["metrics"] == notes[0]["metrics"] for note in notes)
     assert notes[0]["metrics"]["images"] == 3
     assert notes[0]["losses"] == notes[2]["losses"]
+    # Both files are read, and the ground truth is made, by the first process alone.
+    assert [set(note["calls"]) for note in notes] == [{"read_annotations", "coco_stats"}, set()] * 2
     assert all(0 < value < 100 for note in notes for value in note["losses"].values())
 
 
