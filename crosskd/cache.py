@@ -63,7 +63,8 @@ class TeacherCache:
         >>> from crosskd import CrossKD, Distiller
         >>> sizes = {"weights_backbone": None, "num_classes": 4, "min_size": 64, "max_size": 64}
         >>> teacher, student = (retinanet_resnet50_fpn(**sizes) for _ in range(2))
-        >>> cache = TeacherCache(tempfile.mkdtemp())
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> cache = TeacherCache(folder.name, keep_free=0)
         >>> distiller = Distiller(teacher, student, CrossKD(), teacher_cache=cache)
         >>> targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]
         >>> image = torch.rand(3, 64, 64)
@@ -96,7 +97,7 @@ class TeacherCache:
         """
         if type(teacher).maps_of is not Adapter.maps_of:
             raise ValueError(
-                f"teacher_cache= keeps maps and predictions of a teacher, but the forward of a "
+                "teacher_cache= keeps maps and predictions of a teacher, but the forward of this "
                 f"{type(teacher.detector).__name__} runs as a whole and leaves more than these, such as what "
                 "its decoder reads: leave teacher_cache= out"
             )
@@ -217,12 +218,12 @@ def _digest(parts: Iterable[Any]) -> str:
 
 def _fingerprint(pair: Pair, methods: Mapping[str, Method], dtype: torch.dtype | None) -> dict[str, Any]:
     """What an entry depends on beside the pixels, as JSON can keep it."""
-    from crosskd import __version__
+    from crosskd import __version__  # at the top it would be a circle
 
     teacher, head = pair.teacher.detector, first_head(pair, methods)
     points = {} if head is None else points_of(head, methods, 1)
     taps = {
-        f"{branch} by {type(methods[name]).__name__}": list(point)
+        f"{name}, {branch}": [type(methods[name]).__name__, *point]
         for branch, of_branch in points.items()
         for name, point in of_branch.items()
     }
