@@ -57,8 +57,10 @@ def needs(peer: str, path: Path) -> bool:
     return path.is_relative_to(PACKAGE) and any(peer in part for part in path.relative_to(PACKAGE).parts)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Refuses to start where a peer is required and missing."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # the processes that run the tests look; this one would import all peers before they start
     for peer, missing in MISSING.items():
         variable = REQUIRED.format(peer.upper())
         reason = missing() if os.environ.get(variable) else None
@@ -79,7 +81,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked with a peer's name, with the reason, where it is missing."""
+    """Skips tests marked with a peer's name, with the reason, where it is missing.
+
+    Of several processes that share the tests, each begins with slow ones, so that all end at one time.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for peer, missing in MISSING.items():
         for item in items:
             if needs(peer, item.path):

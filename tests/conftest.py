@@ -1,5 +1,7 @@
 """Fixtures of all tests."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,6 +9,14 @@ from hypothesis import settings
 # What an example may take says nothing on a machine that other work keeps busy.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+@pytest.fixture
+def frozen_objects():
+    """For code that collects garbage by itself: it need not look at all that is imported by then."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import models
-from torchvision.models import detection
+from torchvision.models import detection, resnet
 from torchvision.models.detection import backbone_utils
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
@@ -86,7 +86,7 @@ def side_of_diff(diff: str, side: str) -> str:
 
 
 def small_detectors(monkeypatch) -> None:
-    """The detectors that pages build: on a ResNet-18, for small images, without downloads."""
+    """The detectors that pages build: on short networks, for small images, without downloads."""
 
     def small(kind: type[nn.Module]) -> Callable[..., nn.Module]:
         def build(weights: Any = None, weights_backbone: Any = None, **sizes: int) -> nn.Module:
@@ -110,12 +110,20 @@ def small_detectors(monkeypatch) -> None:
     def without_weights(weights: Any = None, **options: Any) -> nn.Module:
         return resnet_fpn_backbone(weights=None, **options)
 
+    def one_block_a_stage(weights: Any = None, **options: Any) -> nn.Module:
+        return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], **options)
+
+    def swin(weights: Any = None) -> nn.Module:
+        return models.SwinTransformer([4, 4], 96, [1, 1, 1, 1], [3, 6, 12, 24], [7, 7])
+
     for name in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"):
         monkeypatch.setattr(detection, name, small(detection.RetinaNet))
     monkeypatch.setattr(detection, "RetinaNet", SmallRetinaNet)
     monkeypatch.setattr(backbone_utils, "resnet_fpn_backbone", without_weights)
     monkeypatch.setattr(detection, "fcos_resnet50_fpn", small(detection.FCOS))
-    monkeypatch.setattr(models, "resnet50", lambda weights=None: models.resnet18(weights=None))
+    for module, name in ((resnet, "resnet18"), (models, "resnet18"), (models, "resnet50")):
+        monkeypatch.setattr(module, name, one_block_a_stage)
+    monkeypatch.setattr(models, "swin_t", swin)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -222,12 +230,15 @@ def test_python_of_your_classes_runs(monkeypatch, tmp_path):
     small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_coco_folder(tmp_path / "data")
-    page, size = ROOT / "docs/your_classes.md", '"min_size": 256, "max_size": 448'
-    assert size in page.read_text(encoding="utf-8")
+    page = ROOT / "docs/your_classes.md"
+    smaller = {'"min_size": 256, "max_size": 448': '"min_size": 64, "max_size": 96', "epochs=6": "epochs=1"}
+    assert all(page.read_text(encoding="utf-8").count(size) for size in smaller)
     shown: dict[str, Any] = {"__name__": "your_classes"}
     for line, block in python_blocks(page):
-        small = block.replace(size, '"min_size": 64, "max_size": 96')
-        exec(compile("\n" * line + small, str(page), "exec"), shown)
+        source = "\n" * line + block
+        for size, small in smaller.items():
+            source = source.replace(size, small)
+        exec(compile(source, str(page), "exec"), shown)
     assert (tmp_path / "student.onnx").exists()
     assert "AP" in str(shown["comparison"])
     assert shown["category_of"] == {0: 3, 1: 7}

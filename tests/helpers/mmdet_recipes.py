@@ -64,7 +64,8 @@ def small_bccd(root: Path, models: tuple[str, ...] = ("model.teacher", "model.st
             f"{model}.bbox_head.feat_channels": 64,
             f"{model}.backbone.frozen_stages": -1,
             f"{model}.backbone.depth": 18,
-            f"{model}.neck.in_channels": [64, 128, 256, 512],
+            f"{model}.backbone.base_channels": 16,
+            f"{model}.neck.in_channels": [16, 32, 64, 128],
             f"{model}.backbone.norm_eval": False,
             f"{model}.test_cfg.score_thr": 0.0,
         }

@@ -15,7 +15,7 @@ from tests.helpers import forked, mmdet_process
 from tests.helpers.mmdet_recipes import FOLDER, as_arguments, load_recipe, small_bccd
 from tests.helpers.reference_files import bccd_folder
 
-pytestmark = [pytest.mark.mmdet, pytest.mark.slow]
+pytestmark = [pytest.mark.mmdet, pytest.mark.slow, pytest.mark.usefixtures("frozen_objects")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +25,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _configs_as_they_are():
+    """A Runner lays its config out by yapf at every checkpoint, which takes longer than to train here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mmengine.config.config.FormatCode", lambda text, **style: (text, False))
+        yield
 
 
 @pytest.fixture(scope="module")
