@@ -92,7 +92,11 @@ class Method(nn.Module, ABC):
         return None
 
     def keep_of_teacher(self, tapped: Tapped) -> Any:
-        """What to keep of the teacher's features at a tap until `forward`; all of them by default."""
+        """What to keep of the teacher's features at a tap until `forward`; all of them by default.
+
+        With a `crosskd.cache.TeacherCache` it is called for each image alone, and gives a tensor of shape
+        (1, …), of which a batch's are put one behind the other, or `crosskd.align.FeatureStatistics`.
+        """
         return tapped.read()
 
     def loss_names(self) -> tuple[str, ...]:

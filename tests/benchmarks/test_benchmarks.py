@@ -117,6 +117,24 @@ def test_step_cost_has_a_row_for_each_method(tmp_path):
         assert float(row["alive after the teacher, MiB"]) < read[row["method"]] + 0.2
 
 
+def test_teacher_cache_tables(tmp_path):
+    output = tmp_path / "teacher_cache.md"
+    options = "--student mobilenet_v3_large --classes 3 --objects 2 --rounds 1 --threads 1"
+    cell = "fcos:mobilenet_v3_large:crosskd:bfloat16:64x64:1"
+    arguments = [*options.split(), "--cells", cell, "--folder", str(tmp_path), "--output", str(output)]
+    load("teacher_cache").main(arguments)
+    (teacher,), (step,) = tables(output)
+    for row in (teacher, step):
+        assert (row["teacher"], row["method"], row["kept in"]) == (
+            "fcos_mobilenet_v3_large",
+            "CrossKD",
+            "bfloat16",
+        )
+    assert teacher["images"] == "1 of 64x64"
+    assert all(float(step[f"{name}, steps/s"]) > 0 for name in ("plain", "with the teacher", "reading"))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_memory_counts_what_is_allocated_and_what_is_kept():
     measure = load("measure")
     tensor = torch.ones(100_000)
