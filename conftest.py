@@ -83,7 +83,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked with a peer's name, with the reason, where it is missing.
 
-    Of several processes that share the tests, each begins with slow ones, so that all end at one time.
+    Where several processes share the tests, slow ones come first, so that none is left with one at the end.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)

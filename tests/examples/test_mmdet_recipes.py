@@ -39,9 +39,7 @@ def test_a_recipe_trains_a_step(name):
     from mmengine.optim import build_optim_wrapper
 
     config, batch = load_recipe(name), mmdet_batch()
-    detector = MODELS.build(config.model)
-    detector.init_weights()
-    detector.train()
+    detector = MODELS.build(config.model).train()
     optimizer = build_optim_wrapper(detector, config.optim_wrapper)
     teacher = {key: value.clone() for key, value in detector.teacher.state_dict().items()}
     before = {key: value.clone() for key, value in detector.state_dict().items()}

@@ -54,10 +54,9 @@ class Popen:
 
 
 def run(command: Sequence[str], *, check: bool, **streams: Any) -> Popen:
-    """Runs a script to its end, as `subprocess.run` does."""
+    """Runs a script to its end, as `subprocess.run` does with ``check=False``."""
     started = Popen(command, **streams)
     started.process.join()
-    assert not check or started.returncode == 0
     return started
 
 

@@ -699,7 +699,6 @@ def test_torchvisions_own_builders():
     for detector in (teacher, student):
         nn.init.normal_(detector.roi_heads.box_predictor.cls_score.weight, std=0.3)
     assert_distils(teacher, student, CrossKD(head="box"))
-    assert_distils(teacher, fasterrcnn_resnet50_fpn_v2(**options, **sizes), PredictionMimicking())
 
 
 def test_other_classes_are_read_by_the_teachers_head_and_not_mimicked():
@@ -965,9 +964,9 @@ def trained(model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]], 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_student_gets_better_on_real_images():
-    """From random weights, on 64 images, measured on 36 others."""
+    """From random weights, on 64 images, measured on 24 others."""
     _, images, targets = cells("train", 64, first_label=1)
-    dataset, test_images, _ = cells("test", 36, first_label=1)
+    dataset, test_images, _ = cells("test", 24, first_label=1)
     build_detector = importlib.import_module("models").build_detector
 
     def build(width: int) -> nn.Module:
@@ -977,7 +976,8 @@ def test_a_student_gets_better_on_real_images():
         detector.rpn._pre_nms_top_n = {"training": 300, "testing": 300}  # a tenth of the time goes into NMS
         return detector
 
-    teacher, student = trained(build(64), images, targets, steps=80), build(32)
+    teacher, student = trained(build(64), images, targets, steps=30), build(32)
     before = average_precision(student, dataset, test_images)
     trained(Distiller(teacher, student, CrossKD()), images, targets, steps=40)
-    assert average_precision(student, dataset, test_images)["AP50"] > before["AP50"] + 5
+    after = average_precision(student, dataset, test_images)
+    assert after["AP50"] > before["AP50"] + 5
