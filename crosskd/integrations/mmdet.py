@@ -119,6 +119,8 @@ class CrossKDDetector(BaseDetector):  # type: ignore[misc, unused-ignore]
         # In a tuple, where the module machinery sees neither a second copy of the student nor the teacher.
         self._distiller = (distiller,)
         self._modules.update(built._modules)
+        # A detection transformer holds parameters itself, outside of any layer.
+        self._parameters, self._buffers = built._parameters, built._buffers
         if distiller.progress is not None or any(True for _ in distiller.methods.parameters()):
             extras = nn.Module()
             extras.methods = distiller.methods

@@ -15,6 +15,7 @@ from torch import nn
 
 from crosskd import CrossKD, Method, Schedule
 from tests.helpers.imports import forget
+from tests.helpers.mmdet_detr import settings_of
 from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
 pytestmark = pytest.mark.mmdet
@@ -160,6 +161,24 @@ def test_layers_that_the_runner_replaces_are_trained():
     step(detector.train(), data_of())
     assert norm.num_batches_tracked == 5  # once per level
     assert not torch.equal(norm.weight, weight)
+
+
+def test_parameters_outside_of_any_layer_are_trained_and_saved():
+    """A detection transformer holds the embedding of its levels itself."""
+    model = {**settings_of("deformable_detr"), "type": "DeformableDETR"}
+    model["backbone"] |= {"base_channels": 8, "out_indices": [1, 2, 3]}
+    model["neck"] |= {"in_channels": [16, 32, 64]}
+    detector = build(config_of(student=model, teacher=model, methods="QueryDistillation"))
+    detector.init_weights()
+    assert list(detector.state_dict()) == list(detector.student.state_dict())
+    before = detector.level_embed.clone()
+    assert step(detector.train(), data_of())["loss_kd_l1"] > 0
+    assert detector.level_embed is detector.student.level_embed
+    assert not torch.equal(detector.level_embed, before)
+    twin = copy.deepcopy(detector).to(torch.float64)
+    assert twin.level_embed is twin.student.level_embed
+    assert twin.level_embed.dtype == torch.float64
+    assert detector.level_embed.dtype == torch.float32
 
 
 # -- training -------------------------------------------------------------------------------------
