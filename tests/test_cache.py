@@ -47,17 +47,17 @@ def entries(folder) -> list:
 
 
 @pytest.mark.parametrize(
-    ("build", "methods", "batch"),
+    ("build", "methods", "batch", "options"),
     [
-        (tiny_retinanet, [CrossKD(), PKD()], tiny_batch()),
-        (tiny_fcos, CrossKD(), (tiny_batch()[0], None)),
-        (tiny_faster_rcnn, CrossKD(), two_stage_batch()),  # whose box head runs on maps that were kept
+        (tiny_retinanet, [CrossKD(), PKD()], tiny_batch(), {"class_map": [1, 0, 3, 2]}),
+        (tiny_fcos, CrossKD(), (tiny_batch()[0], None), {}),
+        (tiny_faster_rcnn, CrossKD(), two_stage_batch(), {}),  # whose box head runs on maps that were kept
     ],
-    ids=["retinanet", "fcos-unlabelled", "two-stages"],
+    ids=["retinanet-classes", "fcos-unlabelled", "two-stages"],
 )
-def test_losses_are_those_of_the_teachers_own_run(tmp_path, build, methods, batch):
-    expected = losses_of(distiller(None, methods, build), batch)
-    cached = distiller(tmp_path, methods, build, prove=True)
+def test_losses_are_those_of_the_teachers_own_run(tmp_path, build, methods, batch, options):
+    expected = losses_of(distiller(None, methods, build, **options), batch)
+    cached = distiller(tmp_path, methods, build, prove=True, **options)
     first = losses_of(cached, batch)
     seen = images_of_teacher(cached)
     assert losses_of(cached, batch) == first  # to the last bit, so that a second run ends as the first
