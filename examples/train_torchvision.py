@@ -423,7 +423,8 @@ def prepare_one(
     Returns:
         The distiller, or the student alone; the student; training and validation data; the folder's lock.
     """
-    given = [f"--{name}" for name in ("resume", "ema", "compile") if getattr(options, name)]
+    theirs = ("resume", "ema", "compile", "unlabelled_images", "teacher_cache")
+    given = [f"--{name.replace('_', '-')}" for name in theirs if getattr(options, name)]
     if given:
         raise SystemExit(f"{', '.join(given)}: only the loop of train_torchvision.py does that")
     options.method = options.method[-1:]
