@@ -34,7 +34,8 @@ class Method(nn.Module, ABC):
     Attributes:
         requires: what of a step the method reads: ``"maps"`` (both feature pyramids), ``"towers"`` (features
             inside a head), ``"predictions"`` (with anchors and label assignment), ``"objects"`` (boxes and
-            labels of the batch). What no method requires is not run, or not kept.
+            labels of the batch), ``"queries"`` (a decoder's, which can be run once more). What no method
+            requires is not run, or not kept.
         teaches: what the losses pull at. Methods of ``"predictions"`` pull the student's own predictions away
             from the labels, which methods of ``"cross-head predictions"`` are made to avoid: together they
             give a warning.
