@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import measure
@@ -26,7 +27,7 @@ import torch
 from gpu import Cell, Steps, median
 from measure import MIB
 from step_cost import FAMILIES, size_of
-from torch import distributed, multiprocessing, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Measured = dict[str, dict[str, list[float]]]
@@ -46,7 +47,12 @@ FIT_HEADER = ("detector", "of", "plain, time", "distilled, time", "plain, memory
 
 def keep_levels(detector: Any, levels: int) -> None:
     """Leaves a detector only the finest of its levels."""
-    detector.backbone.register_forward_hook(lambda _, __, maps: dict(list(maps.items())[:levels]))
+
+    def finest(backbone: Any, pixels: Tensor) -> dict[str, Tensor]:
+        return dict(list(type(backbone).forward(backbone, pixels).items())[:levels])
+
+    # No hook: adapters look at a backbone's levels without the hooks on it.
+    detector.backbone.forward = MethodType(finest, detector.backbone)
     if hasattr(detector, "strides"):  # of examples/dense_heads
         detector.strides = detector.strides[:levels]
         detector.head.scales = nn.ParameterList(list(detector.head.scales)[:levels])
