@@ -162,13 +162,21 @@ class Steps:
     Args:
         cell: what is measured.
         options: the script's.
+        change: done to both detectors first.
     """
 
-    def __init__(self, cell: Cell, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        options: argparse.Namespace,
+        change: Callable[[nn.Module], object] = lambda detector: None,
+    ) -> None:
         torch.manual_seed(options.seed)
         self.device, self.dtype = options.device, cell.dtype
         self.images, self.targets = make_batch(options)
         teacher, student = build_pair(cell.subject, laid_out(options, cell.layout), self.images)
+        change(teacher)
+        change(student)
         self.plain = copy.deepcopy(student)
         method = METHODS[cell.method].make(DEFAULTS)
         # That the pieces are the detector is proved elsewhere, and costs a step of its own.
