@@ -549,4 +549,10 @@ def training_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=keep_pages_shared,
     )
+
+
+def keep_pages_shared(worker: int) -> None:
+    """Keeps a new worker from looking for garbage in what it shares: that writes to every object's page."""
+    gc.freeze()

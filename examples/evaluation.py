@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from coco_data import CocoFolder
+from coco_data import CocoFolder, keep_pages_shared
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -47,6 +47,7 @@ def detect(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=keep_pages_shared,
         generator=torch.Generator(),  # the seed of workers isn't taken from the training's random numbers
     )
     for chosen, images in zip(batches, loader, strict=True):

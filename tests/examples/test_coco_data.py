@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -153,11 +154,16 @@ def test_the_order_changes_with_the_epoch_and_can_be_repeated(files):
 
 
 def test_worker_processes_give_the_same_batches(files):
-    dataset = CocoFolder(*files, augment=[flip])
+    def note(dataset, image, target):
+        return image, {**target, "objects left to themselves": torch.tensor(gc.get_freeze_count() > 0)}
+
+    dataset = CocoFolder(*files, augment=[flip, note])
 
     def pixels(workers: int) -> list[float]:
-        loader = training_loader(dataset, 2, seed=1, workers=workers)
-        return [image.sum().item() for images, _ in loader for image in images]
+        batches = list(training_loader(dataset, 2, seed=1, workers=workers))
+        notes = [target["objects left to themselves"] for _, targets in batches for target in targets]
+        assert all(notes) == any(notes) == (workers > 0)
+        return [image.sum().item() for images, _ in batches for image in images]
 
     assert pixels(0) == pixels(2)
     assert dataset.broken >= 4  # counted over the workers too
