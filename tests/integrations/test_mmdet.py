@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from crosskd import CrossKD, Method, Schedule
-from tests.helpers.imports import forget
+from tests.helpers.imports import forgotten
 from tests.helpers.mmdet_detr import settings_of
 from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
@@ -247,11 +247,13 @@ def test_the_adapters_module_registers_it(monkeypatch):
     """Configs and code of earlier versions name it."""
     from mmdet.registry import MODELS
 
-    monkeypatch.delitem(MODELS.module_dict, "CrossKDDetector", raising=False)
-    forget(monkeypatch, "crosskd.adapters.mmdet", "crosskd.integrations.mmdet")
-    adapters = importlib.import_module("crosskd.adapters.mmdet")
-    integration = sys.modules["crosskd.integrations.mmdet"]
-    assert MODELS.get("CrossKDDetector") is adapters.CrossKDDetector is integration.CrossKDDetector
+    import crosskd.integrations.mmdet  # noqa: F401
+
+    monkeypatch.delitem(MODELS.module_dict, "CrossKDDetector")
+    with forgotten("crosskd.adapters.mmdet", "crosskd.integrations.mmdet"):
+        adapters = importlib.import_module("crosskd.adapters.mmdet")
+        integration = sys.modules["crosskd.integrations.mmdet"]
+        assert MODELS.get("CrossKDDetector") is adapters.CrossKDDetector is integration.CrossKDDetector
 
 
 def test_settings_reach_the_method():

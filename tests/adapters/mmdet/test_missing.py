@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tests.helpers.imports import forget
+from tests.helpers.imports import forgotten
 
 MODULES = ("crosskd.adapters.mmdet", "crosskd.integrations.mmdet")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_imports_say_what_to_install(module, monkeypatch):
-    forget(monkeypatch, "mmdet", *MODULES)
-    monkeypatch.setitem(sys.modules, "mmdet", None)
-    with pytest.raises(ImportError, match=r"mmdet 3 and mmcv.*examples/mmdet/install_mmdet.py"):
-        importlib.import_module(module)
+def test_the_imports_say_what_to_install(module):
+    with forgotten("mmdet", *MODULES):
+        sys.modules["mmdet"] = None
+        with pytest.raises(ImportError, match=r"mmdet 3 and mmcv.*examples/mmdet/install_mmdet.py"):
+            importlib.import_module(module)

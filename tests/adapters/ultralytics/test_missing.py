@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from tests.helpers.imports import forget
+from tests.helpers.imports import forgotten
 
 MODULES = ("crosskd.adapters.ultralytics", "crosskd.integrations.ultralytics")
 NONE = {"ultralytics": None}
@@ -25,11 +25,10 @@ OLD = {
     [(NONE, "import of ultralytics halted"), (OLD, "8.3.40 is installed, which is older than 8.4.190")],
     ids=["none", "old"],
 )
-def test_the_imports_say_what_to_install(module, found, message, monkeypatch):
-    forget(monkeypatch, "ultralytics", *MODULES)
-    for name, replaced in found.items():
-        monkeypatch.setitem(sys.modules, name, replaced)
-    with pytest.raises(ImportError) as raised:
-        importlib.import_module(module)
+def test_the_imports_say_what_to_install(module, found, message):
+    with forgotten("ultralytics", *MODULES):
+        sys.modules.update(found)
+        with pytest.raises(ImportError) as raised:
+            importlib.import_module(module)
     for fact in (message, "pip install 'crosskd[ultralytics]'", "AGPL-3.0"):
         assert fact in str(raised.value)
