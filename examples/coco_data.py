@@ -17,7 +17,7 @@ import torch
 from augmentations import Augmentation, Sample
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from processes import ALONE, Processes
+from processes import SINGLE, Processes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -102,7 +102,7 @@ class CocoFolder(Dataset[Sample]):
         seed: int = 0,
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         require(images, folder=True)
         require(annotations, folder=False)

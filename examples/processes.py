@@ -66,7 +66,7 @@ class Processes:
         return found
 
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+SINGLE = Processes(0, 1, torch.device("cpu"))
 
 
 def start(device: str) -> Processes:
