@@ -18,7 +18,7 @@ import torch
 from augmentations import Augmentation, Sample
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from processes import ALONE, Processes
+from processes import SINGLE, Processes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -107,7 +107,7 @@ class CocoFolder(Dataset[Sample]):
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
         unlabelled: Path | None = None,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE,
     ) -> None:
         require(images, folder=True)
         require(annotations, folder=False)

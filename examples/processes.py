@@ -42,6 +42,13 @@ class Processes:
         if self.ranks > 1:
             dist.barrier()
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values that all processes have, by rank."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What the first process makes, in every process; a ``ValueError`` or ``OSError`` of it too."""
         if self.ranks == 1:
@@ -58,16 +65,8 @@ class Processes:
         found: Value = made[0]
         return found
 
-    def gather(self, value: Value) -> list[Value]:
-        """Every process's value, in every process, in the order of the ranks."""
-        values: list[Any] = [value]
-        if self.ranks > 1:
-            values *= self.ranks
-            dist.all_gather_object(values, value)
-        return values
 
-
-ALONE = Processes(0, 1, torch.device("cpu"))
+SINGLE = Processes(0, 1, torch.device("cpu"))
 
 
 def start(device: str) -> Processes:

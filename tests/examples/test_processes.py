@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import ALONE, Processes
+from processes import SINGLE, Processes
 from torch import distributed
 
 
@@ -20,8 +20,8 @@ def test_what_the_first_process_makes_or_raises_all_do(monkeypatch):
 
     monkeypatch.setattr(distributed, "broadcast_object_list", broadcast)
     first, second = (Processes(rank, 2, torch.device("cpu")) for rank in (0, 1))
-    assert ALONE.from_first(lambda: 5) == first.from_first(lambda: 5) == second.from_first(lambda: 6) == 5
+    assert SINGLE.from_first(lambda: 5) == first.from_first(lambda: 5) == second.from_first(lambda: 6) == 5
     for process, make in ((first, fail), (second, lambda: 3)):
         with pytest.raises(ValueError, match="annotation 7"):
             process.from_first(make)
-    assert ALONE.gather(3) == [3]
+    assert SINGLE.gather(3) == [3]
