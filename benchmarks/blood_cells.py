@@ -36,7 +36,8 @@ def cells(
     assert {image.shape[2:] for image in images} == {torch.Size((480, 640))}
     resized = [F.interpolate(image, SIZE, mode="bilinear", antialias=True) for image in images]
     scale = SIZE[1] / 640
-    targets = [{"boxes": scale * dataset.boxes[i], "labels": dataset.labels[i]} for i in dataset.ids]
+    objects = [dataset.objects(index) for index in range(len(dataset))]
+    targets = [{"boxes": scale * boxes, "labels": labels} for boxes, labels in objects]
     return dataset, torch.cat(resized), targets
 
 

@@ -684,8 +684,8 @@ def _warn_of_conflicts(methods: Mapping[str, Method]) -> None:
                 warnings.warn(
                     f"{name} pulls the student's own predictions towards the teacher's and away from the "
                     f"labels, which {other} exists to avoid: the two together were reported to do worse than "
-                    "CrossKD alone (38.1 against 38.7 AP, GFL with a ResNet-18). Take one of them, and a "
-                    "method of feature maps beside it",
+                    "CrossKD alone (of dense heads: 38.1 against 38.7 AP, GFL with a ResNet-18). Take one of "
+                    "them, and a method of feature maps beside it",
                     stacklevel=3,
                 )
 

@@ -177,8 +177,8 @@ def class_columns(
     theirs, ours = backgrounds
     if theirs is not None and ours is not None and columns[ours] != theirs:
         raise ValueError(
-            f"class {theirs} means no object (teacher), class {ours} (student), so class_map must have "
-            f"class_map[{ours}] = {theirs}; got {columns}"
+            f"class {theirs} of the teacher and class {ours} of the student mean no object, so class_map "
+            f"must have class_map[{ours}] = {theirs}; got {columns}"
         )
     return tuple(columns)
 

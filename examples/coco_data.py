@@ -181,7 +181,8 @@ class CocoFolder(Dataset[Sample]):
         def faults(indices: Sequence[int]) -> list[tuple[int, tuple[int, int] | str]]:
             return [(index, fault) for index in indices if (fault := looked_at(index))]
 
-        share = range(processes.rank, len(self.ids), processes.ranks)
+        # Under Lightning a process has its rank before it knows of the others.
+        share = range(processes.rank % processes.ranks, len(self.ids), processes.ranks)
         with ThreadPoolExecutor(THREADS) as pool:
             parts = list(pool.map(faults, [share[n::THREADS] for n in range(THREADS)]))
         found = dict(sorted(pair for seen in processes.gather(parts) for part in seen for pair in part))

@@ -14,7 +14,7 @@ from tests.benchmarks.test_benchmarks import FOLDER, load, tables
 from tests.helpers.imports import forgotten
 
 pytestmark = pytest.mark.usefixtures("frozen_objects")
-TOY = """--device cpu --size 32x64 --batch 1 --classes 3 --objects 2 --teacher resnet18 --student resnet18
+TOY = """--device cpu --size 64x64 --batch 1 --classes 3 --objects 2 --teacher resnet18 --student resnet18
 --anchors 500 --rounds 1 --threads 1 --backend eager"""
 LOSSES = ("loss-giou-float32", "loss-distribution_kl-float32")
 
@@ -75,7 +75,7 @@ def _compiler_that_does_nothing(monkeypatch) -> None:
 def test_compiled_steps(gpu, tmp_path):
     ((step,),) = run(gpu, tmp_path, "--only", "step-retinanet-crosskd-compiled-none-channels_last-s")
     assert step["how"] == "compiled, float32, channels last"
-    assert float(step["first calls, s"]) > 0
+    assert float(step["first calls, s"]) >= 0  # of a compiler that does nothing
     assert step["teacher, ms"] == ""  # it would have to be compiled by itself
 
 
