@@ -8,19 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from crosskd.proof import Outputs, proving
+from crosskd.proof import COARSE, TOLERANCE, Outputs, proving
 
 __all__ = ["fold_batch_norm"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-# Of sums over a layer's outputs, relative to the largest; the last for half precision.
-_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-_COARSE = 2e-2
 
 Pairs = dict[nn.Conv2d, nn.Module]
 """The batch norm behind each convolution."""
@@ -148,7 +143,7 @@ def _changed(before: Outputs, after: Outputs, folded: set[str]) -> str | None:
     """The path of the first layer that gives other numbers than before; folded convolutions give others."""
     for path, outputs in before.items():
         for (dtype, own), (_, now) in zip(outputs, after.get(path, []), strict=False):
-            tolerance = _TOLERANCES.get(dtype, _COARSE) * float(own.abs().max())
+            tolerance = TOLERANCE.get(dtype, COARSE) * float(own.abs().max())
             if path not in folded and not float((own - now).abs().max()) <= tolerance:
                 return path
     return None

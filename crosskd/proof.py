@@ -27,6 +27,8 @@ from crosskd.running import run_region_heads, with_own_losses
 from crosskd.step import DetectorTrace, run_head
 
 __all__ = [
+    "COARSE",
+    "TOLERANCE",
     "losses_of_pieces",
     "parting_layer",
     "prove_student",
@@ -36,8 +38,8 @@ __all__ = [
 ]
 
 # The same operators on the same numbers; under autocast, or where the two run in another order, rounding.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_COARSE = 2e-2
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+COARSE = 2e-2
 
 _SUM = "the sum of the losses"
 
@@ -274,8 +276,8 @@ def _alike(own: Tensor, pieces: Tensor) -> bool:
         return False
     if not own.numel():
         return True
-    narrow = torch.is_autocast_enabled(own.device.type) or own.dtype not in _TOLERANCE
-    tolerance = _COARSE if narrow else max(_TOLERANCE[own.dtype], _TOLERANCE.get(pieces.dtype, _COARSE))
+    narrow = torch.is_autocast_enabled(own.device.type) or own.dtype not in TOLERANCE
+    tolerance = COARSE if narrow else max(TOLERANCE[own.dtype], TOLERANCE.get(pieces.dtype, COARSE))
     a, b = own.double(), pieces.double()
     if not bool(a.isfinite().all()):
         return bool(torch.allclose(a, b, rtol=tolerance, equal_nan=True))

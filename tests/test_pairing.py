@@ -153,12 +153,14 @@ def test_error_class_map_of_something_else_than_whole_numbers(value, got, as_map
 def test_the_background_stays_the_background():
     assert class_columns([0, 3, 1], teacher=4, student=3, backgrounds=(0, 0)) == (0, 3, 1)
     with pytest.raises(
-        ValueError, match=r"class 0 of the teacher.*class 0 of.* class_map\[0\] = 0; got \[1, 0, 2\]"
+        ValueError,
+        match=r"class 0 of the teacher .*class 0 of the student .*class_map\[0\] = 0; got \[1, 0, 2\]",
     ):
         class_columns([1, 0, 2], teacher=4, student=3, backgrounds=(0, 0))
     assert class_columns([1, 0, 5], teacher=6, student=3, backgrounds=(5, 2)) == (1, 0, 5)
     with pytest.raises(
-        ValueError, match=r"class 5 of the teacher.*class 2 of.* class_map\[2\] = 5; got \[1, 0, 2\]"
+        ValueError,
+        match=r"class 5 of the teacher .*class 2 of the student .*class_map\[2\] = 5; got \[1, 0, 2\]",
     ):
         class_columns([1, 0, 2], teacher=6, student=3, backgrounds=(5, 2))
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tests.examples.mmdet_state import CLASSES, mmdet_state
 
-DETECTORS = [("gfl", 50), ("atss", 18)]
+DETECTORS = [("gfl", 18), ("gfl", 50), ("atss", 18), ("atss", 50)]
 # Three sizes, none of which needs resizing; the last image shows no object.
 SIZES = [(96, 128), (128, 96), (96, 96)]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

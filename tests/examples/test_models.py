@@ -42,13 +42,7 @@ def test_anchors_are_not_in_half_precision(family):
     assert types == [torch.float32, torch.float64]
 
 
-# FCOS has the pyramids of RetinaNet, ATSS those of GFL.
-PYRAMIDS = [
-    name for name in MODEL_NAMES if not name.startswith(("fcos", "atss")) or name.endswith("_resnet18")
-]
-
-
-@pytest.mark.parametrize("name", PYRAMIDS)
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_has_five_levels_and_fits_its_family(name):
     if "efficientnet" in name:
         pytest.importorskip("efficientnet_lite_pytorch")

@@ -635,7 +635,10 @@ def test_what_the_student_does_not_know_is_background_to_it(method):
 @pytest.mark.parametrize(
     ("class_map", "message"),
     [
-        ([1, 0, 2, 3, 4], r"class 0 .* no object.*class_map\[0\] = 0; got \[1, 0, 2, 3, 4\]"),
+        (
+            [1, 0, 2, 3, 4],
+            r"class 0 of the teacher .*mean no object.*class_map\[0\] = 0; got \[1, 0, 2, 3, 4\]",
+        ),
         ([0, 1, 2, 3], "class_map must name a class of the teacher's, 0 to 6, for each of the student's 5"),
     ],
 )

@@ -346,7 +346,7 @@ def first(count: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["yolo11n", "yolo26n"])  # of one head, and of two
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_conforms(kind):
     report = check_adapter(
         find_adapter,
