@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import measure
 import torch
@@ -36,6 +37,7 @@ from step_cost import DEFAULTS, build_pair, make_batch, size_of, take_first_step
 from torch import Tensor, nn
 
 from crosskd import Distiller, fold_batch_norm
+from crosskd.losses import distributions, quality_focal
 from crosskd.running import run_teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -311,7 +313,7 @@ def measure_teacher(cell: Cell, options: argparse.Namespace) -> Result:
 
 
 def measure_loss(cell: Cell, options: argparse.Namespace) -> Result:
-    """The present loss, the plain formula, and the formula compiled, beside a copy of memory."""
+    """The present loss, also without kernels, the plain formula, and it compiled, beside a copy of memory."""
     width = {"quality_focal": options.classes, "distribution_kl": 17, "giou": 4}[cell.subject]
     settings = argparse.Namespace(**{**vars(options), "dtype": cell.dtype})
     inputs = make_inputs(cell.subject, (options.batch, options.anchors, width), settings)
@@ -333,7 +335,13 @@ def measure_loss(cell: Cell, options: argparse.Namespace) -> Result:
         for _ in range(REPEATS):
             function()
 
+    def in_operators() -> None:
+        off = {"has_kernel": lambda *_: False}
+        with patch.multiple(quality_focal, **off), patch.multiple(distributions, **off):
+            both(ours)
+
     cases = {name: partial(both, loss) for name, loss in implementations.items()}
+    cases["crosskd without its kernels"] = in_operators
     peaks = {}
     for name, case in cases.items():
         case()

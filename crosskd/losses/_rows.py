@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch._C import _are_functorch_transforms_active
 
 from crosskd._checks import require_floating, require_rows, require_same_shape, shape_text
 
-__all__ = ["check_beta", "check_logits", "is_followed", "power", "weighted"]
+__all__ = ["check_beta", "check_logits", "has_kernel", "is_followed", "power", "weighted"]
 
 
 def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
@@ -51,6 +53,24 @@ def is_followed() -> bool:
         return True
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
     return bool(tracing or _are_functorch_transforms_active())
+
+
+def has_kernel(student_logits: Tensor, teacher_logits: Tensor) -> bool:
+    """Whether Triton's kernels take these: both on one GPU, contiguous, of 32 bits or less."""
+    if not student_logits.is_cuda or student_logits.device != teacher_logits.device:
+        return False
+    sides = (student_logits, teacher_logits)
+    read = all(side.dtype in _OF_KERNELS and side.is_contiguous() for side in sides)
+    return read and student_logits.numel() > 0 and _has_triton(student_logits.device)
+
+
+_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@lru_cache
+def _has_triton(device: torch.device) -> bool:
+    # Not on Windows; and older GPUs than these are none of Triton's.
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:

@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crosskd._checks import compute_dtype
-from crosskd.losses._rows import check_logits, weighted
+from crosskd.losses._rows import check_logits, has_kernel, is_followed, weighted
 
 __all__ = ["distribution_kl_loss"]
+
+
+class _DistributionRows(torch.autograd.Function):
+    """The divergence of each row by one kernel of a GPU, and its gradient by another."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        from crosskd.losses._kernels import distribution_kl_rows
+
+        ctx.save_for_backward(student, teacher)
+        ctx.temperature = temperature
+        return distribution_kl_rows(student, teacher, temperature)
+
+    @staticmethod
+    def backward(ctx: Any, *row_gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        from crosskd.losses._kernels import distribution_kl_gradient
+
+        (row_gradient,), (student, teacher) = row_gradients, ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: the same formula in operators, so that autograd can differentiate it.
+            own, other = (F.softmax(side.float() / ctx.temperature, dim=-1) for side in (student, teacher))
+            gradient = (own - other) * row_gradient.unsqueeze(-1) / ctx.temperature
+            return gradient.to(student.dtype), None, None
+        return distribution_kl_gradient(student, teacher, row_gradient, ctx.temperature), None, None
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The divergence of each row, shape (...)."""
+    if has_kernel(student, teacher) and not is_followed():
+        rows: Tensor = _DistributionRows.apply(student, teacher, temperature)
+        return rows
+    dtype = compute_dtype(student, teacher)
+    own = F.log_softmax(student.to(dtype) / temperature, dim=-1)
+    other = F.log_softmax(teacher.to(dtype) / temperature, dim=-1)
+    bins = F.kl_div(own, other, reduction="none", log_target=True)
+    return bins.masked_fill(other.isneginf(), 0.0).sum(-1)  # a bin that the teacher rules out adds nothing
 
 
 def distribution_kl_loss(
@@ -63,10 +100,5 @@ def distribution_kl_loss(
         raise ValueError(f"temperature must be above 0, got {temperature}: choose a finite number")
     if over_bins not in ("sum", "mean"):
         raise ValueError(f'over_bins must be "sum" or "mean", got {over_bins!r}')
-    dtype = compute_dtype(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
-    bins = F.kl_div(student, teacher, reduction="none", log_target=True)
-    bins = bins.masked_fill(teacher.isneginf(), 0.0)  # a bin that the teacher rules out adds nothing
-    rows = bins.sum(-1) if over_bins == "sum" else bins.mean(-1)
-    return weighted(rows * temperature**2, weight, normalizer)
+    rows = _rows(student_logits, teacher_logits.detach(), temperature) * temperature**2
+    return weighted(rows if over_bins == "sum" else rows / student_logits.shape[-1], weight, normalizer)

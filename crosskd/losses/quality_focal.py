@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crosskd._checks import compute_dtype
-from crosskd.losses._rows import check_beta, check_logits, is_followed, power, weighted
+from crosskd.losses._rows import check_beta, check_logits, has_kernel, is_followed, power, weighted
 
 __all__ = ["quality_focal_loss"]
 
@@ -72,7 +72,7 @@ def _row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 class _QualityFocalRows(torch.autograd.Function):
-    """Quality focal loss summed over the last dimension, in chunks.
+    """Quality focal loss summed over the last dimension: on a GPU one kernel, elsewhere in chunks.
 
     The plain composition of operators keeps about five tensors of the logits' size for its backward.
     This one keeps none, and its backward makes one, the gradient itself.
@@ -82,6 +82,10 @@ class _QualityFocalRows(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.beta = beta
+        if has_kernel(student, teacher):
+            from crosskd.losses._kernels import quality_focal_rows
+
+            return quality_focal_rows(student, teacher, beta)
         dtype = compute_dtype(student, teacher)
         rows = [
             _quality_focal_value(s.to(dtype), t.to(dtype), beta).sum(-1)
@@ -101,6 +105,10 @@ class _QualityFocalRows(torch.autograd.Function):
             # create_graph=True: the same formula in one piece, so that autograd can differentiate it.
             derivative = _quality_focal_derivative(student.to(dtype), teacher.to(dtype), ctx.beta)
             return (derivative * row_gradient.unsqueeze(-1)).to(student.dtype), None, None
+        if has_kernel(student, teacher):
+            from crosskd.losses._kernels import quality_focal_gradient
+
+            return quality_focal_gradient(student, teacher, row_gradient, ctx.beta), None, None
         gradient = torch.empty_like(student)
         expanded = row_gradient.unsqueeze(-1).expand(student.shape)
         for s, t, g, out in _row_chunks(student, teacher, expanded, gradient):

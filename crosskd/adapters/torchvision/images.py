@@ -69,9 +69,20 @@ def check_targets(targets: Any, images: int, classes: int, first_label: int) -> 
             )
         if labels.dtype != torch.int64:
             raise ValueError(f"targets[{index}] must hold labels of type torch.int64, got {labels.dtype}")
-        if labels.numel() and not first_label <= int(labels.min()) <= int(labels.max()) < classes:
+    _check_labels([target["labels"] for target in targets], classes, first_label)
+
+
+def _check_labels(labels: list[Tensor], classes: int, first_label: int) -> None:
+    # A GPU is waited for once a batch, not for each image.
+    lowest, highest = torch.stack(
+        torch.cat([*labels, labels[0].new_full((1,), first_label)]).aminmax()
+    ).tolist()
+    if first_label <= lowest and highest < classes:
+        return
+    for index, of_image in enumerate(labels):
+        if of_image.numel() and not first_label <= int(of_image.min()) <= int(of_image.max()) < classes:
             raise ValueError(
-                f"targets[{index}] has labels from {int(labels.min())} to {int(labels.max())}, but the "
+                f"targets[{index}] has labels from {int(of_image.min())} to {int(of_image.max())}, but the "
                 f"detector predicts {classes - first_label} classes, labelled {first_label} to {classes - 1}"
                 f"{' (0 is the background)' if first_label else ''}"
             )
@@ -79,15 +90,21 @@ def check_targets(targets: Any, images: int, classes: int, first_label: int) -> 
 
 def check_boxes(targets: list[dict[str, Tensor]]) -> None:
     """Raises ``ValueError`` for boxes, after resizing, that a detector can't learn from."""
+    if _proper(torch.cat([target["boxes"] for target in targets])).all():  # a GPU is waited for once a batch
+        return
     for index, target in enumerate(targets):
         boxes = target["boxes"]
-        proper = (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
+        proper = _proper(boxes)
         if not proper.all():
             box = [round(value, 2) for value in boxes[~proper][0].tolist()]
             raise ValueError(
                 f"targets[{index}] has {int((~proper).sum())} box(es) without a positive, finite width and "
                 f"height, the first, after resizing, {box}: leave them out (boxes are xyxy, in pixels)"
             )
+
+
+def _proper(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] > boxes[:, :2]).all(dim=1) & boxes.isfinite().all(dim=1)
 
 
 def _type_of(value: Any) -> str:
