@@ -275,9 +275,9 @@ def validation_precision(run: Run, options: Namespace) -> float:
 
 
 def flat_at(precision: dict[int, float]) -> int | None:
-    """The first budget from which on twice as many steps bring less than ``FLAT`` AP, and less than 5 %."""
+    """The first budget from which twice as many steps bring less than ``FLAT`` AP, and less than a tenth."""
     for steps, value in sorted(precision.items()):
-        if 2 * steps in precision and precision[2 * steps] - value < min(FLAT, 0.05 * value):
+        if 2 * steps in precision and precision[2 * steps] - value < min(FLAT, 0.1 * value):
             return steps
     return None
 

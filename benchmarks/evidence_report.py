@@ -120,11 +120,7 @@ def write_report(
         f"is of {options.resamples} resamplings of images and seeds together, of images alone with one seed. "
         "Minutes are those of training, with whatever else the machine did meanwhile; MB is the peak of the "
         "process, on a GPU of the allocator.",
-        "## AP of each class",
-        table(
-            ["", *next(iter(found[ALONE].values())).classes],
-            [_class_row(label, by_seed, found[ALONE]) for label, by_seed in found.items()],
-        ),
+        *_of_classes(found),
         f"## Is the student alone flat?\n\n{_flatness(budget)}",
         f"![Learning curves, and every seed]({name}.png)",
     ]
@@ -133,6 +129,15 @@ def write_report(
     (options.results / f"{name}.md").write_text(text)
     draw(found, options.results / f"{name}.png")
     print(text, flush=True)
+
+
+def _of_classes(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
+    """A table of AP by class; of one class it would say the first one again."""
+    names = list(next(iter(found[ALONE].values())).classes)
+    if len(names) == 1:
+        return []
+    rows = [_class_row(label, by_seed, found[ALONE]) for label, by_seed in found.items()]
+    return ["## AP of each class", table(["", *names], rows)]
 
 
 def title(method: str) -> str:
@@ -153,7 +158,10 @@ def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any
     labels = f", {100 * run.labelled:g} % of the labels" if run.labelled < 1 else ""
     crops = f"crops of {run.data.crop} pixels, {run.batch} a step, {budget['steps']} steps{labels}"
     student = f"Student: {_model(run)}, {result['parameters'] / 1e6:.1f} M."
-    machine = f"{result['device']} ({processor()}), {result['versions']}."
+    device = (
+        f"{processor()}, {result['threads']} thread(s)" if result["device"] == "CPU" else result["device"]
+    )
+    machine = f"{device}, {result['versions']}."
     return f"{run.data.name}, {crops}. {student}{of_teacher} {machine}"
 
 

@@ -108,7 +108,7 @@ class Cell:
     def name(self) -> str:
         """What its file is called."""
         facts = {"step": list(vars(self).values()), "teacher": [self.kind, self.subject, self.mode]}
-        return "-".join(facts.get(self.kind, [self.kind, self.subject, self.dtype]))
+        return "-".join(facts.get(self.kind, [self.kind, self.subject, self.mode, self.dtype]))
 
     @property
     def how(self) -> str:
@@ -140,15 +140,24 @@ def planned(only: list[str]) -> list[Cell]:
         for family in FAMILIES
     ]
     contiguous = [Cell("step", family, mode="eager", layout="contiguous") for family in FAMILIES]
+    losses = {
+        mode: [
+            Cell("loss", loss, mode=mode, dtype=dtype) for dtype in ("float32", "bfloat16") for loss in LOSSES
+        ]
+        for mode in ("eager", "compiled")
+    }
+    # Compiling a step takes over a minute, in which ten others can be measured eager.
     cells = [
-        *(Cell("step", family) for family in FAMILIES[:2]),
-        *(Cell("loss", loss, dtype=dtype) for dtype in ("float32", "bfloat16") for loss in LOSSES),
+        *losses["eager"],
         *(Cell("step", family, mode="eager") for family in FAMILIES),
-        *teachers,
-        Cell("step", FAMILIES[2]),
+        teachers[0],
+        *(Cell("step", family) for family in FAMILIES[:2]),
         *methods["eager"],
+        *losses["compiled"],
         *types,
         *contiguous,
+        Cell("step", FAMILIES[2]),
+        teachers[1],
         *methods["compiled"],
     ]
     unique = list(dict.fromkeys(cells))
@@ -313,18 +322,17 @@ def measure_teacher(cell: Cell, options: argparse.Namespace) -> Result:
 
 
 def measure_loss(cell: Cell, options: argparse.Namespace) -> Result:
-    """The present loss, also without kernels, the plain formula, and it compiled, beside a copy of memory."""
+    """The present loss beside the plain formula and a copy of memory; eager also without kernels."""
     width = {"quality_focal": options.classes, "distribution_kl": 17, "giou": 4}[cell.subject]
     settings = argparse.Namespace(**{**vars(options), "dtype": cell.dtype})
     inputs = make_inputs(cell.subject, (options.batch, options.anchors, width), settings)
     plain, ours = LOSSES[cell.subject]
-    # What the compiler is handed is the plain formula. Batches of many sizes would want it for all of them.
-    implementations = {
-        "plain": plain,
-        "crosskd": ours,
-        "crosskd compiled": torch.compile(ours, dynamic=False, backend=options.backend),
-        "compiled for any size": torch.compile(ours, dynamic=True, backend=options.backend),
-    }
+    implementations = {"plain": plain, "crosskd": ours}
+    if cell.mode == "compiled":
+        # The compiler is handed the plain formula. Batches of many sizes would want it for all of them.
+        compiled = {"crosskd compiled": False, "compiled for any size": True}
+        for name, dynamic in compiled.items():
+            implementations[name] = torch.compile(ours, dynamic=dynamic, backend=options.backend)
     source, target = inputs[1], torch.empty_like(inputs[1])
 
     def both(loss: Callable[..., Tensor]) -> None:
@@ -341,7 +349,8 @@ def measure_loss(cell: Cell, options: argparse.Namespace) -> Result:
             both(ours)
 
     cases = {name: partial(both, loss) for name, loss in implementations.items()}
-    cases["crosskd without its kernels"] = in_operators
+    if cell.mode == "eager":
+        cases["crosskd without its kernels"] = in_operators
     peaks = {}
     for name, case in cases.items():
         case()

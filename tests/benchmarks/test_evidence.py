@@ -175,6 +175,7 @@ def test_a_budget_is_flat_where_twice_as_much_brings_little():
     assert evidence.flat_at({100: 20.0, 200: 30.0, 400: 30.9}) == 200
     assert evidence.flat_at({100: 20.0, 200: 30.0}) is None
     assert evidence.flat_at({100: 0.0, 200: 0.0, 400: 0.5}) is None  # it learned nothing yet
+    assert evidence.flat_at({100: 5.0, 200: 5.6, 400: 6.1}) == 200  # 0.6 AP are more than a tenth of 5
 
 
 class Process:
