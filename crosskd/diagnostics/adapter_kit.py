@@ -20,7 +20,6 @@ from crosskd.proof import same_random_numbers
 
 __all__ = ["CHECKS", "AdapterError", "AdapterReport", "Fault", "check_adapter"]
 
-
 CHECKS = adapter_checks.CHECKS | DECODER_CHECKS
 
 
@@ -129,7 +128,7 @@ def check_adapter(
         try:
             with same_random_numbers(bench.student), torch.enable_grad():
                 torch.manual_seed(0)
-                found.extend(check(bench))
+                found.extend(check(bench) or ())
         except Skipped as reason:
             skipped[name] = str(reason)
             continue
