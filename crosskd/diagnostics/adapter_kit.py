@@ -131,12 +131,11 @@ def check_adapter(
                 found.extend(check(bench) or ())
         except Skipped as reason:
             skipped[name] = str(reason)
-            continue
         except Exception as error:  # noqa: BLE001  # whatever it is, the other checks still say something
             found, first = [*found, _raised(error)], first or error
         for finding in dict.fromkeys(found):
             findings.setdefault(finding, []).append(name)
-        if not found:
+        if not found and name not in skipped:
             passed.append(name)
         elif name == "construction":
             skipped = dict.fromkeys([*CHECKS][1:], "no distiller could be made") | skipped
