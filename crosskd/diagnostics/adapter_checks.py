@@ -32,8 +32,8 @@ _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-3, 1e-2
 # What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
 # assignment may follow the predictions, and give an anchor another object at the last moment.
 _OVERLAP, _SHARE = 0.9, 0.75
-# Adam's step in logits; in boxes it is that many times _SHIFT of an object's size, and so is how far proposals
-# are off. The nudge that shows a slope, and the least slope.
+# Adam's step in logits; in boxes it is that many times _SHIFT of an object's size, and so is how far off
+# proposals are. The nudge that shows a slope, and the least slope.
 _STEP, _SHIFT, _OFF, _NUDGE, _FLATTEST = 0.2, 0.25, 0.6, 1e-2, 1e-3
 
 
