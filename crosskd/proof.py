@@ -28,8 +28,11 @@ from crosskd.step import DetectorTrace, run_head
 
 __all__ = [
     "COARSE",
+    "SUM",
     "TOLERANCE",
+    "differ",
     "losses_of_pieces",
+    "paired",
     "parting_layer",
     "prove_student",
     "prove_teacher",
@@ -41,7 +44,7 @@ __all__ = [
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 COARSE = 2e-2
 
-_SUM = "the sum of the losses"
+SUM = "the sum of the losses"  # of a detector whose own forward names none
 
 Outputs = dict[str, list[tuple[torch.dtype, Tensor]]]
 """The type and a few sums of what each layer of a detector gave, call by call, by its path."""
@@ -63,7 +66,7 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
     _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
     if isinstance(given, Tensor):  # their sum
-        own, pieces = {_SUM: given}, {_SUM: torch.stack([loss.sum() for loss in pieces.values()]).sum()}
+        own, pieces = {SUM: given}, {SUM: torch.stack([loss.sum() for loss in pieces.values()]).sum()}
     else:
         own = {} if given is None else dict(given)
     if given is not None and own.keys() != pieces.keys():
@@ -108,7 +111,7 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
     for head, given, predictions in runs:
         if given.predictions is None:
             continue
-        for what, theirs, ours in _paired(given.predictions, predictions):
+        for what, theirs, ours in paired(given.predictions, predictions):
             if not _alike(theirs, ours):
                 which = f"the {head.name or 'head'}'s {what} differ"
                 raise ValueError(_message(name, place, f"{which}: {_difference(theirs, ours)}"))
@@ -264,7 +267,13 @@ def _recorded(detector: nn.Module) -> Iterator[Outputs]:
             handle.remove()
 
 
-def _paired(own: Predictions, pieces: Predictions) -> Iterator[tuple[str, Tensor, Tensor]]:
+def paired(own: Predictions, pieces: Predictions) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What two runs of a head have both predicted, part by part, with the part's name.
+
+    Args:
+        own: of the one.
+        pieces: of the other.
+    """
     for what in ("logits", "regression", "quality"):
         theirs, ours = getattr(own, what), getattr(pieces, what)
         if theirs is not None and ours is not None:
@@ -272,16 +281,25 @@ def _paired(own: Predictions, pieces: Predictions) -> Iterator[tuple[str, Tensor
 
 
 def _alike(own: Tensor, pieces: Tensor) -> bool:
-    if own.shape != pieces.shape:
-        return False
-    if not own.numel():
-        return True
     narrow = torch.is_autocast_enabled(own.device.type) or own.dtype not in TOLERANCE
     tolerance = COARSE if narrow else max(TOLERANCE[own.dtype], TOLERANCE.get(pieces.dtype, COARSE))
-    a, b = own.double(), pieces.double()
-    if not bool(a.isfinite().all()):
-        return bool(torch.allclose(a, b, rtol=tolerance, equal_nan=True))
-    return bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-12))
+    if own.shape == pieces.shape and not bool(own.isfinite().all()):
+        return bool(torch.allclose(own.double(), pieces.double(), rtol=tolerance, equal_nan=True))
+    return not differ(own, pieces, tolerance)
+
+
+def differ(own: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two tensors differ by more than a share of the largest number, or in their shapes.
+
+    Args:
+        own: the one whose largest number counts.
+        other: of any type, on any device; a number that is not finite differs from every other.
+        tolerance: the share; unless given that of the same operators on the same numbers.
+    """
+    if own.shape != other.shape or not own.numel():
+        return own.shape != other.shape
+    a, b = own.detach().double(), other.detach().double().to(own.device)
+    return not bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-12))
 
 
 def _difference(own: Tensor, pieces: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""What `crosskd.check_adapter` runs: each check yields what is wrong, its docstring says what is expected."""
+"""What `crosskd.check_adapter` runs: checks yield or raise what is wrong, docstrings say what is expected."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,25 @@ from crosskd.adapters.base import Adapter, Batch, DecoderHead, Head, Objects, Re
 from crosskd.diagnostics._objects import counts_of, overlaps, rows_of_images
 from crosskd.distiller import Distiller
 from crosskd.methods.base import Method, Requirement
-from crosskd.predictions import Assignment, Predictions
-from crosskd.proof import prove_student, prove_teacher, same_random_numbers
+from crosskd.predictions import Predictions
+from crosskd.proof import SUM, differ, paired, prove_student, prove_teacher, same_random_numbers
 from crosskd.step import Trace, run_head, space
 from crosskd.towers import TapPoint
 
-__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "differ", "gradients_at", "moved", "run_heads"]
+__all__ = ["CHECKS", "Bench", "Skipped", "Variation", "gradients_at", "moved", "run_heads"]
 
 Variation = Callable[[Any, Any], tuple[Any, Any]]  # makes another batch of images and targets
 # A head, what it was fed per level, what it predicted, and at which anchors or regions.
 HeadRun = tuple[Head, list[Tensor], Predictions, Any]
 
-# Numbers that are calculated twice by the same operators differ by no more than this, relatively.
-_ROUNDING, _GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-5, 1e-3, 1e-2
+# Gradients that are calculated twice differ by no more than this, relatively, and losses on two devices.
+_GRADIENT_ROUNDING, _DEVICE_ROUNDING = 1e-3, 1e-2
 # What free predictions must reach, and at how many of the positive anchors: not at all of them, for an
 # assignment may follow the predictions, and give an anchor another object at the last moment.
 _OVERLAP, _SHARE = 0.9, 0.75
-_SUM = "the sum of the losses"  # of a detector whose own forward names none
-# Steps of Adam in logits and in sides; the nudge that shows a slope, the least slope; proposals' shift.
-_LOGIT_STEP, _BOX_STEP, _NUDGE, _FLATTEST, _OFF = 0.2, 0.05, 1e-2, 1e-3, 0.15
+# Adam's step in logits; in boxes it is that many times _SHIFT of an object's size, and so is how far off
+# proposals are. The nudge that shows a slope, and the least slope.
+_STEP, _SHIFT, _OFF, _NUDGE, _FLATTEST = 0.2, 0.25, 0.6, 1e-2, 1e-3
 
 
 class Skipped(Exception):  # noqa: N818  # it is no error
@@ -55,13 +54,7 @@ class Bench:
 
     def of_student(self) -> Adapter:
         """An adapter of a copy of the student, in train mode."""
-        adapter: Adapter = self.settings["adapter"](copy.deepcopy(self.student).train())
-        return adapter
-
-    @cached_property
-    def decodes_queries(self) -> bool:
-        """Whether the student has a decoder of queries."""
-        return any(isinstance(head, DecoderHead) for head in self.of_student().heads)
+        return cast(Adapter, self.settings["adapter"](copy.deepcopy(self.student).train()))
 
     def demand(self, part: Requirement, otherwise: str) -> None:
         """Raises ``Skipped`` where no method asks for a part of a step."""
@@ -87,10 +80,6 @@ class Bench:
         batch = distiller.student_adapter.prepare(*given)
         seen = distiller.teacher_batch(batch, *given)
         return ("teacher", distiller.teacher_adapter, seen), ("student", distiller.student_adapter, batch)
-
-    def fresh_batch(self) -> tuple[Any, Any]:
-        """A copy of the batch, which a step may write over."""
-        return copy.deepcopy(self.batch)
 
     def varied(self, name: str, otherwise: Variation) -> tuple[Any, Any]:
         """Another batch: what the argument of that name makes, or a function that may not know how."""
@@ -118,37 +107,22 @@ def moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | N
 
 
 @torch.no_grad()
-def run_heads(adapter: Adapter, batch: Batch, maps: Any = None, fitted: Any = ()) -> Iterator[HeadRun]:
-    """Runs each head as a step does; one that answers for regions on its own, or on fitted ones."""
-    maps, runs = adapter.maps_of(batch) if maps is None else maps, list[HeadRun]()
+def run_heads(adapter: Adapter, batch: Batch, fitted: Sequence[FreePredictions] = ()) -> Iterator[HeadRun]:
+    """Runs each head as a step does; regions are those of the earlier head, or near its fitted boxes."""
+    maps, runs = adapter.maps_of(batch), list[HeadRun]()
     for head in adapter.heads:
         if not isinstance(head, RegionHead):
             anchors, feed = head.anchors(batch, maps), list(maps)
         else:
             before, _, made, at = runs[-1]
+            made = fitted[-1].somewhat_off() if fitted else made
             if batch.targets is not None:  # regions are asked for after the losses, as in training
                 before.losses(made, at, batch)
-            anchors = fitted[-1].regions_of(head) if fitted else head.regions(made, at, batch)
+            anchors = head.regions(made, at, batch)
             feed = [head.pool(maps, anchors, batch)]
-        copies = [level.clone() for level in feed]
-        predictions = run_head(head, copies, range(len(feed)), batch=batch).predictions
-        runs.append((head, feed, predictions, anchors))
+        run = run_head(head, [level.clone() for level in feed], range(len(feed)), batch=batch)
+        runs.append((head, feed, run.predictions, anchors))
         yield runs[-1]
-
-
-def _predicted(head: Head, level: int, towers: Mapping[str, Tensor]) -> Tensor:
-    """All numbers that are predicted from copies of the towers' outputs, which predict() may write over."""
-    made = head.predict(level, {name: output.clone() for name, output in towers.items()})
-    parts = (made.logits, made.regression, made.quality)
-    return torch.cat([part.flatten() for part in parts if part is not None])
-
-
-def differ(theirs: Tensor, ours: Tensor, tolerance: float = _ROUNDING) -> bool:
-    """Whether two tensors differ by more than a share of the largest number."""
-    if theirs.shape != ours.shape or not theirs.numel():
-        return theirs.shape != ours.shape
-    a, b = theirs.detach().double(), ours.detach().double().to(theirs.device)
-    return not bool((a - b).abs().max() <= tolerance * a.abs().max().clamp(min=1e-12))
 
 
 def gradients_at(losses: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,35 +133,28 @@ def gradients_at(losses: Iterable[Tensor], tensors: Mapping[str, Tensor]) -> dic
     return {name: gradient for name, gradient in zip(at, found, strict=True) if gradient is not None}
 
 
-def construction(bench: Bench) -> Iterable[str]:
+def construction(bench: Bench) -> None:
     """Both specs make a crosskd.adapters.Adapter with all its attributes, and the pair can be distilled."""
     bench.distiller()
-    return ()
 
 
+@torch.no_grad()
 def structure(bench: Bench) -> Iterator[str]:
     """Levels (finest first), strides, widths, classes, bins, anchors and regions are those of the maps."""
     for side, adapter, batch in bench.sides():
-        with torch.no_grad():
-            maps = adapter.maps_of(batch)
-        yield from (f"{side}: {found}" for found in _level_findings(adapter, maps, batch.size))
-        for run in run_heads(adapter, batch, maps):
+        maps, widths, strides = adapter.maps_of(batch), adapter.widths, adapter.strides
+        shapes, found = [tuple(level.shape[2:]) for level in maps], [level.shape[1] for level in maps]
+        if shapes != sorted(shapes, key=math.prod, reverse=True):
+            yield f"{side}: the levels are {shapes}, as (height, width)"
+        if widths is not None and list(widths) != found:
+            yield f"{side}: widths says {list(widths)}, the maps have {found}"
+        levels = zip(shapes, strides or (), strict=False)
+        off = [abs(shape[i] - batch.size[i] / stride) for shape, stride in levels for i in (0, 1)]
+        if strides is not None and (len(strides) != len(maps) or any(pixels > 1 for pixels in off)):
+            yield f"{side}: strides says {list(strides)}, the maps are {shapes} of {batch.size} pixels"
+        for run in run_heads(adapter, batch):
             wrong = _head_findings(run, len(batch.pixels))
-            yield from (f"{side}: {run[0].name or 'head'}: {found}" for found in wrong)
-
-
-def _level_findings(adapter: Adapter, maps: Sequence[Tensor], size: tuple[int, int]) -> Iterator[str]:
-    shapes = [tuple(level.shape[2:]) for level in maps]
-    if shapes != sorted(shapes, key=math.prod, reverse=True):
-        yield f"the levels are {shapes}, as (height, width)"
-    widths, strides = adapter.widths, adapter.strides
-    if widths is not None and list(widths) != [level.shape[1] for level in maps]:
-        yield f"widths says {list(widths)}, the maps have {[level.shape[1] for level in maps]}"
-    if strides is not None:
-        expected = [tuple(side / stride for side in size) for stride in strides]
-        pairs = [pair for two in zip(expected, shapes, strict=False) for pair in zip(*two, strict=True)]
-        if len(strides) != len(maps) or any(abs(a - b) > 1 for a, b in pairs):
-            yield f"strides says {list(strides)}, the maps are {shapes} of {size} pixels"
+            yield from (f"{side}: {run[0].name or 'head'}: {each}" for each in wrong)
 
 
 def _head_findings(run: HeadRun, images: int) -> Iterator[str]:
@@ -216,11 +183,10 @@ def _head_findings(run: HeadRun, images: int) -> Iterator[str]:
         yield f"there are {counts} {what} {sorted(totals)}, {units} locations and {rows} rows of predictions"
 
 
-def same_path(bench: Bench) -> Iterable[str]:
+def same_path(bench: Bench) -> None:
     """The teacher's pieces predict what its own forward does, layer by layer."""
     (_, teacher, batch), _ = bench.sides()
     prove_teacher(teacher, batch)
-    return ()
 
 
 @torch.no_grad()
@@ -232,20 +198,20 @@ def taps_and_tail(bench: Bench) -> Iterator[str]:
     for head, feed, _, _ in run_heads(teacher, batch):
         for level, features in enumerate(feed):
             outputs = {b.name: b.tower(level).run(features.clone(), ())[0] for b in head.branches}
-            whole = _predicted(head, level, outputs)
+            # predict() may write over what it is given.
+            whole = head.predict(level, {name: output.clone() for name, output in outputs.items()})
             for branch in head.branches:
                 tower = branch.tower(level)
                 for position in range(len(tower.blocks) + 1):
-                    _, taps = tower.run(features.clone(), {TapPoint(position, "post")})
-                    (rest,) = [tapped.read().clone() for tapped in taps.values()]
-                    rest = rest.movedim(1, -1) if tower.channels_last else rest
-                    # Tower.tail would activate again, which only some activations can be without effect.
-                    for block in tower.blocks[position:]:
-                        rest = block(rest)
+                    point, rest = TapPoint(position, "post"), replace(tower, blocks=tower.blocks[position:])
+                    tapped = tower.run(features.clone(), {point})[1][point].read()
+                    # The whole tower's tail would activate again, which only some activations bear.
+                    output = rest.tail(tapped.clone(), TapPoint(0, "post"))
+                    given = {name: other.clone() for name, other in {**outputs, branch.name: output}.items()}
                     at = f"{head.name or 'head'}: {branch.name} branch, level {level}, position {position}"
-                    if differ(outputs[branch.name], rest):
+                    if differ(outputs[branch.name], output):
                         yield f"{at}: the blocks behind the split make another tower output"
-                    elif differ(whole, _predicted(head, level, {**outputs, branch.name: rest})):
+                    elif any(differ(a, b) for _, a, b in paired(whole, head.predict(level, given))):
                         yield f"{at}: predict() gives other predictions for the same tower output"
 
 
@@ -273,8 +239,7 @@ def _plain_losses(adapter: Adapter, images: Any, targets: Any) -> Mapping[str, T
             plain = adapter.own_losses(*copy.deepcopy((images, targets)))
     except Exception as error:
         raise Skipped(f"the student alone can't train on it ({type(error).__name__}: {error})") from error
-    if isinstance(plain, Tensor):
-        plain = {_SUM: plain}
+    plain = {SUM: plain} if isinstance(plain, Tensor) else plain
     if not isinstance(plain, Mapping | None):
         raise TypeError(f"own_losses() gives a {type(plain).__name__} and not a dict of scalar tensors")
     if plain and not all(loss.isfinite() for loss in plain.values()):
@@ -287,13 +252,10 @@ def _step_findings(bench: Bench, images: Any, targets: Any) -> Iterator[str]:
     alone = bench.of_student()
     plain = {} if targets is None else _plain_losses(alone, images, targets)
     distiller, trace = bench.step(images, targets)
-    losses = distiller.named_losses(trace)
-    own: Mapping[str, Tensor] = trace.own_losses
-    distilled = losses.keys() - own.keys()
-    if plain is not None and plain.keys() == {_SUM}:
-        own = {_SUM: torch.stack([*own.values()]).sum()}
+    losses, own = distiller.named_losses(trace), trace.own_losses
     parameters = dict(distiller.student.named_parameters())
     if plain is not None:
+        own = {SUM: torch.stack([*own.values()]).sum()} if plain.keys() == {SUM} else own
         if plain.keys() != own.keys() or any(differ(plain[name], own[name]) for name in own):
             values = [{name: f"{float(loss):.6g}" for name, loss in side.items()} for side in (own, plain)]
             yield f"the student's own losses are {values[0]} through the adapter and {values[1]} alone"
@@ -304,7 +266,7 @@ def _step_findings(bench: Bench, images: Any, targets: Any) -> Iterator[str]:
             yield f"gradients of the student's own losses are not plain training's at {', '.join(wrong[:3])}"
     runs = [run.predictions for run in trace.student.heads.values()]
     wide = {compute_dtype(part) for run in runs for part in (run.logits, run.regression)}
-    for name in distilled:
+    for name in losses.keys() - trace.own_losses.keys():
         if wide and losses[name].dtype not in wide:
             yield f"{name} is {losses[name].dtype}, the predictions' type or float32 is {wide}"
     for what, tensors in (("losses", losses), ("gradients", gradients_at(losses.values(), parameters))):
@@ -322,16 +284,16 @@ def student_losses(bench: Bench) -> Iterator[str]:
     prove_student(bench.of_student(), *bench.batch)
 
 
-def _require_losses_of_pieces(bench: Bench) -> None:
-    if bench.decodes_queries:
+def _require_losses_of_pieces(student: Adapter) -> None:
+    if any(isinstance(head, DecoderHead) for head in student.heads):
         raise Skipped("matching and losses of a decoder are part of the detector's own forward")
 
 
 @torch.no_grad()
 def label_assignment(bench: Bench) -> Iterator[str]:
     """The assignment is (batch, anchors), its normalizer above 0; assign() gives that of the losses."""
-    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
+    _require_losses_of_pieces(adapter)
     for head, _, predictions, anchors in run_heads(adapter, batch):
         with same_random_numbers(adapter.detector):
             _, own = head.losses(predictions, anchors, batch)
@@ -390,8 +352,8 @@ def rows_permuted(bench: Bench) -> Iterator[str]:
 
 def decoding_and_classes(bench: Bench) -> Iterator[str]:
     """Predictions that minimise the student's own losses decode to the objects' boxes, of their labels."""
-    _require_losses_of_pieces(bench)
     _, (_, adapter, batch) = bench.sides()
+    _require_losses_of_pieces(adapter)
     if not all(head.decodes for head in adapter.heads):
         raise Skipped("the adapter decodes no boxes")
     if batch.objects is None or not any(len(of_image.labels) for of_image in batch.objects):
@@ -411,8 +373,6 @@ class FreePredictions:
     ``classless``), off which decoding and the order of classes are read, without a trained network.
     """
 
-    assignment: Assignment
-
     def __init__(self, run: HeadRun, batch: Batch, classless: bool, steps: int) -> None:
         self.head, _, start, self.anchors = run
         self.batch, self.counts = batch, counts_of(self.head, self.anchors)
@@ -425,31 +385,27 @@ class FreePredictions:
         self.scale = self._scale(self.predictions)
         self._fit(self.predictions, steps)
 
-    def _decoded(self, predictions: Predictions) -> tuple[Tensor, ...]:
-        return rows_of_images(self.head.decode(predictions, self.anchors), self.counts)
-
     def _overlap(self, predictions: Predictions) -> float:
-        pairs = zip(self._decoded(predictions), self.objects, strict=True)
+        decoded = rows_of_images(self.head.decode(predictions, self.anchors), self.counts)
+        pairs = zip(decoded, self.objects, strict=True)
         return sum(float(overlaps(boxes.reshape(-1, 4), o.boxes).sum()) for boxes, o in pairs)
 
     def _scale(self, start: Predictions) -> Tensor | float:
-        """By how much each number, in whatever unit, must change to change its box by an object's size."""
+        """By how much each number, in whatever unit, must change to shift its box by a share of an object."""
         if start.regression.ndim == 4 and not start.box_per_class:
-            return _LOGIT_STEP / _BOX_STEP  # the logits of a distribution
-        boxes = torch.cat([of_image.boxes for of_image in self.objects])
-        side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).mean().to(start.regression)
+            return 1.0  # the logits of a distribution
+        side = torch.cat([o.boxes[:, 2:] - o.boxes[:, :2] for o in self.objects]).clamp(min=1).mean()
         at_start, slopes = self.head.decode(start, self.anchors), []
         for nudge in _NUDGE * torch.eye(4).to(start.regression):
             nudged = replace(start, regression=start.regression + nudge)
             slopes.append((self.head.decode(nudged, self.anchors) - at_start).abs().amax(dim=-1) / _NUDGE)
-        return side / torch.stack(slopes, dim=-1).clamp(min=_FLATTEST).to(start.regression)
+        return (_SHIFT * side / torch.stack(slopes, dim=-1).clamp(min=_FLATTEST)).to(start.regression)
 
     def _fit(self, start: Predictions, steps: int) -> None:
         logits = torch.full_like(start.logits, -2.0).requires_grad_()
         offset = torch.zeros_like(start.regression).requires_grad_()
         # Losses may weigh an object next to nothing, but its numbers are to arrive as well.
-        groups = [{"params": [logits], "lr": _LOGIT_STEP}, {"params": [offset], "lr": _BOX_STEP}]
-        optimizer = torch.optim.Adam(groups, eps=1e-12)
+        optimizer = torch.optim.Adam([logits, offset], lr=_STEP, eps=1e-12)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             predictions = replace(start, logits=logits, regression=start.regression + self.scale * offset)
@@ -460,28 +416,26 @@ class FreePredictions:
             schedule.step()
             self.predictions = predictions.detach()
 
-    def regions_of(self, head: RegionHead) -> Any:
-        """The regions that follow, somewhat off: proposals that are the objects leave nothing to decode."""
+    def somewhat_off(self) -> Predictions:
+        """Of boxes beside the objects: proposals that are the objects leave nothing to decode."""
         offset = torch.empty_like(self.predictions.regression).uniform_(-_OFF, _OFF)
-        moved = replace(self.predictions, regression=self.predictions.regression + self.scale * offset)
-        self.head.losses(moved, self.anchors, self.batch)  # regions are asked for after them
-        return head.regions(moved, self.anchors, self.batch)
+        return replace(self.predictions, regression=self.predictions.regression + self.scale * offset)
 
     def findings(self) -> Iterator[str]:
         """What is wrong with boxes and classes at the positive anchors."""
-        rows = [rows_of_images(t, self.counts) for t in (self.predictions.logits, self.assignment.positive)]
-        images = zip(self._decoded(self.predictions), *rows, self.objects, strict=True)
+        boxes = self.head.decode(self.predictions, self.anchors)
+        parts = (boxes, self.predictions.logits, self.assignment.positive)
+        images = zip(*(rows_of_images(part, self.counts) for part in parts), self.objects, strict=True)
         seen = [_compared(b[p], logits[p], o) for b, logits, p, o in images if p.any() and len(o.labels)]
         if not seen:
             yield "no anchor is responsible for any object of the targets"
             return
         best, shifts, own = (torch.cat(column) for column in zip(*seen, strict=True))
         right = best >= _OVERLAP  # only there is it clear whose label an anchor was to learn
-        shifted = shifts[right & (shifts != 0)]
-        label = f"{int(shifted.mode().values) if len(shifted) else 0:+d}"
+        label = 1 + int(shifts[right].bincount(minlength=2)[1:].argmax())  # the commonest that is not 0
         for wrong, what in (
             (~right, f"decoding: the decoded boxes of % overlap no object by an IoU of {_OVERLAP}"),
-            (shifts[right] != 0, f"classes: the largest logit of % is not its object's (label {label})"),
+            (shifts[right] != 0, f"classes: the largest logit of % is not its object's (label {label:+d})"),
             (own[right] < _OVERLAP, "classes: another class's box than the object's label's fits at %"),
         ):
             if int(wrong.sum()) > (1 - _SHARE) * len(wrong):
@@ -494,10 +448,10 @@ def _compared(boxes: Tensor, logits: Tensor, objects: Objects) -> tuple[Tensor, 
     boxes = boxes if boxes.ndim == 3 else boxes[:, None]  # (positives, classes, 4)
     by_class = overlaps(boxes.flatten(0, 1), objects.boxes).view(*boxes.shape[:2], -1)
     overlap, labels, found = by_class.amax(dim=1), objects.labels, logits.argmax(dim=-1)
-    fits = ((overlap >= _OVERLAP) & (found[:, None] == labels)).any(dim=1)  # (positives,)
-    shifts = (found - labels[overlap.argmax(dim=1)]) % logits.shape[-1]
+    fits = (overlap >= _OVERLAP) & (found[:, None] == labels)  # of objects in one place it may be any
+    shifts = (found - labels[(overlap + fits).argmax(dim=1)]) % logits.shape[-1]
     own = by_class[:, labels if boxes.shape[1] > 1 else 0 * labels, torch.arange(len(labels)).to(labels)]
-    return overlap.amax(dim=1), torch.where(fits, 0, shifts), own.amax(dim=1)
+    return overlap.amax(dim=1), shifts, own.amax(dim=1)
 
 
 def detections(bench: Bench) -> Iterator[str]:
@@ -561,16 +515,15 @@ def other_device(bench: Bench) -> Iterator[str]:
     here = next(bench.student.parameters()).device.type
     if here == "cpu" and not torch.cuda.is_available():
         raise Skipped("there is no CUDA device here")
-    there, sides = "cuda" if here == "cpu" else "cpu", []
-    for at in (bench, bench.converted(device=torch.device(there))):
-        distiller, trace = at.step(*at.batch)
-        sides.append(distiller.named_losses(trace))
-    for name, loss in sides[0].items():
-        if differ(loss, sides[1][name], _DEVICE_ROUNDING):
-            yield f"{name} is {float(loss):.6g} on {here} and {float(sides[1][name]):.6g} on {there}"
+    there = "cuda" if here == "cpu" else "cpu"
+    steps = [at.step(*at.batch) for at in (bench, bench.converted(device=torch.device(there)))]
+    ours, theirs = (distiller.named_losses(trace) for distiller, trace in steps)
+    for name, loss in ours.items():
+        if differ(loss, theirs[name], _DEVICE_ROUNDING):
+            yield f"{name} is {float(loss):.6g} on {here} and {float(theirs[name]):.6g} on {there}"
 
 
-CHECKS: dict[str, Callable[[Bench], Iterable[str]]] = {
+CHECKS: dict[str, Callable[[Bench], Iterable[str] | None]] = {
     check.__name__.replace("_", " "): check
     for check in (
         construction, structure, same_path, taps_and_tail, gradients_through_the_tail, student_losses,

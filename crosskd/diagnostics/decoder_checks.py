@@ -13,10 +13,10 @@ from torch import Tensor
 from crosskd._unchanged import unchanged
 from crosskd.adapters.base import Adapter, DecoderHead, Queries
 from crosskd.adapters.replacing import replaced
-from crosskd.diagnostics.adapter_checks import Bench, Skipped, differ, gradients_at
+from crosskd.diagnostics.adapter_checks import Bench, Skipped, gradients_at
 from crosskd.distiller import Distiller
 from crosskd.predictions import Predictions
-from crosskd.proof import same_random_numbers
+from crosskd.proof import differ, same_random_numbers
 
 __all__ = ["DECODER_CHECKS"]
 
@@ -29,7 +29,7 @@ def _decoders(adapter: Adapter) -> list[DecoderHead]:
 
 
 def _require_decoder(bench: Bench) -> None:
-    if not bench.decodes_queries:
+    if not _decoders(bench.of_student()):
         raise Skipped("the student has no decoder of queries")
 
 
@@ -106,7 +106,7 @@ def _distilled(bench: Bench, distiller: Distiller, permuted: Sequence[DecoderHea
             stack.enter_context(replaced(head, **in_order))
         stack.enter_context(unchanged(distiller))
         stack.enter_context(same_random_numbers(bench.student))
-        trace = distiller.trace(*bench.fresh_batch())
+        trace = distiller.trace(*copy.deepcopy(bench.batch))
     losses = distiller.named_losses(trace)
     return {name: loss for name, loss in losses.items() if name not in trace.own_losses}
 
@@ -119,7 +119,7 @@ def own_teacher(bench: Bench) -> Iterator[str]:
     settings = {"adapter": spec, "teacher_adapter": spec, "prove": False, "methods": method}
     distiller = replace(bench, teacher=copy.deepcopy(bench.student), settings=settings).distiller()
     distiller.student.eval()
-    trace = distiller.trace(bench.fresh_batch()[0], None)
+    trace = distiller.trace(copy.deepcopy(bench.batch[0]), None)
     for name, loss in distiller.named_losses(trace).items():
         if not abs(float(loss)) <= _ANSWERS:
             yield f"{name} is {float(loss):.6g} between a detector and itself"

@@ -703,6 +703,19 @@ def test_heads_without_an_assignment_of_their_own():
     assert report.skipped["label assignment"] == "assign() refuses: only its losses know"
 
 
+def test_what_was_found_before_a_check_can_not_go_on_is_kept():
+    def refuses(*_):
+        raise ValueError("only its losses know")
+
+    adapter = of_head("assign", refuses)
+    right, shorten = adapter.head.losses, with_assignment(positive=lambda a: a.positive[:, 1:])
+    adapter.head.losses = lambda *arguments: shorten(right(*arguments))
+    error = found(adapter, skip=only("label assignment"))
+    assert "assignment.positive is torch.bool (2, 251), not (2, 252)" in str(error)
+    assert error.report.skipped["label assignment"] == "assign() refuses: only its losses know"
+    assert not error.report.passed
+
+
 def test_names_of_no_check():
     with pytest.raises(ValueError, match=r"skip= names no check: \['colour'\]. The checks are construction"):
         green(skip={"colour": "it is late"})
