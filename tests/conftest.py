@@ -13,7 +13,7 @@ settings.load_profile("no_deadline")
 
 @pytest.fixture
 def frozen_objects():
-    """For code that collects garbage by itself: it need not look at what was imported since the tests began."""
+    """For code that collects garbage by itself: it need not look at what the tests have imported."""
     gc.freeze()
 
 
