@@ -1,9 +1,11 @@
 """What happens to tests and modules that need mmdet, ultralytics or transformers, where there is none."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def _same_random_numbers() -> None:
     """Each test, and each docstring's example, draws the same random numbers, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported for the tests stays: nothing looks for garbage in it, now or while they run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
