@@ -84,6 +84,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)  # 700 or 2,000 new objects, Python's own choice, are less than a detector
         gc.enable()
 
 
