@@ -136,7 +136,7 @@ class CocoFolder(Dataset[Sample]):
             self._keep(self.counts > 0)
         if not self.counts.any():
             raise ValueError(f"{annotations} holds no box of an object, so nothing to train on or measure by")
-        if all(self._decoded(index) is None for index in range(len(self))):
+        if all(decode_or_none(self._path(i), self._size(i)) is None for i in range(len(self))):
             raise OSError(f"not one of the {len(self)} images under {images} can be read")
         self._broken = multiprocessing.Value("i", 0)
 
@@ -214,11 +214,12 @@ class CocoFolder(Dataset[Sample]):
         width, height = self.annotations.sizes[index].tolist()
         return width, height
 
-    def _decoded(self, index: int) -> Tensor | None:
-        try:
-            return decode(self._path(index), self._size(index))
-        except Exception:  # noqa: BLE001 - Pillow's readers raise anything
-            return None
+    def _counted(self, image: Tensor | None) -> Tensor | None:
+        """An image as it is; one that could not be read is counted."""
+        if image is None:
+            with self._broken.get_lock():
+                self._broken.value += 1
+        return image
 
     @property
     def broken(self) -> int:
@@ -277,11 +278,7 @@ class CocoFolder(Dataset[Sample]):
 
     def read(self, index: int) -> Tensor | None:
         """An image as RGB bytes, shape (3, height, width), or ``None`` if it can't be read."""
-        image = self._decoded(index)
-        if image is None:
-            with self._broken.get_lock():
-                self._broken.value += 1
-        return image
+        return self._counted(decode_or_none(self._path(index), self._size(index)))
 
     def plain(self, index: int) -> Sample:
         """The next image that can be read, as bytes, and its target: `tv_tensors`, not augmented."""
@@ -311,12 +308,10 @@ class CocoFolder(Dataset[Sample]):
     def _draw_unlabelled(self) -> Tensor:
         drawn = int(torch.randint(len(self.unlabelled), ()))
         for path in self.unlabelled[drawn:] + self.unlabelled[:drawn]:
-            try:
-                image: Tensor = tv_tensors.Image(decode(path, None))
-            except Exception:  # noqa: BLE001 - Pillow's readers raise anything
-                with self._broken.get_lock():
-                    self._broken.value += 1
+            decoded = self._counted(decode_or_none(path, None))
+            if decoded is None:
                 continue
+            image: Tensor = tv_tensors.Image(decoded)
             size = tuple(image.shape[-2:])
             boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
             target: dict[str, Tensor] = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
@@ -482,6 +477,14 @@ def decode(path: Path, size: tuple[int, int] | None) -> Tensor:
             return pil_to_tensor(turned.convert("RGB"))
         bytes_of = (np.asarray(turned).astype(np.float64) / 257).round().astype(np.uint8)
         return torch.from_numpy(bytes_of).expand(3, -1, -1)
+
+
+def decode_or_none(path: Path, size: tuple[int, int] | None) -> Tensor | None:
+    """As `decode`; ``None`` for an image that can't be read."""
+    try:
+        return decode(path, size)
+    except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+        return None
 
 
 class AspectBatches(Sampler[list[int]]):

@@ -134,6 +134,12 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def _whole_rows(width: int) -> tuple[int, int]:
+    """How many rows, and columns of each, a program works on that needs rows whole: powers of 2."""
+    block = triton.next_power_of_2(width)
+    return max(_BLOCK // block, 1), block
+
+
 def quality_focal_rows(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """The loss summed over the last dimension: shape (..., classes) to (...), float32."""
     width = student.shape[-1]
@@ -162,8 +168,7 @@ def distribution_kl_rows(student: Tensor, teacher: Tensor, temperature: float) -
     """The divergence of each row: shape (..., bins) to (...), float32."""
     width = student.shape[-1]
     sums = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-    block = triton.next_power_of_2(width)
-    height = max(_BLOCK // block, 1)
+    height, block = _whole_rows(width)
     with _device_of(student):
         _distribution_kl_rows[(triton.cdiv(sums.numel(), height),)](
             student, teacher, sums, sums.numel(), width, 1 / temperature, height, block
@@ -177,8 +182,7 @@ def distribution_kl_gradient(
     """The student's gradient for that of the rows, in the student's type."""
     gradient = torch.empty_like(student)
     width = student.shape[-1]
-    block = triton.next_power_of_2(width)
-    height = max(_BLOCK // block, 1)
+    height, block = _whole_rows(width)
     rows = row_gradient.numel()
     with _device_of(student):
         _distribution_kl_gradient[(triton.cdiv(rows, height),)](

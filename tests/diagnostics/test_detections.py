@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from crosskd.adapters import Objects
-from crosskd.adapters.base import Anchors, Batch, Head
+from crosskd.adapters.base import Anchors, Batch
 from crosskd.diagnostics._detections import Seen, fit_of, seen_in
 from crosskd.predictions import Predictions
+from tests.helpers.steps import PlainHead
 
 SQUARES = torch.tensor([[0.0, 0.0, 20.0, 20.0], [40.0, 40.0, 60.0, 60.0]])
 
@@ -60,18 +61,6 @@ def test_images_without_objects_or_detections():
     assert fit_of([empty], classless=False).ap == 0
 
 
-class Decoded(Head):
-    """Its regression is the boxes themselves."""
-
-    def predict(self, level, towers):
-        raise NotImplementedError
-
-    anchors = losses = predict
-
-    def decode(self, predictions, anchors):
-        return predictions.regression
-
-
 def batch(side: int, objects: Objects | None = None) -> Batch:
     return Batch(torch.zeros(1, 3, side, side), ((side, side),), None if objects is None else (objects,))
 
@@ -83,14 +72,14 @@ def test_detections_are_the_best_without_duplicates_in_the_students_pixels():
     quality = torch.tensor([[1.0, 1.0, 0.25, 1.0]]).logit(1e-6)
     predictions = Predictions(probabilities.logit()[None], boxes[None], quality)
     objects = Objects(torch.cat([SQUARES, SQUARES[:1] + 60]), torch.tensor([0, 0, 1]))
-    (found,) = seen_in(Decoded(), predictions, Anchors(None, (4,)), batch(200), batch(100, objects))
+    (found,) = seen_in(PlainHead(), predictions, Anchors(None, (4,)), batch(200), batch(100, objects))
     kept = found.scores > 0.3
     assert torch.allclose(found.boxes[kept], SQUARES)
     assert found.labels[kept].tolist() == [0, 1]
     assert found.scores[kept].tolist() == pytest.approx([0.9**0.5, 0.4], abs=1e-3)
     assert (found.highest, found.sure) == (pytest.approx(0.9), 3)
     assert found.likeliest.tolist() == [0, 1, -1]
-    unlabelled = next(seen_in(Decoded(), predictions, Anchors(None, (4,)), batch(100), batch(100)))
+    unlabelled = next(seen_in(PlainHead(), predictions, Anchors(None, (4,)), batch(100), batch(100)))
     assert (unlabelled.objects, unlabelled.likeliest.tolist()) == (None, [])
 
 
@@ -98,7 +87,7 @@ def test_an_objectness_is_in_the_class_probabilities_already():
     predictions = Predictions(
         torch.tensor([[[0.8]]]).logit(), SQUARES[:1][None], torch.tensor([[0.5]]).logit(), objectness=True
     )
-    (found,) = seen_in(Decoded(), predictions, Anchors(None, (1,)), batch(100), batch(100))
+    (found,) = seen_in(PlainHead(), predictions, Anchors(None, (1,)), batch(100), batch(100))
     assert (found.highest, found.scores.item()) == pytest.approx((0.4, 0.4))
 
 
@@ -108,7 +97,7 @@ def test_a_box_for_each_class():
     boxes = torch.stack([SQUARES[0] + 50, SQUARES[0], SQUARES[1]])[None, None]
     predictions = Predictions(logits, boxes, None, background=0, box_per_class=True)
     (found,) = seen_in(
-        Decoded(),
+        PlainHead(),
         predictions,
         Anchors(None, (1,)),
         batch(100),

@@ -73,11 +73,8 @@ def check_targets(targets: Any, images: int, classes: int, first_label: int) -> 
 
 
 def _check_labels(labels: list[Tensor], classes: int, first_label: int) -> None:
-    # A GPU is waited for once a batch, not for each image.
-    lowest, highest = torch.stack(
-        torch.cat([*labels, labels[0].new_full((1,), first_label)]).aminmax()
-    ).tolist()
-    if first_label <= lowest and highest < classes:
+    together = torch.cat(labels)
+    if not ((together < first_label) | (together >= classes)).any():  # a GPU is waited for once a batch
         return
     for index, of_image in enumerate(labels):
         if of_image.numel() and not first_label <= int(of_image.min()) <= int(of_image.max()) < classes:
