@@ -91,20 +91,25 @@ def of_nanodet(backbone: str, *, pretrained: bool) -> Model:
     return Model("nanodet", backbone, pretrained, width=64)
 
 
-def _boards(student: Model, methods: tuple[str, ...] = ALL) -> Pair:
-    teacher = Run(BOARDS, MOBILE, sees="pair", steps=0)
-    return Pair(
-        "A teacher that sees the defect-free board, too",
-        Run(BOARDS, student),
-        teacher,
-        methods,
-        teacher_times=2,
-    )
+def _share(labelled: float) -> str:
+    return f", {labelled:.0%} of the labels".replace("%", " %") if labelled < 1 else ""
+
+
+def _boards(
+    student: Model,
+    methods: tuple[str, ...] = ALL,
+    labelled: float = 1.0,
+    ladder: tuple[int, ...] = Pair.ladder,
+) -> Pair:
+    # The teacher has the labels of the student, and no others.
+    teacher = Run(BOARDS, MOBILE, sees="pair", steps=0, labelled=labelled)
+    question = "A teacher that sees the defect-free board, too" + _share(labelled)
+    return Pair(question, Run(BOARDS, student, labelled=labelled), teacher, methods, ladder, teacher_times=2)
 
 
 def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pair.ladder) -> Pair:
     run = Run(PERSONS, student, person_only=True, labelled=labelled)
-    question = "A COCO detector as it is" + (", 10 % of the labels" if labelled < 1 else "")
+    question = "A COCO detector as it is" + _share(labelled)
     # mimicking compares boxes location by location, and both have the same locations
     methods = (*MAIN, BEFORE, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld")
     return Pair(question, run, NANODET_G, methods, ladder)
@@ -117,6 +122,8 @@ PAIRS: dict[str, Pair] = {
         replace(MOBILE, family="retinanet"), (ALONE, "crosskd", "pkd", "crosskd+pkd")
     ),
     "boards_fcos": _boards(replace(MOBILE, family="fcos"), (ALONE, "crosskd", "pkd", "crosskd+pkd")),
+    # 27 boards with labels are learned sooner than 900.
+    "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
     "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False)),
     # 120 images with labels are learned soon.

@@ -81,7 +81,8 @@ def inherit(
         What was taken, what was left and why.
 
     Raises:
-        ValueError: nothing agrees, no backbone can be found, or a name that is no module of the student's.
+        ValueError: nothing agrees, no backbone can be found, a name that is no module of the student's, or a
+            teacher whose batch norms are folded.
         TypeError: something else than two modules.
 
     References:
@@ -106,6 +107,7 @@ def inherit(
         _check_modules(argument, given, own)
     if skip is None:
         skip = _backbone(own) if prefixes is None else ()
+    _check_folded(student, teacher)
     taken, other_shape, absent, skipped = [], {}, [], []
     for name, value in own.items():
         if _under(name, skip) or not (prefixes is None or _under(name, prefixes)):
@@ -141,6 +143,18 @@ def _check_modules(argument: str, given: Sequence[str] | None, names: Iterable[s
             raise ValueError(
                 f"{argument}: the student has nothing under {module!r}; its modules are "
                 f"{', '.join(_modules(names))}"
+            )
+
+
+def _check_folded(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses weights that hold a batch norm's work as well, which the student's own norm would do again."""
+    layers = dict(teacher.named_modules())
+    for path, module in student.named_modules():
+        if hasattr(module, "running_mean") and type(layers.get(path)) is nn.Identity:
+            raise ValueError(
+                f"the teacher has an Identity for the student's {type(module).__name__} {path}: its batch norms "
+                "are folded into its convolutions, whose weights don't fit the student's. Inherit from the "
+                "teacher as it was before fold_batch_norm"
             )
 
 

@@ -155,6 +155,18 @@ def test_another_type_of_detector_has_nothing_to_inherit():
         crosskd.inherit(numbered, numbered)
 
 
+def test_a_teacher_with_folded_batch_norms_is_refused():
+    student, teacher = WithPyramid(), WithPyramid()
+    fpn = crosskd.fold_batch_norm(teacher.backbone["fpn"], torch.rand(1, 4, 5, 5))
+    folded = copy.deepcopy(teacher)
+    folded.backbone["fpn"] = fpn
+    before = state(student)
+    with pytest.raises(ValueError, match=r"an Identity for the student's BatchNorm2d backbone\.fpn\.1"):
+        crosskd.inherit(student, folded)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert "backbone.fpn.1.running_mean" in crosskd.inherit(student, teacher).taken
+
+
 @pytest.mark.ultralytics
 def test_of_a_yolo_the_yaml_file_says_which_layers_are_the_backbone():
     from tests.helpers.yolo import model_of

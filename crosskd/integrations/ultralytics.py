@@ -34,7 +34,15 @@ __all__ = ["CrossKDTrainer", "trainer"]
 # What is trained or counted beside the student: its name in the student while that is trained, and the
 # stem of the file beside the checkpoints.
 _EXTRAS = "distillation"
-_OPTIONS = ("teacher_adapter", "class_map", "teacher_view", "view_scale", "resize_levels", "prove")
+_OPTIONS = (
+    "teacher_adapter",
+    "class_map",
+    "teacher_view",
+    "view_scale",
+    "resize_levels",
+    "teacher_dtype",
+    "prove",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def trainer(
         methods: one or several: methods, the names of their classes, ``"FGD"``, or dicts of a class as
             ``type`` and its arguments, ``dict(type="CrossKD", position=2)``. `CrossKD` unless given.
         options: further arguments of `Distiller`: ``teacher_adapter``, ``class_map``, ``teacher_view``,
-            ``view_scale``, ``resize_levels``, ``prove``.
+            ``view_scale``, ``resize_levels``, ``teacher_dtype``, ``prove``.
 
     Raises:
         TypeError: a teacher that no adapter understands, or another option.

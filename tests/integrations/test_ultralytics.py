@@ -221,6 +221,23 @@ def test_modes_follow_and_eval_distils_nothing():
     assert not student.distiller.teacher.training
 
 
+def test_the_teacher_may_calculate_in_half_precision():
+    trainer_of("yolo11x.pt", teacher_dtype=torch.bfloat16)
+    images, targets = batch_of()
+    seen: dict[Any, list[torch.dtype]] = {}
+    for given in (None, torch.bfloat16):
+        student = distilled(teacher_dtype=given)
+        teacher = student.distiller.teacher
+        seen[given] = []
+        # The last layer before the head; the first comparison of the pieces runs without autocast.
+        teacher.model[-2].register_forward_hook(lambda m, i, o, to=seen[given]: to.append(o.dtype))
+        losses, _ = student({"img": images, **targets})
+        assert torch.isfinite(losses).all()
+        assert losses.dtype == torch.float32
+    assert set(seen[None]) == {torch.float32}
+    assert seen[torch.bfloat16][-1] == torch.bfloat16
+
+
 def special(**functions: Any) -> Any:
     """A student of a class of the user's own."""
     student = model_of("yolo11n")
