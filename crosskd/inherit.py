@@ -152,9 +152,9 @@ def _check_folded(student: nn.Module, teacher: nn.Module) -> None:
     for path, module in student.named_modules():
         if hasattr(module, "running_mean") and type(layers.get(path)) is nn.Identity:
             raise ValueError(
-                f"the teacher has an Identity for the student's {type(module).__name__} {path}: its batch norms "
-                "are folded into its convolutions, whose weights don't fit the student's. Inherit from the "
-                "teacher as it was before fold_batch_norm"
+                f"the teacher has an Identity for the student's {type(module).__name__} {path}: its batch "
+                "norms are folded into its convolutions, whose weights don't fit the student's. Inherit from "
+                "the teacher as it was before fold_batch_norm"
             )
 
 
