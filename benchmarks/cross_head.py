@@ -1,0 +1,156 @@
+"""Where does a student fall behind, in its features or in its own predictors?
+
+CrossKD hands the student's features to the rest of the teacher's head, and leaves the student's own
+predictors to the labels. Both make detections of the same features, so their APs on the validation split
+say which of the two holds a student back. The students are those that `evidence.py` has trained::
+
+    python benchmarks/cross_head.py --root data --output runs/evidence --pair boards_few
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence import MAIN, PAIRS, read_budgets, table_runs
+from evidence_data import coco_folder, load_images, whole_images
+from evidence_report import title
+from evidence_run import Run, adapter, build, name_of, seen_folder
+from measure import mean_and_deviation, processor, table
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from crosskd import CrossKD, Distiller
+from crosskd.predictions import Predictions
+from crosskd.step import Side
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from evaluation import coco_metrics, coco_results
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+CANDIDATES, LEAST, OVERLAP, MOST = 1000, 0.05, 0.6, 100
+Detections = list[dict[str, Tensor]]
+
+
+def detections(side: Side, predictions: Predictions, sizes: list[tuple[int, int]]) -> Detections:
+    """Detections of an image from predictions at a side's anchors, the same way for both heads.
+
+    Args:
+        side: whose anchors and box coding they are of.
+        predictions: shape (batch, anchors, …).
+        sizes: height and width of each image.
+
+    Returns:
+        Of each image ``boxes`` (detections, 4), xyxy in its pixels, ``labels`` and ``scores``.
+    """
+    found = []
+    all_boxes = side.head.decode(predictions, side.anchors)
+    for boxes, scores, size in zip(all_boxes, predictions.scores(), sizes, strict=True):
+        values, places = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+        places, values = places[values > LEAST], values[values > LEAST]
+        rows, labels = places // scores.shape[1], places % scores.shape[1]
+        chosen = clip_boxes_to_image(boxes[rows], size)
+        kept = batched_nms(chosen, values, labels, OVERLAP)[:MOST]
+        found.append({"boxes": chosen[kept], "labels": labels[kept], "scores": values[kept]})
+    return found
+
+
+@torch.no_grad()
+def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, float]:
+    """AP on the validation split of a student's own head and of the teacher's head on its features."""
+    images = {
+        "student": load_images(options.root, run.data, "val", options.cache),
+        "teacher": load_images(options.root, run.data, "val", options.cache, seen_folder(teacher_run)),
+    }
+    student, teacher = (_trained(which, options) for which in (run, teacher_run))
+    view: dict[str, list[Tensor]] = {}
+    method = CrossKD(run.position)
+    distiller = Distiller(
+        teacher,
+        student,
+        method,
+        adapter,
+        teacher_adapter=adapter,
+        teacher_view=lambda images, targets: view["teacher"],
+    )
+    if len(method.projections):
+        raise ValueError(f"{name_of(run)} needs projections, which aren't kept: take a pair of equal widths")
+    folder = coco_folder(options.root, run.data, "val")
+    results: dict[str, list[dict[str, Any]]] = {"own": [], "cross-head": []}
+    for begin in range(0, len(folder.ids), run.batch):
+        chosen = range(begin, min(begin + run.batch, len(folder.ids)))
+        given = whole_images(images["student"], chosen, CPU)
+        view["teacher"] = whole_images(images["teacher"], chosen, CPU)
+        step = distiller.trace(given).steps["crosskd"]
+        sizes = [(image.shape[1], image.shape[2]) for image in given]
+        both = {
+            "own": detections(step.student, step.student.predictions, sizes),
+            "cross-head": detections(step.teacher, method.cross_head(step), sizes),
+        }
+        for name, found in both.items():
+            for index, of_image in zip(chosen, found, strict=True):
+                of_file = {**of_image, "boxes": of_image["boxes"] / float(images["student"].factors[index])}
+                results[name] += coco_results(folder, folder.ids[index], of_file)
+    truth = folder.ground_truth()
+    own, cross = (coco_metrics(truth, found)["AP"] for found in results.values())
+    return own, cross
+
+
+def _trained(run: Run, options: Namespace) -> nn.Module:
+    """A run's detector with its weights, in eval mode."""
+    detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
+    if run.model.family != "nanodet_g":
+        weights = options.output / name_of(run) / "model.pt"
+        detector.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return detector.eval()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compares the two heads of each finished student and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--root", type=Path, required=True, help="folder of the data sets")
+    add("--output", type=Path, default=Path("runs/evidence"), help="folder of evidence.py's runs")
+    add("--cache", type=Path, help="folder of decoded images; in --output unless given")
+    add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
+    add("--nanodet", type=Path, help="file of NanoDet-g's weights")
+    add("--pair", choices=PAIRS, default="boards_few")
+    add("--methods", nargs="+", default=[*MAIN])
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    options.cache = options.cache or options.output / "cache"
+    pair = PAIRS[options.pair]
+    steps = int(str(read_budgets(options.results / "budgets.json")[options.pair]["steps"]))
+    teacher, *students = table_runs(pair, steps, options.seeds, options.methods)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in students:
+        if (options.output / name_of(run) / "model.pt").exists():
+            found.setdefault(run.method, []).append(compare(run, teacher, options))
+            print(run.method, run.seed, found[run.method][-1], flush=True)
+    rows = []
+    for method, values in found.items():
+        own, cross = map(list, zip(*values, strict=True))
+        rows.append([title(method), str(len(values)), mean_and_deviation(own), mean_and_deviation(cross)])
+    parts = [
+        f"# Whose predictors, of {options.pair}",
+        "AP on the validation split of detections that the student's own head and the teacher's head make of "
+        f"the student's features, which take the teacher's statistics as in training; {steps} steps, mean ± "
+        f"standard deviation over seeds. CPU, {processor()}.",
+        table(["student", "seeds", "its own predictors", "the teacher's"], rows),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (options.results / f"{options.pair}_cross_head.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
