@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import MAIN, PAIRS, read_budgets, table_runs
+from evidence import MAIN, PAIRS, begun, read_budgets, table_runs
 from evidence_data import coco_folder, load_images, whole_images
-from evidence_report import title
+from evidence_report import BEGUN, title
 from evidence_run import Run, adapter, build, name_of, seen_folder
 from measure import mean_and_deviation, processor, table
 from torch import Tensor, nn
@@ -134,8 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     for run in students:
         if (options.output / name_of(run) / "model.pt").exists():
-            found.setdefault(run.method, []).append(compare(run, teacher, options))
-            print(run.method, run.seed, found[run.method][-1], flush=True)
+            label = BEGUN if run in begun(pair) else run.method
+            found.setdefault(label, []).append(compare(run, teacher, options))
+            print(label, run.seed, found[label][-1], flush=True)
     rows = []
     for method, values in found.items():
         own, cross = map(list, zip(*values, strict=True))

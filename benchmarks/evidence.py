@@ -84,6 +84,7 @@ AQUARIUM = DataSet("aquarium", 7, side=320, crop=256, colour=0.1, anchor_scale=4
 MOBILE = Model("gfl", "mobilenet_v2", pretrained=True)
 HALF = Model("gfl", "mobilenet_v2_half")
 LITE2 = Model("gfl", "efficientnet_lite2", pretrained=True, width=128)
+CELLS_FEW = Run(CELLS_SMALL, MOBILE, labelled=0.015)
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -139,12 +140,11 @@ PAIRS: dict[str, Pair] = {
     ),
     # 3 images with labels, small ones: what a CPU learns in minutes.
     "cells_few": Pair(
-        "A teacher with all labels, at twice the size" + _share(0.015),
-        Run(CELLS_SMALL, MOBILE, labelled=0.015, warmup=25),
-        Run(CELLS_SMALL, replace(MOBILE, levels=5), sees="zoom", steps=0),
+        "A finished student goes on, from a teacher with all labels, at twice the size" + _share(0.015),
+        replace(CELLS_FEW, warmup=25, begins=replace(CELLS_FEW, warmup=25, learning_rate=3e-3, steps=1200)),
+        Run(CELLS_SMALL, replace(MOBILE, levels=5), sees="zoom", steps=600),
         ALL,
-        (150, 300, 600, 1200, 2400),
-        teacher_times=2,
+        (150, 300, 600, 1200),
     ),
     "aquarium": Pair(
         "A larger pretrained teacher", Run(AQUARIUM, replace(HALF, width=128)), Run(AQUARIUM, LITE2, steps=0)
@@ -171,6 +171,11 @@ def alone_run(pair: Pair, steps: int, seed: int) -> Run:
     return replace(pair.student, steps=steps, seed=seed)
 
 
+def begun(pair: Pair) -> list[Run]:
+    """The finished run that all students of a pair begin with, if they do."""
+    return [] if pair.student.begins is None else [pair.student.begins]
+
+
 def teacher_run(pair: Pair, steps: int) -> Run:
     """The teacher, for a student of so many steps."""
     if pair.teacher.steps:
@@ -181,7 +186,7 @@ def teacher_run(pair: Pair, steps: int) -> Run:
 def table_runs(pair: Pair, steps: int, seeds: Sequence[int], methods: Sequence[str]) -> list[Run]:
     """All runs of a pair in the order in which they are done: every method with a seed, then the next."""
     teacher = teacher_run(pair, steps)
-    runs = [teacher]
+    runs = [teacher, *begun(pair)]
     for seed in seeds:
         for method in methods:
             alone = alone_run(pair, steps, seed)
@@ -256,17 +261,17 @@ def run_all(runs: Sequence[Run], options: Namespace, *, test: bool) -> bool:
             done = is_done(run, options, test)
             if process.returncode or not (done or stop_asked(options)):
                 failed.append(options.output / name_of(run) / "log.txt")
-                waiting = [other for other in waiting if other.teacher != run]
+                waiting = [other for other in waiting if run not in (other.teacher, other.begins)]
             print(f"{time.strftime('%H:%M:%S')} {name_of(run)}: {'done' if done else 'not done'}", flush=True)
         stopped = stopped or stop_asked(options)
-        ready = [] if stopped else [run for run in waiting if teacher_there(run, options)]
+        ready = [] if stopped else [run for run in waiting if needed_there(run, options)]
         for run in ready[: options.jobs - len(running)]:
             waiting.remove(run)
             running[run] = launch(run, options, test)
         if stopped and not running:
             return False
         if waiting and not running and not ready:
-            break  # their teacher failed
+            break  # what they need failed
         time.sleep(0.5)
     if failed:
         raise RuntimeError(f"{len(failed)} runs failed, see {', '.join(map(str, failed))}")
@@ -278,9 +283,10 @@ def stop_asked(options: Namespace) -> bool:
     return time.time() > options.until or (options.output / "stop").exists()
 
 
-def teacher_there(run: Run, options: Namespace) -> bool:
-    """Whether a run has its teacher's weights, if it takes any."""
-    return run.teacher is None or is_done(run.teacher, options, test=False)
+def needed_there(run: Run, options: Namespace) -> bool:
+    """Whether a run has the weights of its teacher and those that it begins with, if it takes any."""
+    needed = (other for other in (run.teacher, run.begins) if other is not None)
+    return all(is_done(other, options, test=False) for other in needed)
 
 
 # -- the budget -----------------------------------------------------------------------------------
@@ -311,7 +317,7 @@ def choose_budget(name: str, pair: Pair, options: Namespace) -> bool:
     precision: dict[int, float] = {}
     for steps in pair.ladder:
         runs = [alone_run(pair, steps, seed) for seed in options.budget_seeds]
-        if not run_all(runs, options, test=False):
+        if not run_all([*begun(pair), *runs], options, test=False):
             return False
         values = [validation_precision(run, options) for run in runs]
         precision[steps] = sum(values) / len(values)
@@ -337,6 +343,7 @@ def climb_together(options: Namespace) -> None:
     there = read_budgets(options.budgets)
     rungs = []
     for pair in (options.pair_table[name] for name in options.pairs if name not in there):
+        rungs += begun(pair)
         rungs += [alone_run(pair, steps, seed) for steps in pair.ladder for seed in options.budget_seeds]
     run_all(sorted(rungs, key=lambda run: run.steps), options, test=False)
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from methods_table import label_of
 
-ALONE, TEACHER = "none", "teacher"
+ALONE, TEACHER, BEGUN = "none", "teacher", "begun"
+OTHERS = (TEACHER, BEGUN)  # rows that are no method's
 Samples = dict[str, NDArray[np.float64]]
 
 
@@ -68,8 +69,12 @@ def read(runs: Sequence[Run], options: Namespace) -> dict[str, dict[int, Finishe
             {key: over_classes(rows) for key, rows in of_class.items()},
             dict(zip(names, of_class["AP"].T, strict=True)),
         )
-        is_teacher = students and any(run == other.teacher for other in runs)
-        found.setdefault(TEACHER if is_teacher else run.method, {})[run.seed] = finished
+        label = run.method
+        if students and any(run == other.teacher for other in runs):
+            label = TEACHER
+        elif any(run == other.begins for other in runs):
+            label = BEGUN
+        found.setdefault(label, {})[run.seed] = finished
     return found
 
 
@@ -142,7 +147,8 @@ def _of_classes(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
 
 def title(method: str) -> str:
     """What a method is called in tables."""
-    return 'CrossKD, tap="pre"' if method == BEFORE else label_of(method)
+    named = {BEFORE: 'CrossKD, tap="pre"', BEGUN: "the finished student"}
+    return named.get(method) or label_of(method)
 
 
 def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any]) -> str:
@@ -158,6 +164,8 @@ def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any
     labels = f", {100 * run.labelled:g} % of the labels" if run.labelled < 1 else ""
     crops = f"crops of {run.data.crop} pixels, {run.batch} a step, {budget['steps']} steps{labels}"
     student = f"Student: {_model(run)}, {result['parameters'] / 1e6:.1f} M."
+    if run.begins is not None:
+        student += f" All go on from one that was trained alone for {run.begins.steps} steps."
     device = (
         f"{processor()}, {result['threads']} thread(s)" if result["device"] == "CPU" else result["device"]
     )
@@ -180,7 +188,7 @@ def _row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, Finish
         values = [float(run.metrics[metric][0]) for run in runs]
         cells.append("-" if np.isnan(values).any() else mean_and_deviation(values))
     gain = ["", ""]
-    if label not in (ALONE, TEACHER) and by_seed.keys() & alone.keys():
+    if label not in (ALONE, *OTHERS) and by_seed.keys() & alone.keys():
         values, low, high = difference(by_seed, alone)
         gain = [mean_and_deviation(values, "+"), f"{low:+.1f} to {high:+.1f}"]
     minutes = mean_and_deviation([run.result["seconds"] / 60 for run in runs])
@@ -200,7 +208,7 @@ def _class_row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, 
         mean = statistics.mean(float(run.classes[name][0]) for run in by_seed.values())
         shared = sorted(by_seed.keys() & alone.keys())
         cell = f"{mean:.1f}"
-        if label not in (ALONE, TEACHER) and shared:
+        if label not in (ALONE, *OTHERS) and shared:
             gains = [float(by_seed[s].classes[name][0] - alone[s].classes[name][0]) for s in shared]
             cell += f" ({statistics.mean(gains):+.1f})"
         cells.append(cell)
@@ -228,7 +236,7 @@ def draw(found: Mapping[str, Mapping[int, Finished]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from pictures import colours
 
-    shown = {name: list(runs.values()) for name, runs in found.items() if name != TEACHER}
+    shown = {name: list(runs.values()) for name, runs in found.items() if name not in OTHERS}
     colour = colours(list(shown))
 
     def mean(name: str) -> float:
@@ -247,10 +255,12 @@ def draw(found: Mapping[str, Mapping[int, Finished]], path: Path) -> None:
         values = [float(run.metrics["AP"][0]) for run in shown[name]]
         finals.plot(mean(name), place, marker="|", ms=18, mew=2.5, color=colour[name])
         finals.scatter(values, [place] * len(values), color=colour[name], s=22, alpha=0.8)
-    for teacher in found.get(TEACHER, {}).values():
-        finals.axvline(float(teacher.metrics["AP"][0]), color="#7f7f7f", ls="--", lw=1.2)
+    for name, style in ((TEACHER, "--"), (BEGUN, ":")):
+        for other in found.get(name, {}).values():
+            finals.axvline(float(other.metrics["AP"][0]), color="#7f7f7f", ls=style, lw=1.2)
+    dotted = ", the finished student dotted" if BEGUN in found else ""
     curves.set(xlabel="step", ylabel="AP on some validation images", title="learning curves, alone thick")
-    finals.set(title="test: every seed, the mean, the teacher dashed", xlabel="AP")
+    finals.set(title="test: every seed, the mean, the teacher dashed" + dotted, xlabel="AP")
     finals.set_yticks(range(len(order)), [title(name) for name in order])
     for axes, grid in ((curves, "y"), (finals, "x")):
         axes.grid(alpha=0.3, axis=grid)

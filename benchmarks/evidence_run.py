@@ -93,6 +93,7 @@ class Run:
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
+        begins: the finished run whose weights the student begins with; ``None`` for weights of its own.
         position: of CrossKD.
         batch: images a step.
         learning_rate: its highest, of AdamW; a cosine to 0 after ``warmup`` steps.
@@ -109,6 +110,7 @@ class Run:
     seed: int = 0
     steps: int = 1000
     teacher: Run | None = None
+    begins: Run | None = None
     position: int | None = 1
     batch: int = 8
     learning_rate: float = 1e-3
@@ -123,20 +125,18 @@ def run_of(content: Mapping[str, Any]) -> Run:
     values = dict(content)
     data = {**values.pop("data")}
     data["scales"] = tuple(data["scales"])
-    teacher = values.pop("teacher")
-    return Run(
-        DataSet(**data),
-        Model(**values.pop("model")),
-        teacher=None if teacher is None else run_of(teacher),
-        **values,
-    )
+    for name in ("teacher", "begins"):
+        values[name] = None if values[name] is None else run_of(values[name])
+    return Run(DataSet(**data), Model(**values.pop("model")), **values)
 
 
 def name_of(run: Run) -> str:
     """The name of a run's folder."""
     teacher = [] if run.teacher is None else ["from", *_names(run.teacher)]
     labels = [f"labels{run.labelled:g}"] if run.labelled < 1 else []
-    parts = [run.data.name, *_names(run), *labels, *teacher, run.method, str(run.steps), f"seed{run.seed}"]
+    after = [] if run.begins is None else [f"after{run.begins.steps}"]
+    names = [*_names(run), *labels, *teacher, *after]
+    parts = [run.data.name, *names, run.method, str(run.steps), f"seed{run.seed}"]
     return "_".join(parts)
 
 
@@ -267,7 +267,10 @@ def start(run: Run, options: Namespace) -> Training:
     """A run before its first step."""
     torch.manual_seed(run.seed)
     device = options.device
-    student = build(run.model, run.data, options.nanodet).to(device).train()
+    student = build(run.model, run.data, options.nanodet)
+    if run.begins is not None:
+        student.load_state_dict(_weights(run.begins, options))
+    student.to(device).train()
     view: dict[str, list[Tensor]] = {}
     trained = student
     if run.teacher is not None:
@@ -300,8 +303,7 @@ def _distiller(
 ) -> Distiller:
     teacher = build(of_teacher.model, of_teacher.data, options.nanodet)
     if of_teacher.model.family != "nanodet_g":
-        weights = options.output / name_of(of_teacher) / "model.pt"
-        teacher.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        teacher.load_state_dict(_weights(of_teacher, options))
     teacher.to(options.device).eval()
     if inherits(run.method):
         print(crosskd.inherit(student, teacher), flush=True)
@@ -320,6 +322,12 @@ def _distiller(
     if run.person_only:
         more["class_map"] = [0]
     return Distiller(teacher, student, methods, adapter, teacher_adapter=adapter, **more)
+
+
+def _weights(run: Run, options: Namespace) -> dict[str, Tensor]:
+    """What a finished run has left."""
+    path = options.output / name_of(run) / "model.pt"
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def train(training: Training, images: dict[str, Images], folder: Path) -> bool:
@@ -472,7 +480,7 @@ def measure_on_test(run: Run, options: Namespace, folder: Path) -> None:
     """Looks at the test split, once."""
     detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
     if run.model.family != "nanodet_g":
-        detector.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+        detector.load_state_dict(_weights(run, options))
     detector.to(options.device)
     images = load_images(options.root, run.data, "test", options.cache, seen_folder(run))
     metrics, results = measure(detector, run, images, "test", options)

@@ -155,6 +155,39 @@ def test_a_teacher_of_each_kind_teaches(root, tmp_path, sees, method, labelled):
     assert isinstance(json.loads((folder / "detections_test.json").read_text()), list)
 
 
+def test_a_student_goes_on_from_a_finished_one(root, tmp_path):
+    options = options_of(root, tmp_path)
+    first = small_run(ema=0.0, steps=2)
+    finished = work(first, options, tmp_path)
+    begun = run.start(small_run(begins=first, seed=5), options).student.state_dict()
+    assert all(torch.equal(value, finished[name]) for name, value in begun.items())
+    own = run.start(small_run(seed=5), options).student.state_dict()
+    assert not all(torch.equal(value, finished[name]) for name, value in own.items())
+
+
+def test_what_students_begin_with_is_run_before_the_ladder_and_has_a_row_of_its_own(
+    root, tmp_path, monkeypatch
+):
+    names = launched(monkeypatch)
+    options = options_of(root, tmp_path, jobs=3)
+    first = replace(evidence.TOY_PAIR.student, steps=3, seed=7)
+    pair = replace(evidence.TOY_PAIR, student=replace(evidence.TOY_PAIR.student, begins=first))
+    assert evidence.choose_budget("toy", pair, options)
+    assert [seed for _, seed, _ in names] == [7, 0, 0]
+    runs = evidence.table_runs(pair, 6, [0], ["none", "crosskd"])
+    assert runs[:2] == [evidence.teacher_run(pair, 6), first]
+    assert evidence.run_all(runs, options, test=True)
+    for one in runs:
+        (options.output / run.name_of(one) / "detections_test.json").write_text("[]")
+    found = report.read(runs, options)
+    assert [(label, list(by_seed)) for label, by_seed in found.items()] == [
+        ("teacher", [0]),
+        ("begun", [7]),
+        ("none", [0]),
+        ("crosskd", [0]),
+    ]
+
+
 def test_runs_have_names_of_their_own_and_are_read_back():
     runs = []
     for pair in evidence.PAIRS.values():
