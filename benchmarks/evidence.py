@@ -144,7 +144,7 @@ PAIRS: dict[str, Pair] = {
         replace(CELLS_FEW, warmup=25, begins=replace(CELLS_FEW, warmup=25, learning_rate=3e-3, steps=1200)),
         Run(CELLS_SMALL, replace(MOBILE, levels=5), sees="zoom", steps=600),
         ALL,
-        (150, 300, 600, 1200),
+        (300, 600, 1200),
     ),
     "aquarium": Pair(
         "A larger pretrained teacher", Run(AQUARIUM, replace(HALF, width=128)), Run(AQUARIUM, LITE2, steps=0)
