@@ -39,24 +39,24 @@ CANDIDATES, LEAST, OVERLAP, MOST = 1000, 0.05, 0.6, 100
 Detections = list[dict[str, Tensor]]
 
 
-def detections(side: Side, predictions: Predictions, sizes: list[tuple[int, int]]) -> Detections:
+def detections(side: Side, predictions: Predictions, images: list[Tensor]) -> Detections:
     """Detections of an image from predictions at a side's anchors, the same way for both heads.
 
     Args:
         side: whose anchors and box coding they are of.
         predictions: shape (batch, anchors, …).
-        sizes: height and width of each image.
+        images: what that side saw, each (3, height, width).
 
     Returns:
         Of each image ``boxes`` (detections, 4), xyxy in its pixels, ``labels`` and ``scores``.
     """
     found = []
     all_boxes = side.head.decode(predictions, side.anchors)
-    for boxes, scores, size in zip(all_boxes, predictions.scores(), sizes, strict=True):
+    for boxes, scores, image in zip(all_boxes, predictions.scores(), images, strict=True):
         values, places = scores.flatten().topk(min(CANDIDATES, scores.numel()))
         places, values = places[values > LEAST], values[values > LEAST]
         rows, labels = places // scores.shape[1], places % scores.shape[1]
-        chosen = clip_boxes_to_image(boxes[rows], size)
+        chosen = clip_boxes_to_image(boxes[rows], (image.shape[1], image.shape[2]))
         kept = batched_nms(chosen, values, labels, OVERLAP)[:MOST]
         found.append({"boxes": chosen[kept], "labels": labels[kept], "scores": values[kept]})
     return found
@@ -70,6 +70,7 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, floa
         "teacher": load_images(options.root, run.data, "val", options.cache, seen_folder(teacher_run)),
     }
     student, teacher = (_trained(which, options) for which in (run, teacher_run))
+    zoom = 2 if teacher_run.sees == "zoom" else 1
     view: dict[str, list[Tensor]] = {}
     method = CrossKD(run.position)
     distiller = Distiller(
@@ -79,6 +80,7 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, floa
         adapter,
         teacher_adapter=adapter,
         teacher_view=lambda images, targets: view["teacher"],
+        view_scale=float(zoom),
     )
     if len(method.projections):
         raise ValueError(f"{name_of(run)} needs projections, which aren't kept: take a pair of equal widths")
@@ -86,17 +88,18 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, floa
     results: dict[str, list[dict[str, Any]]] = {"own": [], "cross-head": []}
     for begin in range(0, len(folder.ids), run.batch):
         chosen = range(begin, min(begin + run.batch, len(folder.ids)))
-        given = whole_images(images["student"], chosen, CPU)
-        view["teacher"] = whole_images(images["teacher"], chosen, CPU)
+        scales = {"own": run.data.shown, "cross-head": run.data.shown * zoom}
+        given = whole_images(images["student"], chosen, CPU, scales["own"])
+        view["teacher"] = whole_images(images["teacher"], chosen, CPU, scales["cross-head"])
         step = distiller.trace(given).steps["crosskd"]
-        sizes = [(image.shape[1], image.shape[2]) for image in given]
         both = {
-            "own": detections(step.student, step.student.predictions, sizes),
-            "cross-head": detections(step.teacher, method.cross_head(step), sizes),
+            "own": detections(step.student, step.student.predictions, given),
+            "cross-head": detections(step.teacher, method.cross_head(step), view["teacher"]),
         }
         for name, found in both.items():
             for index, of_image in zip(chosen, found, strict=True):
-                of_file = {**of_image, "boxes": of_image["boxes"] / float(images["student"].factors[index])}
+                factor = float(images["student"].factors[index]) * scales[name]
+                of_file = {**of_image, "boxes": of_image["boxes"] / factor}
                 results[name] += coco_results(folder, folder.ids[index], of_file)
     truth = folder.ground_truth()
     own, cross = (coco_metrics(truth, found)["AP"] for found in results.values())

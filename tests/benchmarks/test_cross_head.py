@@ -45,7 +45,7 @@ def test_detections_are_those_of_the_detector_itself(root):
     )
     with torch.no_grad():
         side = distiller.trace(given).steps["crosskd"].student
-        found = cross_head.detections(side, side.predictions, [tuple(image.shape[1:]) for image in given])
+        found = cross_head.detections(side, side.predictions, given)
         expected = student(given)
     for of_image, own in zip(found, expected, strict=True):
         assert len(own["boxes"]) >= 5
@@ -75,3 +75,27 @@ def test_of_a_student_that_is_the_teacher_both_heads_say_the_same(root, tmp_path
     (rows,) = tables(tmp_path / "toy_cross_head.md")
     assert [(row["student"], row["seeds"]) for row in rows] == [("student alone", "1"), ("CrossKD", "1")]
     assert rows[0]["its own predictors"] == rows[0]["the teacher's"] == f"{own:.1f}"
+
+
+def test_a_teacher_that_sees_twice_the_size(root, tmp_path, monkeypatch):
+    """The student is measured as evidence.py measures it, and boxes of both are in the files' pixels."""
+    settings = replace(evidence.TOY, shown=0.5)
+    model = evidence.TOY_PAIR.student.model
+    student = replace(evidence.TOY_PAIR.student, data=settings, steps=6, ema=0.0)
+    teacher = replace(student, model=replace(model, levels=5), sees="zoom", steps=7)
+    for a_run, seed in ((teacher, 1), (student, 2)):
+        with_weights(tmp_path, a_run, seed)
+    options, kept = options_of(root, tmp_path), []
+
+    def sum_of_scores(truth, found):
+        kept.append(found)
+        return {"AP": sum(f["score"] for f in found)}
+
+    monkeypatch.setattr(cross_head, "coco_metrics", sum_of_scores)
+    own, _ = cross_head.compare(student, teacher, options)
+    images = data.load_images(root, settings, "val", options.cache)
+    _, expected = run.measure(cross_head._trained(student, options), student, images, "val", options)
+    assert own == pytest.approx(sum(f["score"] for f in expected), rel=1e-4)
+    assert kept[0][0]["bbox"] == pytest.approx(expected[0]["bbox"], rel=1e-4)
+    widest = max(f["bbox"][0] + f["bbox"][2] for f in kept[1])
+    assert 48 < widest <= 64.001
