@@ -1,10 +1,12 @@
-"""Where does a student fall behind, in its features or in its own predictors?
+"""Where does a student fall behind, in its features or in its own predictors? And what is it taught?
 
 CrossKD hands the student's features to the rest of the teacher's head, and leaves the student's own
 predictors to the labels. Both make detections of the same features, so their APs on the validation split
-say which of the two holds a student back. The students are those that `evidence.py` has trained::
+say which of the two holds a student back. A teacher is compared on the levels alone that the student has:
+what it finds on the others is not taught, and a second table has its AP with and without them. The students
+are those that `evidence.py` has trained::
 
-    python benchmarks/cross_head.py --root data --output runs/evidence --pair boards_few
+    python benchmarks/cross_head.py --root data --output runs/evidence --pair cells_few
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from evidence import MAIN, PAIRS, begun, read_budgets, table_runs
@@ -22,10 +24,13 @@ from evidence_data import coco_folder, load_images, whole_images
 from evidence_report import BEGUN, title
 from evidence_run import Run, adapter, build, name_of, seen_folder
 from measure import mean_and_deviation, processor, table
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from crosskd import CrossKD, Distiller
+from crosskd.compare.data import read_detections, read_ground_truth
+from crosskd.compare.precision import class_precision, evaluate
 from crosskd.predictions import Predictions
 from crosskd.step import Side
 
@@ -62,20 +67,33 @@ def detections(side: Side, predictions: Predictions, images: list[Tensor]) -> De
     return found
 
 
+class Compared(NamedTuple):
+    """What was measured of one student, AP from 0 to 100.
+
+    Attributes:
+        own: of the student's own head.
+        cross: of the teacher's head on the student's features.
+        teacher: of the teacher itself, by class.
+        taught: of the teacher on the levels that the student has, by class.
+    """
+
+    own: float
+    cross: float
+    teacher: dict[str, float]
+    taught: dict[str, float]
+
+
 @torch.no_grad()
-def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, float]:
-    """AP on the validation split of a student's own head and of the teacher's head on its features."""
-    images = {
-        "student": load_images(options.root, run.data, "val", options.cache),
-        "teacher": load_images(options.root, run.data, "val", options.cache, seen_folder(teacher_run)),
-    }
-    student, teacher = (_trained(which, options) for which in (run, teacher_run))
+def compare(run: Run, teacher_run: Run, options: Namespace) -> Compared:
+    """Measures both heads of a student, and its teacher, on the validation split."""
+    images = load_images(options.root, run.data, "val", options.cache)
+    seen = load_images(options.root, run.data, "val", options.cache, seen_folder(teacher_run))
     zoom = 2 if teacher_run.sees == "zoom" else 1
     view: dict[str, list[Tensor]] = {}
-    method = CrossKD(run.position)
+    teacher, method = _trained(teacher_run, options), CrossKD(run.position)
     distiller = Distiller(
         teacher,
-        student,
+        _trained(run, options),
         method,
         adapter,
         teacher_adapter=adapter,
@@ -85,25 +103,32 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> tuple[float, floa
     if len(method.projections):
         raise ValueError(f"{name_of(run)} needs projections, which aren't kept: take a pair of equal widths")
     folder = coco_folder(options.root, run.data, "val")
-    results: dict[str, list[dict[str, Any]]] = {"own": [], "cross-head": []}
+    results: dict[str, list[dict[str, Any]]] = {"own": [], "cross": [], "teacher": [], "taught": []}
     for begin in range(0, len(folder.ids), run.batch):
         chosen = range(begin, min(begin + run.batch, len(folder.ids)))
-        scales = {"own": run.data.shown, "cross-head": run.data.shown * zoom}
-        given = whole_images(images["student"], chosen, CPU, scales["own"])
-        view["teacher"] = whole_images(images["teacher"], chosen, CPU, scales["cross-head"])
+        given = whole_images(images, chosen, CPU, run.data.shown)
+        view["teacher"] = whole_images(seen, chosen, CPU, run.data.shown * zoom)
         step = distiller.trace(given).steps["crosskd"]
-        both = {
+        found = {
             "own": detections(step.student, step.student.predictions, given),
-            "cross-head": detections(step.teacher, method.cross_head(step), view["teacher"]),
+            "cross": detections(step.teacher, method.cross_head(step), view["teacher"]),
+            "teacher": teacher(view["teacher"]),
+            "taught": detections(step.teacher, step.teacher.predictions, view["teacher"]),
         }
-        for name, found in both.items():
-            for index, of_image in zip(chosen, found, strict=True):
-                factor = float(images["student"].factors[index]) * scales[name]
-                of_file = {**of_image, "boxes": of_image["boxes"] / factor}
-                results[name] += coco_results(folder, folder.ids[index], of_file)
-    truth = folder.ground_truth()
-    own, cross = (coco_metrics(truth, found)["AP"] for found in results.values())
-    return own, cross
+        for name, of_images in found.items():
+            scale = run.data.shown * (1 if name == "own" else zoom)
+            for index, of_image in zip(chosen, of_images, strict=True):
+                boxes = of_image["boxes"] / (float(images.factors[index]) * scale)
+                results[name] += coco_results(folder, folder.ids[index], {**of_image, "boxes": boxes})
+    own, cross = (coco_metrics(folder.ground_truth(), results[name])["AP"] for name in ("own", "cross"))
+    truth = read_ground_truth(folder.ground_truth())
+    return Compared(own, cross, *(_by_class(truth, results[name]) for name in ("teacher", "taught")))
+
+
+def _by_class(truth: COCO, found: list[dict[str, Any]]) -> dict[str, float]:
+    evaluation = evaluate(truth, read_detections("the teacher", found, truth))
+    names = [str(truth.cats[category]["name"]) for category in evaluation.params.catIds]
+    return dict(zip(names, (100 * class_precision(evaluation)["AP"][0]).tolist(), strict=True))
 
 
 def _trained(run: Run, options: Namespace) -> nn.Module:
@@ -126,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--cache", type=Path, help="folder of decoded images; in --output unless given")
     add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
     add("--nanodet", type=Path, help="file of NanoDet-g's weights")
-    add("--pair", choices=PAIRS, default="boards_few")
+    add("--pair", choices=PAIRS, default="cells_few")
     add("--methods", nargs="+", default=[*MAIN])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args(arguments)
@@ -134,22 +159,29 @@ def main(arguments: list[str] | None = None) -> None:
     pair = PAIRS[options.pair]
     steps = int(str(read_budgets(options.results / "budgets.json")[options.pair]["steps"]))
     teacher, *students = table_runs(pair, steps, options.seeds, options.methods)
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Compared]] = {}
     for run in students:
         if (options.output / name_of(run) / "model.pt").exists():
             label = BEGUN if run in begun(pair) else run.method
             found.setdefault(label, []).append(compare(run, teacher, options))
-            print(label, run.seed, found[label][-1], flush=True)
+            print(label, run.seed, found[label][-1][:2], flush=True)
     rows = []
     for method, values in found.items():
-        own, cross = map(list, zip(*values, strict=True))
-        rows.append([title(method), str(len(values)), mean_and_deviation(own), mean_and_deviation(cross)])
+        own, cross = (mean_and_deviation([getattr(v, name) for v in values]) for name in ("own", "cross"))
+        rows.append([title(method), str(len(values)), own, cross])
+    last = next(iter(found.values()))[0]
+    taught = [
+        [label, *(f"{value:.1f}" for value in by_class.values())]
+        for label, by_class in (("on all its levels", last.teacher), ("on the student's", last.taught))
+    ]
     parts = [
         f"# Whose predictors, of {options.pair}",
         "AP on the validation split of detections that the student's own head and the teacher's head make of "
         f"the student's features, which take the teacher's statistics as in training; {steps} steps, mean ± "
         f"standard deviation over seeds. CPU, {processor()}.",
         table(["student", "seeds", "its own predictors", "the teacher's"], rows),
+        "AP of the teacher itself there, on all of its levels and on those that match one of the student's:",
+        table(["teacher", *last.teacher], taught),
     ]
     text = "\n\n".join(parts) + "\n"
     (options.results / f"{options.pair}_cross_head.md").write_text(text)

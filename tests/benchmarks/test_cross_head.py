@@ -66,13 +66,15 @@ def test_of_a_student_that_is_the_teacher_both_heads_say_the_same(root, tmp_path
         cross_head, "coco_metrics", lambda truth, found: {"AP": sum(f["score"] for f in found)}
     )
     options = options_of(root, tmp_path)
-    own, cross = cross_head.compare(alone, teacher, options)
+    own, cross, of_teacher, taught = cross_head.compare(alone, teacher, options)
+    assert of_teacher.keys() == taught.keys()
+    assert list(of_teacher.values()) == pytest.approx(list(taught.values()))  # the student has all levels
     assert own > 1
     assert own == pytest.approx(cross, rel=1e-4)
     assert cross_head.compare(other, teacher, options)[0] != pytest.approx(own, rel=1e-2)
     places = ["--root", str(root), "--output", str(tmp_path), "--results", str(tmp_path)]
     cross_head.main([*places, "--pair", "toy", "--seeds", "0", "--methods", "none", "crosskd"])
-    (rows,) = tables(tmp_path / "toy_cross_head.md")
+    rows, _ = tables(tmp_path / "toy_cross_head.md")
     assert [(row["student"], row["seeds"]) for row in rows] == [("student alone", "1"), ("CrossKD", "1")]
     assert rows[0]["its own predictors"] == rows[0]["the teacher's"] == f"{own:.1f}"
 
@@ -92,7 +94,7 @@ def test_a_teacher_that_sees_twice_the_size(root, tmp_path, monkeypatch):
         return {"AP": sum(f["score"] for f in found)}
 
     monkeypatch.setattr(cross_head, "coco_metrics", sum_of_scores)
-    own, _ = cross_head.compare(student, teacher, options)
+    own, *_ = cross_head.compare(student, teacher, options)
     images = data.load_images(root, settings, "val", options.cache)
     _, expected = run.measure(cross_head._trained(student, options), student, images, "val", options)
     assert own == pytest.approx(sum(f["score"] for f in expected), rel=1e-4)
