@@ -107,10 +107,11 @@ def inherit(
         _check_modules(argument, given, own)
     if skip is None:
         skip = _backbone(own) if prefixes is None else ()
-    _check_folded(student, teacher)
+    wanted = {n for n in own if not _under(n, skip) and (prefixes is None or _under(n, prefixes))}
+    _check_folded(wanted, teacher)
     taken, other_shape, absent, skipped = [], {}, [], []
     for name, value in own.items():
-        if _under(name, skip) or not (prefixes is None or _under(name, prefixes)):
+        if name not in wanted:
             skipped.append(name)
         elif name not in theirs:
             absent.append(name)
@@ -146,15 +147,16 @@ def _check_modules(argument: str, given: Sequence[str] | None, names: Iterable[s
             )
 
 
-def _check_folded(student: nn.Module, teacher: nn.Module) -> None:
+def _check_folded(names: Iterable[str], teacher: nn.Module) -> None:
     """Refuses weights that hold a batch norm's work as well, which the student's own norm would do again."""
     layers = dict(teacher.named_modules())
-    for path, module in student.named_modules():
-        if hasattr(module, "running_mean") and type(layers.get(path)) is nn.Identity:
+    for name in names:
+        path, _, tensor = name.rpartition(".")
+        if tensor == "running_mean" and type(layers.get(path)) is nn.Identity:
             raise ValueError(
-                f"the teacher has an Identity for the student's {type(module).__name__} {path}: its batch "
-                "norms are folded into its convolutions, whose weights don't fit the student's. Inherit from "
-                "the teacher as it was before fold_batch_norm"
+                f"the teacher has an Identity for the student's batch norm {path}: its norms are folded into "
+                "its convolutions, whose weights don't fit the student's. Inherit from the teacher as it was "
+                "before fold_batch_norm"
             )
 
 
