@@ -107,11 +107,11 @@ def inherit(
         _check_modules(argument, given, own)
     if skip is None:
         skip = _backbone(own) if prefixes is None else ()
-    wanted = {n for n in own if not _under(n, skip) and (prefixes is None or _under(n, prefixes))}
-    _check_folded(wanted, teacher)
+    asked = {n for n in own if not _under(n, skip) and (prefixes is None or _under(n, prefixes))}
+    _check_folded(asked, teacher)
     taken, other_shape, absent, skipped = [], {}, [], []
     for name, value in own.items():
-        if name not in wanted:
+        if name not in asked:
             skipped.append(name)
         elif name not in theirs:
             absent.append(name)
