@@ -258,7 +258,7 @@ class Distiller(nn.Module):
             strides = teacher.strides or ()
             finest = min(strides[level] for _, level in levels)
             if left_out[0] < finest:
-                # Measured: it cost a class of small objects up to 13 of its 15 AP (docs/benchmarks.md).
+                # Measured: it cost a class of small objects up to 14 of its 15 AP (docs/benchmarks.md).
                 _logger.warning(
                     f"{message}. Small objects that the teacher finds there are background to its other "
                     "levels, which teach the student so: better take a teacher whose finest level is of "
