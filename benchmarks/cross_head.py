@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ import torch
 from evidence import MAIN, PAIRS, begun, read_budgets, table_runs
 from evidence_data import coco_folder, load_images, whole_images
 from evidence_report import BEGUN, title
-from evidence_run import Run, adapter, build, name_of, seen_folder
+from evidence_run import Run, adapter, finished_model, name_of, seen_folder
 from measure import mean_and_deviation, processor, table
 from pycocotools.coco import COCO
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from crosskd import CrossKD, Distiller
@@ -90,10 +89,10 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> Compared:
     seen = load_images(options.root, run.data, "val", options.cache, seen_folder(teacher_run))
     zoom = 2 if teacher_run.sees == "zoom" else 1
     view: dict[str, list[Tensor]] = {}
-    teacher, method = _trained(teacher_run, options), CrossKD(run.position)
+    teacher, method = finished_model(teacher_run, options).eval(), CrossKD(run.position)
     distiller = Distiller(
         teacher,
-        _trained(run, options),
+        finished_model(run, options).eval(),
         method,
         adapter,
         teacher_adapter=adapter,
@@ -129,15 +128,6 @@ def _by_class(truth: COCO, found: list[dict[str, Any]]) -> dict[str, float]:
     evaluation = evaluate(truth, read_detections("the teacher", found, truth))
     names = [str(truth.cats[category]["name"]) for category in evaluation.params.catIds]
     return dict(zip(names, (100 * class_precision(evaluation)["AP"][0]).tolist(), strict=True))
-
-
-def _trained(run: Run, options: Namespace) -> nn.Module:
-    """A run's detector with its weights, in eval mode."""
-    detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
-    if run.model.family != "nanodet_g":
-        weights = options.output / name_of(run) / "model.pt"
-        detector.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return detector.eval()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -267,9 +267,10 @@ def start(run: Run, options: Namespace) -> Training:
     """A run before its first step."""
     torch.manual_seed(run.seed)
     device = options.device
-    student = build(run.model, run.data, options.nanodet)
-    if run.begins is not None:
-        student.load_state_dict(_weights(run.begins, options))
+    if run.begins is None:
+        student = build(run.model, run.data, options.nanodet)
+    else:
+        student = finished_model(run.begins, options)
     student.to(device).train()
     view: dict[str, list[Tensor]] = {}
     trained = student
@@ -301,10 +302,7 @@ def start(run: Run, options: Namespace) -> Training:
 def _distiller(
     run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
 ) -> Distiller:
-    teacher = build(of_teacher.model, of_teacher.data, options.nanodet)
-    if of_teacher.model.family != "nanodet_g":
-        teacher.load_state_dict(_weights(of_teacher, options))
-    teacher.to(options.device).eval()
+    teacher = finished_model(of_teacher, options).to(options.device).eval()
     if inherits(run.method):
         print(crosskd.inherit(student, teacher), flush=True)
     if of_teacher.model.family != "nanodet_g":  # which has none; a third of a MobileNetV2's forward on a CPU
@@ -324,10 +322,13 @@ def _distiller(
     return Distiller(teacher, student, methods, adapter, teacher_adapter=adapter, **more)
 
 
-def _weights(run: Run, options: Namespace) -> dict[str, Tensor]:
-    """What a finished run has left."""
-    path = options.output / name_of(run) / "model.pt"
-    return dict(torch.load(path, map_location="cpu", weights_only=True))
+def finished_model(run: Run, options: Namespace) -> nn.Module:
+    """What a finished run has left, on the CPU; NanoDet-g as it is."""
+    detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
+    if run.model.family != "nanodet_g":
+        path = options.output / name_of(run) / "model.pt"
+        detector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return detector
 
 
 def train(training: Training, images: dict[str, Images], folder: Path) -> bool:
@@ -478,10 +479,7 @@ def finish(training: Training, images: Images, folder: Path) -> None:
 
 def measure_on_test(run: Run, options: Namespace, folder: Path) -> None:
     """Looks at the test split, once."""
-    detector = build(replace(run.model, pretrained=False), run.data, options.nanodet)
-    if run.model.family != "nanodet_g":
-        detector.load_state_dict(_weights(run, options))
-    detector.to(options.device)
+    detector = finished_model(run, options).to(options.device)
     images = load_images(options.root, run.data, "test", options.cache, seen_folder(run))
     metrics, results = measure(detector, run, images, "test", options)
     (folder / "detections_test.json").write_text(json.dumps(results))

@@ -96,7 +96,7 @@ def test_a_teacher_that_sees_twice_the_size(root, tmp_path, monkeypatch):
     monkeypatch.setattr(cross_head, "coco_metrics", sum_of_scores)
     own, *_ = cross_head.compare(student, teacher, options)
     images = data.load_images(root, settings, "val", options.cache)
-    _, expected = run.measure(cross_head._trained(student, options), student, images, "val", options)
+    _, expected = run.measure(run.finished_model(student, options), student, images, "val", options)
     assert own == pytest.approx(sum(f["score"] for f in expected), rel=1e-4)
     assert kept[0][0]["bbox"] == pytest.approx(expected[0]["bbox"], rel=1e-4)
     widest = max(f["bbox"][0] + f["bbox"][2] for f in kept[1])
