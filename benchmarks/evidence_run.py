@@ -71,6 +71,7 @@ class Model:
         width: channels of pyramid and towers.
         blocks: convolutions a tower.
         levels: 3 or 5, from stride 8 on.
+        finest: 16 leaves out the first of them.
     """
 
     family: str = "gfl"
@@ -79,6 +80,7 @@ class Model:
     width: int = 64
     blocks: int = 2
     levels: int = 3
+    finest: int = 8
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _names(run: Run) -> list[str]:
         model.family,
         model.backbone.replace("_", "-"),
         *(["imagenet"] if model.pretrained else []),
+        *([f"stride{model.finest}"] if model.finest != STRIDES[0] else []),
         *sees,
     ]
 
@@ -179,7 +182,12 @@ def build(model: Model, data: DataSet, nanodet: Path | None) -> nn.Module:
         detector: Any = load_nanodet(nanodet)
     else:
         backbone = build_backbone(
-            model.backbone, model.pretrained, model.width, fixed_norm=False, levels=model.levels
+            model.backbone,
+            model.pretrained,
+            model.width,
+            fixed_norm=False,
+            levels=model.levels,
+            finest=model.finest,
         )
         detector = _with_head(model, backbone, data)
     transform = detector.transform
@@ -188,7 +196,7 @@ def build(model: Model, data: DataSet, nanodet: Path | None) -> nn.Module:
 
 
 def _with_head(model: Model, backbone: nn.Module, data: DataSet) -> nn.Module:
-    strides, classes = STRIDES[: model.levels], data.classes
+    strides, classes = STRIDES[STRIDES.index(model.finest) : model.levels], data.classes
     if model.family == "nanodet":
         return NanoDet(backbone, classes, group_norm=True)
     if model.family in ("gfl", "atss"):
@@ -197,12 +205,12 @@ def _with_head(model: Model, backbone: nn.Module, data: DataSet) -> nn.Module:
         return kind(backbone, classes, **options, **more)
     if model.family == "fcos":
         anchors = AnchorGenerator(
-            tuple((s * data.anchor_scale / 8,) for s in strides), ((1.0,),) * model.levels
+            tuple((s * data.anchor_scale / 8,) for s in strides), ((1.0,),) * len(strides)
         )
         return FCOS(backbone, classes, anchor_generator=anchors)
     bases = [s * data.anchor_scale / 2 for s in strides]
     octaves = tuple(tuple(int(base * 2 ** (third / 3)) for third in range(3)) for base in bases)
-    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * model.levels)
+    anchors = AnchorGenerator(octaves, ((0.5, 1.0, 2.0),) * len(strides))
     head = RetinaNetHead(model.width, 9, classes, norm_layer=partial(nn.GroupNorm, 32))
     return RetinaNet(backbone, classes, anchor_generator=anchors, head=head)
 

@@ -95,6 +95,7 @@ def build_backbone(
     *,
     fixed_norm: bool | None = None,
     levels: Literal[3, 5] = 5,
+    finest: Literal[8, 16] = 8,
 ) -> BackboneWithFPN:
     """A backbone with a feature pyramid of levels P3 to P7, strides 8 to 128, or P2 to P6.
 
@@ -112,6 +113,7 @@ def build_backbone(
         fixed_norm: fixed batch statistics and a frozen first stage, whatever ``pretrained`` says: for
             weights that are loaded afterwards; or ``False`` for pretrained weights whose batch norm trains.
         levels: 3 leaves out P6 and P7.
+        finest: 16 leaves out P3.
 
     Raises:
         ImportError: EfficientNet-Lite without its packages, which are named.
@@ -132,7 +134,7 @@ def build_backbone(
     else:
         layers, stages = _torchvisions(name, pretrained, norm, freeze=fixed)
     if style != "two_stage":
-        stages = stages[1:]
+        stages = stages[1:] if finest == 8 else stages[2:]
     numbered = {layer: str(level) for level, (layer, _) in enumerate(stages)}
     return BackboneWithFPN(layers, numbered, [w for _, w in stages], width, extra_blocks=pyramid_top)
 
