@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -62,7 +63,7 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
             "called with in eval mode, too, such as [torch.rand(3, 256, 256)] for torchvision's detectors"
         )
     folded = copy.deepcopy(detector).eval().requires_grad_(False)
-    with proving(folded) as before, _pairs(folded) as pairs_of:
+    with _without_tf32(), proving(folded) as before, _pairs(folded) as pairs_of:
         folded(*inputs, **keywords)
         pairs = pairs_of()
     if not pairs:
@@ -77,7 +78,7 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
         if module in pairs.values():
             parent, _, own_name = path.rpartition(".")
             setattr(folded.get_submodule(parent), own_name, nn.Identity())
-    with proving(folded) as after:
+    with _without_tf32(), proving(folded) as after:
         folded(*inputs, **keywords)
     place = _changed(before, after, {path for path, module in folded.named_modules() if module in pairs})
     if place is not None:
@@ -88,6 +89,24 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
             "pixels). Else distil with it as it is"
         )
     return folded
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """A GPU's float32 as it is: a hundred convolutions in TF32 round more than the check allows."""
+    settings: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    name: str = "allow_tf32"
+    off: bool | str = False
+    if hasattr(torch.backends.cudnn, "conv"):  # since 2.9; where a program sets these, reading those fails
+        settings[0], name, off = torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    before = [getattr(each, name) for each in settings]
+    try:
+        for each in settings:
+            setattr(each, name, off)
+        yield
+    finally:
+        for each, value in zip(settings, before, strict=True):
+            setattr(each, name, value)
 
 
 @contextmanager

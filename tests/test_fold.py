@@ -54,6 +54,31 @@ def test_a_folded_teacher_distils_as_the_teacher_and_stands_apart_from_it():
     assert cheap.student.state_dict().keys() == student.state_dict().keys()
 
 
+def test_a_gpu_that_rounds_convolutions_folds_in_whole_float32(monkeypatch):
+    # TF32 keeps 10 of 23 bits: after a hundred layers other numbers than the unfolded ones'.
+    whole, rounded = nn.Conv2d._conv_forward, []
+
+    def of_gpu(convolution, pixels, weight, bias):
+        rounds = tf32_settings()[0] not in (False, "ieee")
+        rounded.append(rounds)
+        return whole(convolution, pixels, weight.bfloat16().float() if rounds else weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", of_gpu)
+    before = tf32_settings()
+    fold_batch_norm(with_norms(), [torch.rand(3, 64, 64)])
+    assert rounded
+    assert not any(rounded)
+    assert tf32_settings() == before
+
+
+def tf32_settings() -> list[bool | str]:
+    """Of convolutions and matrix products, as this version of PyTorch has them."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        return [cudnn.conv.fp32_precision, matmul.fp32_precision]
+    return [cudnn.allow_tf32, matmul.allow_tf32]
+
+
 class SharedConvolution(nn.Module):
     """A convolution with a norm of its own for each of two levels, and one that nothing shares."""
 
