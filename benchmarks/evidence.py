@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import BEFORE, STRIDES, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import STRIDES, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -47,7 +47,7 @@ FLAT = 1.0  # AP on the validation split
 ALONE = "none"
 MAIN = (ALONE, "crosskd", "pkd", "mimic", "crosskd+pkd")
 OTHER_FAMILY = (ALONE, "crosskd", "pkd", "crosskd+pkd")  # whose boxes are of another kind: nothing to mimic
-ALL = (*MAIN, BEFORE, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
+ALL = (*MAIN, *VARIANTS, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pa
     run = Run(PERSONS, student, person_only=True, labelled=labelled)
     question = "A COCO detector as it is" + _share(labelled)
     # mimicking compares boxes location by location, and both have the same locations
-    methods = (*MAIN, BEFORE, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld")
+    methods = (*MAIN, "crosskd-pre", "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld")
     return Pair(question, run, NANODET_G, methods, ladder)
 
 
@@ -398,7 +398,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         parser.error("--root: the folder of the data sets is needed")
     try:
         for method in options.methods or ():
-            if method != BEFORE:
+            if method not in VARIANTS:
                 check_name(method)
     except ValueError as error:
         parser.error(f"--methods: {error}")

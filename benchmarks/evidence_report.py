@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import coco_folder
-from evidence_run import BEFORE, Run, name_of
+from evidence_run import VARIANTS, Run, name_of
 from measure import mean_and_deviation, processor, table
 from numpy.typing import NDArray
 
@@ -147,8 +147,9 @@ def _of_classes(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
 
 def title(method: str) -> str:
     """What a method is called in tables."""
-    named = {BEFORE: 'CrossKD, tap="pre"', BEGUN: "the finished student"}
-    return named.get(method) or label_of(method)
+    if method in VARIANTS:
+        return VARIANTS[method][0]
+    return "the finished student" if method == BEGUN else label_of(method)
 
 
 def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any]) -> str:

@@ -55,7 +55,12 @@ from nanodet import NANODET, NanoDet, load_nanodet
 from training import save_atomically
 
 STRIDES = (8, 16, 32, 64, 128)
-BEFORE = "crosskd-pre"  # CrossKD that taps features in front of the block's activation
+# CrossKD as it is not by default: its label, and what differs. The towers have two blocks.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "crosskd-pre": ('CrossKD, tap="pre"', {"tap": "pre"}),
+    "crosskd-0": ("CrossKD, position 0", {"position": 0}),
+    "crosskd-2": ("CrossKD, position 2", {"position": 2}),
+}
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
 
@@ -91,7 +96,7 @@ class Run:
         data: what is learned.
         model: what is trained.
         sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
-        method: a name of `methods_table`, or ``crosskd-pre``.
+        method: a name of `methods_table` or of ``VARIANTS``.
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
@@ -315,11 +320,10 @@ def _distiller(
         print(crosskd.inherit(student, teacher), flush=True)
     if of_teacher.model.family != "nanodet_g":  # which has none; a third of a MobileNetV2's forward on a CPU
         teacher = crosskd.fold_batch_norm(teacher, [torch.rand(3, 256, 256, device=options.device)])
-    tap = "pre" if run.method == BEFORE else "post"
-    settings = Namespace(
-        position=run.position, tap=tap, cls_weight=None, reg_weight=None, stop_distilling=None
-    )
-    methods = make_methods("crosskd" if run.method == BEFORE else run.method, settings)
+    _, changed = VARIANTS.get(run.method, ("", {}))
+    settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None, **changed}
+    name = "crosskd" if run.method in VARIANTS else run.method
+    methods = make_methods(name, Namespace(stop_distilling=None, **settings))
     more: dict[str, Any] = {}
     if of_teacher.sees != "images":
         more["teacher_view"] = lambda images, targets: view["teacher"]

@@ -140,7 +140,13 @@ def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("sees", "method", "labelled"),
-    [("pair", "crosskd+pkd", 1.0), ("images", run.BEFORE, 0.5), ("zoom", "pkd", 1.0), ("pair", "fgd", 0.5)],
+    [
+        ("pair", "crosskd+pkd", 1.0),
+        ("images", "crosskd-pre", 0.5),
+        ("images", "crosskd-0", 0.5),
+        ("zoom", "pkd", 1.0),
+        ("pair", "fgd", 0.5),
+    ],
 )
 def test_a_teacher_of_each_kind_teaches(root, tmp_path, sees, method, labelled):
     options = options_of(root, tmp_path, test=True)
