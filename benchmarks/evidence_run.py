@@ -128,12 +128,12 @@ class Run:
 
 
 def run_of(content: Mapping[str, Any]) -> Run:
-    """The run that a ``run.json`` describes."""
+    """The run that a ``run.json`` describes; one of before a setting was there has its default."""
     values = dict(content)
     data = {**values.pop("data")}
     data["scales"] = tuple(data["scales"])
     for name in ("teacher", "begins"):
-        values[name] = None if values[name] is None else run_of(values[name])
+        values[name] = None if values.get(name) is None else run_of(values[name])
     return Run(DataSet(**data), Model(**values.pop("model")), **values)
 
 

@@ -265,6 +265,19 @@ def test_nothing_is_run_twice_and_teachers_come_first(root, tmp_path, monkeypatc
         evidence.run_all(runs, options, test=True)
 
 
+def test_a_setting_that_is_new_since_leaves_finished_runs_finished(root, tmp_path):
+    options, finished = options_of(root, tmp_path), small_run()
+    folder = tmp_path / run.name_of(finished)
+    folder.mkdir()
+    content = json.loads(run.as_json(finished))
+    del content["begins"], content["model"]["finest"]
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "result.json").touch()
+    assert evidence.is_done(finished, options, test=False)
+    with pytest.raises(ValueError, match="other settings"):
+        evidence.is_done(replace(finished, batch=7), options, test=False)
+
+
 def test_a_run_that_fails_is_told_and_the_others_are_done(root, tmp_path, monkeypatch):
     names = launched(monkeypatch, fails=["pkd"])
     runs = evidence.table_runs(evidence.TOY_PAIR, 6, [0], ["pkd", "none", "crosskd"])
