@@ -134,5 +134,4 @@ def coco_stats(truth: dict[str, Any], results: Any) -> list[float]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    stats: list[float] = list(evaluation.stats[:12])
-    return stats
+    return [float(value) for value in evaluation.stats[:12]]  # NumPy's are not loaded with weights_only=True
