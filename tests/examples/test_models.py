@@ -176,6 +176,13 @@ def test_a_half_mobilenet_has_no_imagenet_weights_and_three_levels_are_three():
     assert [128 // f.shape[-1] for f in backbone(torch.rand(1, 3, 128, 128)).values()] == [8, 16, 32]
 
 
+def test_a_pyramid_that_begins_at_stride_16():
+    backbone = build_backbone("mobilenet_v2_half", False, 32, finest=16).eval()
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 128, 128))
+    assert [128 // features.shape[-1] for features in maps.values()] == [16, 32, 64, 128]
+
+
 def test_pixels_of_efficientnet_lite_are_255_values_less_127_over_128():
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = torch.rand(1, 3, 4, 4)
