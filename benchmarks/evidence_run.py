@@ -128,7 +128,7 @@ class Run:
 
 
 def run_of(content: Mapping[str, Any]) -> Run:
-    """The run that a ``run.json`` describes; one of before a setting was there has its default."""
+    """The run that a ``run.json`` describes; a setting that it lacks has its default."""
     values = dict(content)
     data = {**values.pop("data")}
     data["scales"] = tuple(data["scales"])

@@ -3,8 +3,8 @@
 Imported by those that call it, so that nothing else waits for Triton. Numbers of any type are read, and all
 is calculated in float32.
 
-The width of a row is a constant: a kernel is compiled for each, but dividing by it is cheap. A
-program's place in the tensors is one number of 64 bits; inside of it 32 are enough.
+The width of a row is a constant: a kernel is compiled for each, and dividing by it is cheap. Where a program
+begins takes 64 bits, offsets from there 32.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _quality_focal_gradient(
         else:
             derivative = _power(distance, beta) * difference + beta * _power(distance, beta - 1) * slope
     row = first // width
-    begun = (first - row * width).to(tl.int32)  # so many numbers of that row belong to the programs before
+    begun = (first - row * width).to(tl.int32)  # numbers of that row before this program's
     row_gradient = tl.load(row_gradients + row + (begun + place) // width, inside, 0.0)
     tl.store(gradients + first + place, derivative * row_gradient, inside)
 
