@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import coco_folder
-from evidence_run import VARIANTS, Run, name_of
+from evidence_run import STRIDES, VARIANTS, Run, name_of
 from measure import mean_and_deviation, processor, table
 from numpy.typing import NDArray
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from methods_table import label_of
 
-ALONE, TEACHER, BEGUN = "none", "teacher", "begun"
+ALONE, CROSSKD, TEACHER, BEGUN = "none", "crosskd", "teacher", "begun"
 OTHERS = (TEACHER, BEGUN)  # rows that are no method's
 Samples = dict[str, NDArray[np.float64]]
 
@@ -126,6 +126,7 @@ def write_report(
         "Minutes are those of training, with whatever else the machine did meanwhile; MB is the peak of the "
         "process, on a GPU of the allocator.",
         *_of_classes(found),
+        *_beside_crosskd(found),
         f"## Is the student alone flat?\n\n{_flatness(budget)}",
         f"![Learning curves, and every seed]({name}.png)",
     ]
@@ -179,7 +180,8 @@ def _model(run: Run) -> str:
     if model.family == "nanodet_g":
         return "NanoDet-g, trained on COCO"
     start = "ImageNet weights" if model.pretrained else "from scratch"
-    return f"{model.family} on {model.backbone}, {start}"
+    finest = f", levels from stride {model.finest}" if model.finest != STRIDES[0] else ""
+    return f"{model.family} on {model.backbone}, {start}{finest}"
 
 
 def _row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, Finished]) -> list[str]:
@@ -188,10 +190,7 @@ def _row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, Finish
     for metric in METRICS:
         values = [float(run.metrics[metric][0]) for run in runs]
         cells.append("-" if np.isnan(values).any() else mean_and_deviation(values))
-    gain = ["", ""]
-    if label not in (ALONE, *OTHERS) and by_seed.keys() & alone.keys():
-        values, low, high = difference(by_seed, alone)
-        gain = [mean_and_deviation(values, "+"), f"{low:+.1f} to {high:+.1f}"]
+    gain = ["", ""] if label in (ALONE, *OTHERS) else _ahead(by_seed, alone)
     minutes = mean_and_deviation([run.result["seconds"] / 60 for run in runs])
     return [
         title(label),
@@ -201,6 +200,28 @@ def _row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, Finish
         minutes,
         f"{max(r.result['memory'] for r in runs):.0f}",
     ]
+
+
+def _ahead(method: Mapping[int, Finished], other: Mapping[int, Finished]) -> list[str]:
+    """What a method brings over another, and its interval; nothing where they share no seed."""
+    if not method.keys() & other.keys():
+        return ["", ""]
+    values, low, high = difference(method, other)
+    return [mean_and_deviation(values, "+"), f"{low:+.1f} to {high:+.1f}"]
+
+
+def _beside_crosskd(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
+    """A table of AP on the validation split, and of how far ahead of CrossKD each method is on test."""
+    if CROSSKD not in found:
+        return []
+    rows = []
+    for label, by_seed in found.items():
+        if label not in OTHERS:
+            validation = mean_and_deviation([run.result["val"]["AP"] for run in by_seed.values()])
+            ahead = ["", ""] if label == CROSSKD else _ahead(by_seed, found[CROSSKD])
+            rows.append([title(label), validation, *ahead])
+    header = ["", "AP on val", "AP over CrossKD on test", "95 % of it"]
+    return ["## Beside CrossKD", table(header, rows)]
 
 
 def _class_row(label: str, by_seed: Mapping[int, Finished], alone: Mapping[int, Finished]) -> list[str]:

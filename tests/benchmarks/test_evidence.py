@@ -328,10 +328,14 @@ def test_the_rehearsal(tmp_path, monkeypatch):
     arguments = ["--toy", "--output", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
     arguments += ["--resamples", "20", "--methods", "none", "crosskd", "--jobs", "2"]
     evidence.main(arguments)
-    rows, classes, ladder = tables(tmp_path / "results" / "toy.md")
+    rows, classes, beside, ladder = tables(tmp_path / "results" / "toy.md")
     assert [row[""] for row in rows] == ["teacher", "student alone", "CrossKD"]
     assert [row["steps"] for row in ladder] == ["6", "12"]
     assert set(classes[0]) == {"", "square", "disc"}
+    alone, crosskd = beside
+    lead = float(alone["AP over CrossKD on test"])
+    assert lead == pytest.approx(float(rows[1]["AP"]) - float(rows[2]["AP"]), abs=0.11)
+    assert (crosskd[""], crosskd["AP over CrossKD on test"]) == ("CrossKD", "")
     assert (tmp_path / "results" / "toy.png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("toy_*/result.json")}
     assert len(before) == 4
