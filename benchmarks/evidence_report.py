@@ -280,9 +280,9 @@ def draw(found: Mapping[str, Mapping[int, Finished]], path: Path) -> None:
     for name, style in ((TEACHER, "--"), (BEGUN, ":")):
         for other in found.get(name, {}).values():
             finals.axvline(float(other.metrics["AP"][0]), color="#7f7f7f", ls=style, lw=1.2)
-    dotted = ",\nthe finished student dotted" if BEGUN in found else ""
+    dotted = ", finished student dotted" if BEGUN in found else ""
     curves.set(xlabel="step", ylabel="AP on some validation images", title="learning curves, alone thick")
-    finals.set(title="test: every seed, the mean, the teacher dashed" + dotted, xlabel="AP")
+    finals.set(title=f"test: every seed, the mean,\nteacher dashed{dotted}", xlabel="AP")
     finals.set_yticks(range(len(order)), [title(name) for name in order])
     for axes, grid in ((curves, "y"), (finals, "x")):
         axes.grid(alpha=0.3, axis=grid)
