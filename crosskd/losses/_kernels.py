@@ -119,6 +119,15 @@ def _quality_focal_gradient(
 
 
 @triton.jit
+def _rows_from(first, rows, width: tl.constexpr, height: tl.constexpr, block: tl.constexpr):
+    """Where the numbers of whole rows stand, from the first row on, and which columns there are."""
+    column = tl.arange(0, block)
+    # Rows beyond the last are read as the last: of nothing but -inf a softmax is NaN.
+    row = tl.minimum(tl.arange(0, height), (rows - first - 1).to(tl.int32))
+    return row[:, None] * width + column[None, :], (column < width)[None, :]
+
+
+@triton.jit
 def _shifted(logits, place, inside, inverse_temperature):
     """Logits over the temperature, the largest of each row 0."""
     values = tl.load(logits + place, inside, float("-inf")).to(tl.float32) * inverse_temperature
@@ -149,10 +158,8 @@ def _distribution_kl_rows(
     block: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * height
-    row, column = tl.arange(0, height), tl.arange(0, block)
-    # Rows beyond the last are read as the last: of nothing but -inf a softmax is NaN.
-    place = tl.minimum(row, (rows - first - 1).to(tl.int32))[:, None] * width + column[None, :]
-    inside = (column < width)[None, :]
+    row = tl.arange(0, height)
+    place, inside = _rows_from(first, rows, width, height, block)
     student = _log_softmax(students + first * width, place, inside, inverse_temperature)
     teacher = _log_softmax(teachers + first * width, place, inside, inverse_temperature)
     # A bin that the teacher rules out adds nothing.
@@ -173,10 +180,9 @@ def _distribution_kl_gradient(
     block: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * height
-    row, column = tl.arange(0, height), tl.arange(0, block)
+    row = tl.arange(0, height)
     there = row < rows - first
-    place = tl.minimum(row, (rows - first - 1).to(tl.int32))[:, None] * width + column[None, :]
-    inside = (column < width)[None, :]
+    place, inside = _rows_from(first, rows, width, height, block)
     student = _softmax(students + first * width, place, inside, inverse_temperature)
     teacher = _softmax(teachers + first * width, place, inside, inverse_temperature)
     row_gradient = tl.load(row_gradients + first + row, there, 0.0) * inverse_temperature
