@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import STRIDES, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -85,6 +85,9 @@ AQUARIUM = DataSet("aquarium", 7, side=320, crop=256, colour=0.1, anchor_scale=4
 MOBILE = Model("gfl", "mobilenet_v2", pretrained=True)
 HALF = Model("gfl", "mobilenet_v2_half")
 LITE2 = Model("gfl", "efficientnet_lite2", pretrained=True, width=128)
+BOARDS_ALONE = Run(BOARDS, MOBILE, steps=4800)
+CELLS_TEACHER = Run(CELLS_SMALL, MOBILE, steps=600)
+ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -117,11 +120,10 @@ def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pa
     return Pair(question, run, NANODET_G, methods, ladder)
 
 
-def _cells_few(student: Model, question: str, methods: tuple[str, ...], finest: int = STRIDES[0]) -> Pair:
+def _cells_few(question: str, student: Model, teacher: Run, methods: tuple[str, ...]) -> Pair:
     # 3 images with labels, small ones: what a CPU learns in minutes.
     run = Run(CELLS_SMALL, student, labelled=0.015, warmup=25)
     begins = replace(run, learning_rate=3e-3, steps=1200)
-    teacher = Run(CELLS_SMALL, replace(MOBILE, levels=5, finest=finest), sees="zoom", steps=600)
     return Pair(
         question + _share(run.labelled), replace(run, begins=begins), teacher, methods, (300, 600, 1200)
     )
@@ -132,6 +134,13 @@ PAIRS: dict[str, Pair] = {
     "boards_small": _boards(HALF),
     "boards_retinanet": _boards(replace(MOBILE, family="retinanet"), OTHER_FAMILY),
     "boards_fcos": _boards(replace(MOBILE, family="fcos"), OTHER_FAMILY),
+    "boards_finished": Pair(
+        "A finished student goes on, from a teacher that sees the defect-free board, too",
+        replace(BOARDS_ALONE, begins=BOARDS_ALONE),
+        replace(BOARDS_ALONE, sees="pair"),
+        ALL,
+        (300, 600, 1200, 2400),
+    ),
     # 27 boards with labels are learned sooner than 900.
     "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
@@ -147,16 +156,21 @@ PAIRS: dict[str, Pair] = {
         ladder=(300, 600, 1200, 2400, 4800),
     ),
     "cells_few": _cells_few(
-        MOBILE, "A finished student goes on, from a teacher with all labels, at twice the size", ALL
+        "A finished student goes on, from a teacher with all labels, at twice the size", MOBILE, ZOOMED, ALL
     ),
     "cells_few_stride16": _cells_few(
-        MOBILE, "The same teacher, trained without the level that its student lacks", MAIN, finest=16
+        "The same teacher, trained without the level that its student lacks",
+        MOBILE,
+        replace(ZOOMED, model=replace(ZOOMED.model, finest=16)),
+        MAIN,
     ),
+    "cells_few_same": _cells_few("A teacher with all labels, no other network", MOBILE, CELLS_TEACHER, MAIN),
+    "cells_few_small": _cells_few("A student of half the width, from scratch", HALF, ZOOMED, MAIN),
     "cells_few_retinanet": _cells_few(
-        replace(MOBILE, family="retinanet"), "The same teacher, a GFL, and a RetinaNet", OTHER_FAMILY
+        "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
     "cells_few_fcos": _cells_few(
-        replace(MOBILE, family="fcos"), "The same teacher, a GFL, and an FCOS", OTHER_FAMILY
+        "The same teacher, a GFL, and an FCOS", replace(MOBILE, family="fcos"), ZOOMED, OTHER_FAMILY
     ),
     "aquarium": Pair(
         "A larger pretrained teacher", Run(AQUARIUM, replace(HALF, width=128)), Run(AQUARIUM, LITE2, steps=0)

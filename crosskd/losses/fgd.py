@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from crosskd._checks import (
@@ -154,21 +155,24 @@ def object_masks(boxes: Sequence[Tensor], features: Tensor, stride: float) -> tu
     if len(boxes) != len(features):
         raise ValueError(f"boxes must hold one tensor for each of {len(features)} images, got {len(boxes)}")
     height, width = features.shape[2:]
-    rows = torch.arange(height, device=features.device).view(1, -1, 1)
-    columns = torch.arange(width, device=features.device).view(1, 1, -1)
-    dtype = compute_dtype(features)
-    foreground = torch.zeros(len(boxes), height, width, dtype=dtype, device=features.device)
-    for image, of_image in enumerate(boxes):
+    for of_image in boxes:
         require_last_dimension(4, "xyxy in pixels", boxes=of_image)
-        cells = of_image.detach().to(features.device, dtype) / stride
-        left, top = cells[:, :2].floor().view(-1, 2, 1, 1).unbind(dim=1)
-        right, bottom = cells[:, 2:].ceil().view(-1, 2, 1, 1).unbind(dim=1)
-        covered = (rows >= top) & (rows <= bottom) & (columns >= left) & (columns <= right)
-        weight = 1 / ((right - left + 1) * (bottom - top + 1))
-        # One more, of zeros, for images without objects.
-        weights = torch.where(covered, weight, 0.0)
-        foreground[image] = torch.cat([weights, weights.new_zeros(1, height, width)]).amax(dim=0)
-    foreground = foreground.unsqueeze(1)
+    dtype, device = compute_dtype(features), features.device
+    # Rows of NaN cover nothing: as many boxes for each image as the most have, and one at least.
+    nowhere = torch.full((1, 4), torch.nan, dtype=dtype, device=device)
+    same_type = [of_image.detach().to(device, dtype) for of_image in boxes]
+    cells = pad_sequence([*same_type, nowhere], batch_first=True, padding_value=torch.nan)[:-1] / stride
+    left, top = cells[..., :2, None].floor().unbind(dim=2)  # (images, boxes, 1)
+    right, bottom = cells[..., 2:, None].ceil().unbind(dim=2)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    in_columns = ((columns >= left) & (columns <= right)).to(dtype)  # (images, boxes, width)
+    # The wrong way round a box has no rows or no columns, and nothing must be divided by that.
+    weight = 1 / ((right - left + 1).clamp(min=1) * (bottom - top + 1).clamp(min=1))
+    weighted = torch.where((rows >= top) & (rows <= bottom), weight, 0.0)  # (images, boxes, height)
+    foreground = torch.zeros(len(boxes), 1, height, width, dtype=dtype, device=device)
+    # One image after the other: the boxes of all at all locations may be larger than the features.
+    for image in range(len(boxes)):
+        foreground[image, 0] = (weighted[image, :, :, None] * in_columns[image, :, None]).amax(dim=0)
     background = (foreground == 0).to(dtype)
     return foreground, background / background.sum(dim=(2, 3), keepdim=True).clamp(min=1)
 
@@ -198,14 +202,14 @@ def fgd_terms(
         The focal part, the difference of the attention, and the global part (0 without a ``context``), each a
         scalar, float32 (float64 for float64 inputs).
     """
+    dtype = compute_dtype(student, teacher)
+    their_space, their_channel = attention(teacher.detach().to(dtype), temperature)
+    weight = places.detach().to(dtype) * their_space
 
     def terms(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = max(len(student), 1)
-        dtype = compute_dtype(student, teacher)
         ours, theirs = student.to(dtype), teacher.detach().to(dtype)
         space, channel = attention(ours, temperature)
-        their_space, their_channel = attention(theirs, temperature)
-        weight = places.detach().to(dtype) * their_space
         focal = (weight * (theirs - ours).square()).sum(dim=(2, 3), keepdim=True) * their_channel
         attended = (space - their_space).abs().sum() + (channel - their_channel).abs().sum()
         whole = attended.new_zeros(()) if context is None else context(student, teacher)

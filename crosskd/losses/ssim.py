@@ -77,8 +77,7 @@ def ssim_loss(
         _dissimilarity,
         student_features,
         teacher_features.detach(),
-        window_size,
-        sigma,
+        _windows(student_features, teacher_features, window_size, sigma),
         minmax,
         use_reentrant=False,
         preserve_rng_state=False,
@@ -87,11 +86,11 @@ def ssim_loss(
 
 
 def _dissimilarity(
-    student: Tensor, teacher: Tensor, window_size: int, sigma: float, minmax: MinMax | None
+    student: Tensor, teacher: Tensor, windows: tuple[Tensor, Tensor], minmax: MinMax | None
 ) -> Tensor:
     if minmax is not None:
         student, teacher = min_max_scaled(student, minmax), min_max_scaled(teacher, minmax)
-    similarity = ssim_map(student, teacher, window_size=window_size, sigma=sigma)
+    similarity = _similarity(student, teacher, windows)
     return (1 - similarity).sum() / (2 * max(similarity.numel(), 1))
 
 
@@ -131,9 +130,13 @@ def ssim_map(student_features: Tensor, teacher_features: Tensor, *, window_size:
     """
     _check_maps(student_features, teacher_features)
     check_window(window_size, sigma)
-    dtype = compute_dtype(student_features, teacher_features)
-    student, teacher = student_features.to(dtype), teacher_features.to(dtype)
-    rows, columns = (_window(length, window_size, sigma, student) for length in student.shape[2:])
+    windows = _windows(student_features, teacher_features, window_size, sigma)
+    return _similarity(student_features, teacher_features, windows)
+
+
+def _similarity(student: Tensor, teacher: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
+    rows, columns = windows
+    student, teacher = student.to(rows.dtype), teacher.to(rows.dtype)
 
     def windowed(features: Tensor) -> Tensor:
         """The weighted mean of the window around each location."""
@@ -142,12 +145,19 @@ def ssim_map(student_features: Tensor, teacher_features: Tensor, *, window_size:
 
     with torch.autocast(student.device.type, enabled=False):
         student_mean, teacher_mean = windowed(student), windowed(teacher)
-        student_variance = windowed(student.square()) - student_mean.square()
-        teacher_variance = windowed(teacher.square()) - teacher_mean.square()
-        covariance = windowed(student * teacher) - student_mean * teacher_mean
-        luminance = 2 * student_mean * teacher_mean + _C1
-        luminance = luminance / (student_mean.square() + teacher_mean.square() + _C1)
-        return luminance * (2 * covariance + _C2) / (student_variance + teacher_variance + _C2)
+        product = student_mean * teacher_mean
+        squares = student_mean.square() + teacher_mean.square()
+        covariance = windowed(student * teacher) - product
+        variances = windowed(student.square() + teacher.square()) - squares  # of both, for they are added
+        luminance = (2 * product + _C1) / (squares + _C1)
+        return luminance * (2 * covariance + _C2) / (variances + _C2)
+
+
+def _windows(student: Tensor, teacher: Tensor, window_size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """The weights of rows and of columns, in the type to calculate in."""
+    like = student.new_empty((), dtype=compute_dtype(student, teacher))
+    height, width = student.shape[2:]
+    return _window(height, window_size, sigma, like), _window(width, window_size, sigma, like)
 
 
 def _window(length: int, window_size: int, sigma: float, like: Tensor) -> Tensor:
