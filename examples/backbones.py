@@ -113,12 +113,15 @@ def build_backbone(
         fixed_norm: fixed batch statistics and a frozen first stage, whatever ``pretrained`` says: for
             weights that are loaded afterwards; or ``False`` for pretrained weights whose batch norm trains.
         levels: 3 leaves out P6 and P7.
-        finest: 16 leaves out P3.
+        finest: 16 leaves out P3, of the first two styles.
 
     Raises:
         ImportError: EfficientNet-Lite without its packages, which are named.
-        ValueError: ImageNet weights for ``"mobilenet_v2_half"``, of which there are none.
+        ValueError: ImageNet weights for ``"mobilenet_v2_half"``, of which there are none; ``finest=16`` with
+            the style ``"two_stage"``.
     """
+    if style == "two_stage" and finest != 8:
+        raise ValueError(f'finest={finest}: style="two_stage" has the levels P2 to P6; leave finest at 8')
     fixed = pretrained if fixed_norm is None else fixed_norm
     fixed_type = FixedBatchNorm2d if style == "mmdet" else FrozenBatchNorm2d
     norm = fixed_type if fixed else nn.BatchNorm2d

@@ -181,6 +181,8 @@ def test_a_pyramid_that_begins_at_stride_16():
     with torch.no_grad():
         maps = backbone(torch.rand(1, 3, 128, 128))
     assert [128 // features.shape[-1] for features in maps.values()] == [16, 32, 64, 128]
+    with pytest.raises(ValueError, match=r"finest=16.*two_stage"):  # which begins at stride 4
+        build_backbone("mobilenet_v2_half", False, 32, style="two_stage", finest=16)
 
 
 def test_pixels_of_efficientnet_lite_are_255_values_less_127_over_128():
