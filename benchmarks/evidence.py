@@ -136,7 +136,7 @@ PAIRS: dict[str, Pair] = {
     "boards_fcos": _boards(replace(MOBILE, family="fcos"), OTHER_FAMILY),
     "boards_finished": Pair(
         "A finished student goes on, from a teacher that sees the defect-free board, too",
-        replace(BOARDS_ALONE, begins=BOARDS_ALONE),
+        replace(BOARDS_ALONE, begins=BOARDS_ALONE, learning_rate=3e-4),
         replace(BOARDS_ALONE, sees="pair"),
         ALL,
         (300, 600, 1200, 2400),
