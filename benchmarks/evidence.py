@@ -164,7 +164,7 @@ PAIRS: dict[str, Pair] = {
         replace(ZOOMED, model=replace(ZOOMED.model, finest=16)),
         MAIN,
     ),
-    "cells_few_same": _cells_few("A teacher with all labels, no other network", MOBILE, CELLS_TEACHER, MAIN),
+    "cells_few_same": _cells_few("A teacher of the student's own network", MOBILE, CELLS_TEACHER, MAIN),
     "cells_few_small": _cells_few("A student of half the width, from scratch", HALF, ZOOMED, MAIN),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
