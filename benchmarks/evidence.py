@@ -345,8 +345,7 @@ def choose_budget(name: str, pair: Pair, options: Namespace) -> bool:
     Returns:
         Whether it is: the time may have been over before.
     """
-    budgets = read_budgets(options.budgets)
-    if name in budgets:
+    if name in read_budgets(options.budgets):
         return True
     precision: dict[int, float] = {}
     for steps in pair.ladder:
@@ -360,6 +359,7 @@ def choose_budget(name: str, pair: Pair, options: Namespace) -> bool:
             break
     # A ladder that is too short ends where twice as much could still be compared.
     steps = chosen or sorted(precision)[-2]
+    budgets = read_budgets(options.budgets)  # others may have been written down meanwhile
     budgets[name] = {
         "steps": steps,
         "flat": chosen is not None,

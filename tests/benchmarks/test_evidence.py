@@ -308,6 +308,19 @@ def test_a_budget_is_written_down_once_and_no_method_runs_without(root, tmp_path
         evidence.main(arguments)
 
 
+def test_a_budget_keeps_what_another_process_has_written_down_meanwhile(root, tmp_path, monkeypatch):
+    options = options_of(root, tmp_path)
+
+    def run_all(runs, options, *, test):
+        options.budgets.write_text(json.dumps({"other": {"steps": 3}}))
+        return True
+
+    monkeypatch.setattr(evidence, "run_all", run_all)
+    monkeypatch.setattr(evidence, "validation_precision", lambda run, options: 20.0)
+    assert evidence.choose_budget("toy", evidence.TOY_PAIR, options)
+    assert evidence.read_budgets(options.budgets).keys() == {"other", "toy"}
+
+
 def test_differences_go_seed_by_seed_with_an_interval_of_images_and_seeds():
     def finished(values):
         return report.Finished(small_run(), {}, {"AP": np.array(values)}, {})
