@@ -86,6 +86,7 @@ MOBILE = Model("gfl", "mobilenet_v2", pretrained=True)
 HALF = Model("gfl", "mobilenet_v2_half")
 LITE2 = Model("gfl", "efficientnet_lite2", pretrained=True, width=128)
 BOARDS_ALONE = Run(BOARDS, MOBILE, steps=4800)
+BOARDS_TEACHER = replace(BOARDS_ALONE, sees="pair")
 FEW_BOARDS = replace(BOARDS_ALONE, steps=1200, labelled=0.03)
 CELLS_TEACHER = Run(CELLS_SMALL, MOBILE, steps=600)
 ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
@@ -138,14 +139,14 @@ PAIRS: dict[str, Pair] = {
     "boards_finished": Pair(
         "A finished student goes on, from a teacher that sees the defect-free board, too",
         replace(BOARDS_ALONE, begins=BOARDS_ALONE, learning_rate=3e-4),
-        replace(BOARDS_ALONE, sees="pair"),
+        BOARDS_TEACHER,
         ALL,
         (300, 600, 1200, 2400),
     ),
     "boards_few_finished": Pair(
         "The same teacher, and a student" + _share(FEW_BOARDS.labelled),
         replace(FEW_BOARDS, begins=FEW_BOARDS, learning_rate=3e-4),
-        replace(BOARDS_ALONE, sees="pair"),
+        BOARDS_TEACHER,
         ALL,
         (300, 600, 1200),
     ),
