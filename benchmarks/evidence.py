@@ -88,6 +88,7 @@ LITE2 = Model("gfl", "efficientnet_lite2", pretrained=True, width=128)
 BOARDS_ALONE = Run(BOARDS, MOBILE, steps=4800)
 BOARDS_TEACHER = replace(BOARDS_ALONE, sees="pair")
 FEW_BOARDS = replace(BOARDS_ALONE, steps=1200, labelled=0.03)
+FEW_BOARDS_HALF = replace(FEW_BOARDS, model=HALF)
 CELLS_TEACHER = Run(CELLS_SMALL, MOBILE, steps=600)
 ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
@@ -150,6 +151,13 @@ PAIRS: dict[str, Pair] = {
         ALL,
         (300, 600, 1200),
     ),
+    "boards_few_small": Pair(
+        "A student of half the width, from scratch" + _share(FEW_BOARDS_HALF.labelled),
+        replace(FEW_BOARDS_HALF, begins=FEW_BOARDS_HALF, learning_rate=3e-4),
+        BOARDS_TEACHER,
+        MAIN,
+        (300, 600, 1200),
+    ),
     # 27 boards with labels are learned sooner than 900.
     "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
@@ -175,6 +183,7 @@ PAIRS: dict[str, Pair] = {
     ),
     "cells_few_same": _cells_few("A teacher of the student's own network", MOBILE, CELLS_TEACHER, MAIN),
     "cells_few_small": _cells_few("A student of half the width, from scratch", HALF, ZOOMED, MAIN),
+    "cells_few_resnet": _cells_few("A ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED, MAIN),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
