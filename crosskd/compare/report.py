@@ -156,7 +156,7 @@ class Comparison:
         found = {name: self.images[name].found_ids for name in self.names}
         total = sum(self.objects.values())
         rows = [
-            ["score at least", *(f"{self.images[name].threshold:.3f}" for name in self.names)],
+            ["score at least", *(_number(self.images[name].threshold) for name in self.names)],
             [f"objects found, of {total}", *(str(len(found[name])) for name in self.names)],
             ["false alarms", *(str(self.images[name].false_alarms.sum()) for name in self.names)],
             [f"found, not by {first}", "", *(str(len(found[name] - found[first])) for name in others)],
@@ -304,18 +304,20 @@ def _all_costs(
     return found if any(found.values()) else {}
 
 
-def _plain(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return "-" if np.isnan(value) else f"{value:.1f} ({low:.1f} to {high:.1f})"
+def _plain(estimate: Estimate, sign: str = "") -> str:
+    if np.isnan(estimate.value):
+        return "-"
+    # Adding 0 makes 0.0 of -0.0.
+    value, low, high = (f"{round(number, 1) + 0.0:{sign}.1f}" for number in estimate)
+    return f"{value} ({low} to {high})"
 
 
 def _signed(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return "-" if np.isnan(value) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return _plain(estimate, "+")
 
 
 def _number(value: float | None) -> str:
-    if value is None or np.isnan(value):
+    if value is None or not np.isfinite(value):
         return "-"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 

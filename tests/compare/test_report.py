@@ -11,6 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from crosskd import compare
+from crosskd.compare import Estimate
+from crosskd.compare.report import _plain, _signed
 from tests.compare.scenes import SIDE, make_scene
 
 
@@ -90,6 +92,16 @@ def test_ground_truth_and_detections_may_be_files(tmp_path):
     before = copy.deepcopy(coco.dataset)
     assert str(compare(coco, files, resamples=10)) == str(expected)
     assert coco.dataset == before
+
+
+def test_numbers_that_are_none_are_dashes_and_nothing_is_minus_zero():
+    truth, weak, _ = make_scene()
+    with pytest.warns(UserWarning, match="no detection"):
+        text = str(compare(truth, {"alone": weak, "blind": []}, resamples=20))
+    (score,) = (line for line in text.splitlines() if line.startswith("| score at least"))
+    assert score.split("|")[3].strip() == "-" and "inf" not in text
+    minus = Estimate(-0.04, -0.06, 0.04)
+    assert (_plain(minus), _signed(minus)) == ("0.0 (-0.1 to 0.0)", "+0.0 (-0.1 to +0.0)")
 
 
 def test_what_is_no_comparison_is_refused(tmp_path):
