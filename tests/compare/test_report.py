@@ -99,7 +99,8 @@ def test_numbers_that_are_none_are_dashes_and_nothing_is_minus_zero():
     with pytest.warns(UserWarning, match="no detection"):
         text = str(compare(truth, {"alone": weak, "blind": []}, resamples=20))
     (score,) = (line for line in text.splitlines() if line.startswith("| score at least"))
-    assert score.split("|")[3].strip() == "-" and "inf" not in text
+    assert score.split("|")[3].strip() == "-"
+    assert "inf" not in text
     minus = Estimate(-0.04, -0.06, 0.04)
     assert (_plain(minus), _signed(minus)) == ("0.0 (-0.1 to 0.0)", "+0.0 (-0.1 to +0.0)")
 
