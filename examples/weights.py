@@ -31,7 +31,7 @@ def read_weights(path: Path) -> Any:
 
 @contextlib.contextmanager
 def downloading(address: str, otherwise: str) -> Iterator[None]:
-    """Says where weights belong that can't be downloaded.
+    """Says where weights belong that can't be downloaded, and which file to remove if it is damaged.
 
     Args:
         address: of the file.
@@ -39,11 +39,14 @@ def downloading(address: str, otherwise: str) -> Iterator[None]:
 
     Raises:
         ConnectionError: there is no network, or no such file in it.
+        ValueError: the file, downloaded now or before, can't be read.
     """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(address).path).name)
     try:
         yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or cut off, remove it and start again: {error}") from error
     except (URLError, ConnectionError, TimeoutError) as error:
-        path = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(address).path).name)
         raise ConnectionError(
             f"{address} can't be downloaded ({getattr(error, 'reason', error)}). Copy the file to {path}, "
             f"where it is looked for first, or {otherwise}"

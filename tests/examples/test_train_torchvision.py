@@ -180,6 +180,18 @@ def test_without_a_network_it_says_where_the_weights_belong(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>404</html>"])
+def test_a_damaged_download_ends_the_script_by_the_file_to_remove(tmp_path, monkeypatch, content):
+    damaged = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    arguments = [*coco_arguments(tmp_path / "coco"), "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as exit_of:
+        main([*arguments, "--method", "none", "--pretrained-backbone"])
+    assert f"{damaged} is damaged" in exit_of.value.code
+
+
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
