@@ -31,11 +31,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import PSEUDO, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -46,8 +47,9 @@ HERE = Path(__file__).resolve().parent
 FLAT = 1.0  # AP on the validation split
 ALONE = "none"
 MAIN = (ALONE, "crosskd", "pkd", "mimic", "crosskd+pkd")
+CONTROL = (ALONE, "crosskd", "mimic")
 OTHER_FAMILY = (ALONE, "crosskd", "pkd", "crosskd+pkd")  # whose boxes are of another kind: nothing to mimic
-ALL = (*MAIN, *VARIANTS, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
+ALL = (*MAIN, "crosskd+mimic", *VARIANTS, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Pair:
         methods: as `methods_table` names them.
         ladder: the budgets to choose from, each twice the one before.
         teacher_times: see ``teacher``.
+        unlabelled: students of a teacher see the images without labels, too.
+        own: each seed has labelled images of its own, and a finished student to begin with.
+        longer: steps of further students alone, from where the finished one began, as rows of their own.
     """
 
     question: str
@@ -70,6 +75,9 @@ class Pair:
     methods: tuple[str, ...] = MAIN
     ladder: tuple[int, ...] = (1200, 2400, 4800, 9600)
     teacher_times: float = 1.0
+    unlabelled: bool = True
+    own: bool = False
+    longer: tuple[int, ...] = ()
 
 
 # Boards are all of one scale, and so sharp that a resized one looks like another: a student that had learned
@@ -87,10 +95,9 @@ HALF = Model("gfl", "mobilenet_v2_half")
 LITE2 = Model("gfl", "efficientnet_lite2", pretrained=True, width=128)
 BOARDS_ALONE = Run(BOARDS, MOBILE, steps=4800)
 BOARDS_TEACHER = replace(BOARDS_ALONE, sees="pair")
-FEW_BOARDS = replace(BOARDS_ALONE, steps=1200, labelled=0.03)
-FEW_BOARDS_HALF = replace(FEW_BOARDS, model=HALF)
 CELLS_TEACHER = Run(CELLS_SMALL, MOBILE, steps=600)
 ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
+ZOOMED_STRIDE16 = replace(ZOOMED, model=replace(ZOOMED.model, finest=16))
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -123,13 +130,19 @@ def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pa
     return Pair(question, run, NANODET_G, methods, ladder)
 
 
-def _cells_few(question: str, student: Model, teacher: Run, methods: tuple[str, ...]) -> Pair:
+def _cells_few(question: str, student: Model, teacher: Run, methods: tuple[str, ...], **more: Any) -> Pair:
     # 3 images with labels, small ones: what a CPU learns in minutes.
     run = Run(CELLS_SMALL, student, labelled=0.015, warmup=25)
     begins = replace(run, learning_rate=3e-3, steps=1200)
-    return Pair(
-        question + _share(run.labelled), replace(run, begins=begins), teacher, methods, (300, 600, 1200)
-    )
+    question += _share(run.labelled)
+    return Pair(question, replace(run, begins=begins), teacher, methods, (300, 600, 1200), **more)
+
+
+def _boards_few(question: str, student: Model, methods: tuple[str, ...], **more: Any) -> Pair:
+    begins = replace(BOARDS_ALONE, model=student, steps=1200, labelled=0.03)
+    run = replace(begins, begins=begins, learning_rate=3e-4)
+    question += _share(run.labelled)
+    return Pair(question, run, BOARDS_TEACHER, methods, (300, 600, 1200), **more)
 
 
 PAIRS: dict[str, Pair] = {
@@ -144,20 +157,13 @@ PAIRS: dict[str, Pair] = {
         ALL,
         (300, 600, 1200, 2400),
     ),
-    "boards_few_finished": Pair(
-        "The same teacher, and a student" + _share(FEW_BOARDS.labelled),
-        replace(FEW_BOARDS, begins=FEW_BOARDS, learning_rate=3e-4),
-        BOARDS_TEACHER,
-        ALL,
-        (300, 600, 1200),
+    "boards_few_finished": _boards_few(
+        "The same teacher, and a student", MOBILE, (*ALL, PSEUDO), longer=(2400,)
     ),
-    "boards_few_small": Pair(
-        "A student of half the width, from scratch" + _share(FEW_BOARDS_HALF.labelled),
-        replace(FEW_BOARDS_HALF, begins=FEW_BOARDS_HALF, learning_rate=3e-4),
-        BOARDS_TEACHER,
-        MAIN,
-        (300, 600, 1200),
+    "boards_few_labelled": _boards_few(
+        "The same, of images with labels alone", MOBILE, CONTROL, unlabelled=False
     ),
+    "boards_few_small": _boards_few("A student of half the width, from scratch", HALF, MAIN),
     # 27 boards with labels are learned sooner than 900.
     "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
@@ -173,17 +179,33 @@ PAIRS: dict[str, Pair] = {
         ladder=(300, 600, 1200, 2400, 4800),
     ),
     "cells_few": _cells_few(
-        "A finished student goes on, from a teacher with all labels, at twice the size", MOBILE, ZOOMED, ALL
+        "A finished student goes on, from a teacher with all labels, at twice the size",
+        MOBILE,
+        ZOOMED,
+        (*ALL, PSEUDO),
+        longer=(2400,),
+    ),
+    "cells_few_labelled": _cells_few(
+        "The same, of images with labels alone", MOBILE, ZOOMED, CONTROL, unlabelled=False
+    ),
+    "cells_few_own": _cells_few(
+        "Other images with labels and another finished student for each seed",
+        MOBILE,
+        ZOOMED,
+        CONTROL,
+        own=True,
     ),
     "cells_few_stride16": _cells_few(
         "The same teacher, trained without the level that its student lacks",
         MOBILE,
-        replace(ZOOMED, model=replace(ZOOMED.model, finest=16)),
-        MAIN,
+        ZOOMED_STRIDE16,
+        (*MAIN, "crosskd+mimic", PSEUDO),
     ),
     "cells_few_same": _cells_few("A teacher of the student's own network", MOBILE, CELLS_TEACHER, MAIN),
     "cells_few_small": _cells_few("A student of half the width, from scratch", HALF, ZOOMED, MAIN),
-    "cells_few_resnet": _cells_few("A ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED, MAIN),
+    "cells_few_resnet": _cells_few(
+        "A ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED_STRIDE16, MAIN
+    ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
@@ -212,12 +234,16 @@ TOY_PAIR = Pair(
 
 def alone_run(pair: Pair, steps: int, seed: int) -> Run:
     """The student alone."""
-    return replace(pair.student, steps=steps, seed=seed)
+    run = replace(pair.student, steps=steps, seed=seed)
+    if pair.own and run.begins is not None:
+        run = replace(run, draw=seed, begins=replace(run.begins, seed=seed, draw=seed))
+    return run
 
 
-def begun(pair: Pair) -> list[Run]:
-    """The finished run that all students of a pair begin with, if they do."""
-    return [] if pair.student.begins is None else [pair.student.begins]
+def begun(pair: Pair, seeds: Sequence[int] = (0,)) -> list[Run]:
+    """The finished runs that the students of a pair begin with, if they do."""
+    runs = (alone_run(pair, 0, seed).begins for seed in seeds)
+    return [run for run in dict.fromkeys(runs) if run is not None]
 
 
 def teacher_run(pair: Pair, steps: int) -> Run:
@@ -229,13 +255,15 @@ def teacher_run(pair: Pair, steps: int) -> Run:
 
 def table_runs(pair: Pair, steps: int, seeds: Sequence[int], methods: Sequence[str]) -> list[Run]:
     """All runs of a pair in the order in which they are done: every method with a seed, then the next."""
-    teacher = teacher_run(pair, steps)
-    runs = [teacher, *begun(pair)]
+    teacher, begins = teacher_run(pair, steps), begun(pair, seeds)
+    runs = [teacher, *begins]
     for seed in seeds:
         for method in methods:
-            alone = alone_run(pair, steps, seed)
-            runs.append(alone if method == ALONE else replace(alone, method=method, teacher=teacher))
-    return runs
+            run = alone_run(pair, steps, seed)
+            if method != ALONE:
+                run = replace(run, method=method, teacher=teacher, unlabelled=pair.unlabelled)
+            runs.append(run)
+    return runs + [replace(run, steps=longer) for longer in pair.longer for run in begins]
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -430,7 +458,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         parser.error("--root: the folder of the data sets is needed")
     try:
         for method in options.methods or ():
-            if method not in VARIANTS:
+            if method not in (*VARIANTS, PSEUDO):
                 check_name(method)
     except ValueError as error:
         parser.error(f"--methods: {error}")

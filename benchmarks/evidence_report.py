@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import coco_folder
-from evidence_run import STRIDES, VARIANTS, Run, name_of
+from evidence_run import PSEUDO, STRIDES, VARIANTS, Run, name_of
 from measure import mean_and_deviation, processor, table
 from numpy.typing import NDArray
 
@@ -27,6 +27,7 @@ from methods_table import label_of
 
 ALONE, CROSSKD, TEACHER, BEGUN = "none", "crosskd", "teacher", "begun"
 OTHERS = (TEACHER, BEGUN)  # rows that are no method's
+LONGER = "alone from the beginning"
 Samples = dict[str, NDArray[np.float64]]
 
 
@@ -74,6 +75,8 @@ def read(runs: Sequence[Run], options: Namespace) -> dict[str, dict[int, Finishe
             label = TEACHER
         elif any(run == other.begins for other in runs):
             label = BEGUN
+        elif run.begins is None and any(other.begins is not None for other in runs):
+            label = f"{LONGER}, {run.steps} steps"
         found.setdefault(label, {})[run.seed] = finished
     return found
 
@@ -150,7 +153,10 @@ def title(method: str) -> str:
     """What a method is called in tables."""
     if method in VARIANTS:
         return VARIANTS[method][0]
-    return "the finished student" if method == BEGUN else label_of(method)
+    others = {BEGUN: "the finished student", PSEUDO: "no method: the teacher's detections as labels"}
+    if method in others or method.startswith(LONGER):
+        return others.get(method, method)
+    return label_of(method)
 
 
 def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any]) -> str:
@@ -167,7 +173,9 @@ def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any
     crops = f"crops of {run.data.crop} pixels, {run.batch} a step, {budget['steps']} steps{labels}"
     student = f"Student: {_model(run)}, {result['parameters'] / 1e6:.1f} M."
     if run.begins is not None:
-        student += f" All go on from one that was trained alone for {run.begins.steps} steps."
+        own = any(f.run.begins != run.begins for f in found[ALONE].values())
+        one = "Each seed goes on from one of its own" if own else "All go on from one"
+        student += f" {one} that was trained alone for {run.begins.steps} steps."
     device = (
         f"{processor()}, {result['threads']} thread(s)" if result["device"] == "CPU" else result["device"]
     )
@@ -207,7 +215,8 @@ def _ahead(method: Mapping[int, Finished], other: Mapping[int, Finished]) -> lis
     if not method.keys() & other.keys():
         return ["", ""]
     values, low, high = difference(method, other)
-    return [mean_and_deviation(values, "+"), f"{low:+.1f} to {high:+.1f}"]
+    each = f" ({', '.join(f'{value:+.1f}' for value in values)})" if len(values) > 1 else ""
+    return [mean_and_deviation(values, "+") + each, f"{low:+.1f} to {high:+.1f}"]
 
 
 def _beside_crosskd(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
@@ -272,8 +281,9 @@ def draw(found: Mapping[str, Mapping[int, Finished]], path: Path) -> None:
         histories = [run.result["history"] for run in shown[name]]
         points = list(zip(*histories, strict=False))
         means = [statistics.mean(entry["AP"] for entry in point) for point in points]
-        width = 3 if name == ALONE else 1.5
-        curves.plot([point[0]["step"] for point in points], means, lw=width, color=colour[name])
+        if not name.startswith(LONGER):  # which would leave the others no room
+            width = 3 if name == ALONE else 1.5
+            curves.plot([point[0]["step"] for point in points], means, lw=width, color=colour[name])
         values = [float(run.metrics["AP"][0]) for run in shown[name]]
         finals.plot(mean(name), place, marker="|", ms=18, mew=2.5, color=colour[name])
         finals.scatter(values, [place] * len(values), color=colour[name], s=22, alpha=0.8)

@@ -34,6 +34,7 @@ from evidence_data import (
     load_images,
     whole_images,
 )
+from evidence_pseudo import PseudoLabelled, best_threshold
 from measure import versions
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -52,6 +53,7 @@ from dense_heads import ATSS, GFL, adapter_of
 from evaluation import coco_metrics, coco_results
 from methods_table import inherits, make_methods
 from nanodet import NANODET, NanoDet, load_nanodet
+from run_folder import locked
 from training import save_atomically
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -61,6 +63,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "crosskd-0": ("CrossKD, position 0", {"position": 0}),
     "crosskd-2": ("CrossKD, position 2", {"position": 2}),
 }
+PSEUDO = "pseudo"  # no method, but what they are up against
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
 
@@ -96,7 +99,8 @@ class Run:
         data: what is learned.
         model: what is trained.
         sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
-        method: a name of `methods_table` or of ``VARIANTS``.
+        method: a name of `methods_table` or of ``VARIANTS``, or ``PSEUDO``: a student without a method, for
+            which the teacher's detections are labels.
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
@@ -106,7 +110,9 @@ class Run:
         learning_rate: its highest, of AdamW; a cosine to 0 after ``warmup`` steps.
         warmup: steps.
         ema: decay of the averaged weights that are measured instead of the last ones; 0 for none.
-        labelled: the share of the training images that have labels; a teacher's students see the others, too.
+        labelled: the share of the training images that have labels.
+        draw: which ones they are.
+        unlabelled: a teacher's student sees the others, too.
         person_only: the student's one class is the teacher's class 0.
     """
 
@@ -124,6 +130,8 @@ class Run:
     warmup: int = 100
     ema: float = 0.0
     labelled: float = 1.0
+    draw: int = 0
+    unlabelled: bool = True
     person_only: bool = False
 
 
@@ -141,7 +149,10 @@ def name_of(run: Run) -> str:
     """The name of a run's folder."""
     teacher = [] if run.teacher is None else ["from", *_names(run.teacher)]
     labels = [f"labels{run.labelled:g}"] if run.labelled < 1 else []
+    labels += [f"draw{run.draw}"] if run.draw else []
+    labels += [] if run.unlabelled else ["only"]
     after = [] if run.begins is None else [f"after{run.begins.steps}"]
+    after += [f"of{run.begins.seed}"] if run.begins is not None and run.begins.seed else []
     names = [*_names(run), *labels, *teacher, *after]
     parts = [run.data.name, *names, run.method, str(run.steps), f"seed{run.seed}"]
     return "_".join(parts)
@@ -261,7 +272,7 @@ class Training:
         states = {name: part.state_dict() for name, part in parts.items()}
         averaged = None if self.averaged is None else self.averaged.state_dict()
         numbers = {"step": self.step, "seconds": self.seconds, "history": self.history}
-        return {**states, "averaged": averaged, **numbers}
+        return {**states, "averaged": averaged, **numbers, "random": _random_states(self.options.device)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
@@ -270,10 +281,19 @@ class Training:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        torch.set_rng_state(state["random"][0].cpu())
+        if len(state["random"]) > 1:
+            torch.cuda.set_rng_state(state["random"][1].cpu(), self.options.device)
 
     def measured(self) -> nn.Module:
         """The detector that is measured."""
         return self.student if self.averaged is None else self.averaged.module
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a method draws from, MGD for its masks."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 def start(run: Run, options: Namespace) -> Training:
@@ -287,7 +307,9 @@ def start(run: Run, options: Namespace) -> Training:
     student.to(device).train()
     view: dict[str, list[Tensor]] = {}
     trained = student
-    if run.teacher is not None:
+    if run.teacher is not None and run.method == PSEUDO:
+        trained = _pseudo_labelled(run, run.teacher, student, view, options).train()
+    elif run.teacher is not None:
         trained = _distiller(run, run.teacher, student, view, options).train()
     if options.channels_last:
         trained.to(memory_format=torch.channels_last)
@@ -312,14 +334,35 @@ def start(run: Run, options: Namespace) -> Training:
     return Training(run, options, student, trained, averaged, view, optimizer, schedule)
 
 
-def _distiller(
-    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
-) -> Distiller:
+def _teacher(run: Run, of_teacher: Run, student: nn.Module, options: Namespace) -> nn.Module:
+    """A finished teacher, from which the student has inherited what it is to inherit."""
     teacher = finished_model(of_teacher, options).to(options.device).eval()
     if inherits(run.method):
         print(crosskd.inherit(student, teacher), flush=True)
-    if of_teacher.model.family != "nanodet_g":  # which has none; a third of a MobileNetV2's forward on a CPU
-        teacher = crosskd.fold_batch_norm(teacher, [torch.rand(3, 256, 256, device=options.device)])
+    if of_teacher.model.family == "nanodet_g":
+        return teacher  # which has no batch norm; a third of a MobileNetV2's forward on a CPU
+    return crosskd.fold_batch_norm(teacher, [torch.rand(3, 256, 256, device=options.device)])
+
+
+def _pseudo_labelled(
+    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
+) -> PseudoLabelled:
+    if run.person_only:
+        raise ValueError(f"{name_of(run)}: pseudo labels take a teacher with the student's classes")
+    teacher = _teacher(run, of_teacher, student, options)
+    images = load_images(options.root, run.data, "val", options.cache, seen_folder(of_teacher))
+    _, results = measure(teacher, of_teacher, images, "val", options)
+    truth = coco_folder(options.root, run.data, "val").ground_truth()
+    threshold = best_threshold(truth, results)
+    print(f"the teacher's detections are labels from a score of {threshold:.3f} on", flush=True)
+    scale = 2.0 if of_teacher.sees == "zoom" else 1.0
+    return PseudoLabelled(student, teacher, threshold, view, scale)
+
+
+def _distiller(
+    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
+) -> Distiller:
+    teacher = _teacher(run, of_teacher, student, options)
     _, changed = VARIANTS.get(run.method, ("", {}))
     settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None, **changed}
     name = "crosskd" if run.method in VARIANTS else run.method
@@ -383,10 +426,11 @@ def train(training: Training, images: dict[str, Images], folder: Path) -> bool:
 def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
     run, device = training.run, training.options.device
     labelled, others = _shares(run, len(images["train"].labels))
+    seen = [labelled, others] if run.teacher is not None and run.unlabelled else [labelled]
     autocast = torch.autocast(device.type, torch.bfloat16) if training.options.bf16 else nullcontext()
     losses: list[Tensor] = []
     # Unlabelled images beside the labelled ones, for a student that has a teacher to tell of them.
-    for offset, among in enumerate([labelled, others] if run.teacher is not None else [labelled]):
+    for offset, among in enumerate(seen):
         if not among:
             continue
         seed = 2 * run.seed + offset
@@ -396,8 +440,8 @@ def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
         of_student = images["teacher" if run.teacher is None and run.sees == "pair" else "train"]
         given = _crops(run, of_student, chosen, window, device)
         if run.teacher is not None and run.teacher.sees != "images":
-            seen = images["teacher" if run.teacher.sees == "pair" else "train"]
-            training.view["teacher"] = _crops(run.teacher, seen, chosen, window, device)
+            of_teacher = images["teacher" if run.teacher.sees == "pair" else "train"]
+            training.view["teacher"] = _crops(run.teacher, of_teacher, chosen, window, device)
         factor = 2.0 if run.sees == "zoom" else 1.0
         objects: list[dict[str, Tensor]] | None = [
             {"boxes": factor * target["boxes"].to(device), "labels": target["labels"].to(device)}
@@ -428,7 +472,7 @@ def _crops(run: Run, images: Images, chosen: list[int], window: Window, device: 
 
 def _shares(run: Run, count: int) -> tuple[list[int], list[int]]:
     """The images with labels and those without, the same for every seed."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.draw)).tolist()
     labelled = max(1, round(run.labelled * count))
     return order[:labelled], order[labelled:]
 
@@ -472,7 +516,11 @@ def finish(training: Training, images: Images, folder: Path) -> None:
     run, options = training.run, training.options
     detector = training.measured()
     save_atomically(detector.state_dict(), folder / "model.pt")
-    metrics, _ = measure(detector, run, images, "val", options)
+    metrics, results = measure(detector, run, images, "val", options)
+    shown = coco_folder(options.root, run.data, "val")
+    shown.ids = shown.ids[: options.curve_images]
+    on_curve = coco_metrics(shown.ground_truth(), [r for r in results if r["image_id"] in shown.ids])
+    training.history.append({"step": training.step, "AP": on_curve["AP"]})
     cuda = options.device.type == "cuda"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = {
@@ -506,6 +554,7 @@ def seen_folder(run: Run) -> str:
 def work(folder: Path, options: Namespace) -> None:
     """Does what is not done yet of a run."""
     run = run_of(json.loads((folder / "run.json").read_text()))
+    lock = locked(folder, wait=True)  # another call may be at this run: what it leaves is taken then
     if not (folder / "result.json").exists():
         splits = {"train": ("train", "images"), "val": ("val", seen_folder(run))}
         seer = run if run.teacher is None else run.teacher
@@ -524,6 +573,7 @@ def work(folder: Path, options: Namespace) -> None:
         finish(training, images["val"], folder)
     if options.test and not (folder / "test.json").exists():
         measure_on_test(run, options, folder)
+    lock.close()
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:

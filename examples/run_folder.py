@@ -40,6 +40,25 @@ def save_atomically(content: Any, path: Path) -> None:
         raise OSError(f"{path} can't be written ({error}): is the disk full? What it held is kept") from error
 
 
+def locked(folder: Path, *, wait: bool = False) -> BinaryIO:
+    """The lock of a folder, which is free again when it is closed or the process ends, however it ends.
+
+    Args:
+        folder: an existing one.
+        wait: for another process that has it.
+
+    Raises:
+        SystemExit: another process has it.
+    """
+    lock = (folder / ".lock").open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            raise SystemExit(f"{folder} is in use by another run: choose another --output") from None
+    return lock
+
+
 def claim(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> BinaryIO:
     """Takes a folder for one run, which must be the run that wrote what is already in it.
 
@@ -49,18 +68,13 @@ def claim(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> BinaryI
         resume: go on with what is in it.
 
     Returns:
-        The lock. The folder is free again when it is closed or the process ends, however it ends.
+        The lock.
 
     Raises:
         SystemExit: another process uses the folder, or what is in it must not be mixed with this run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("ab")
-    if fcntl is not None:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise SystemExit(f"{folder} is in use by another run: choose another --output") from None
+    lock = locked(folder)
     record = folder / "run.json"
     settings = json.loads(json.dumps(settings))
     results = [path for path in (folder / "metrics.json", *folder.glob("*/checkpoint.pt")) if path.exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -16,8 +17,8 @@ from tests.benchmarks.test_benchmarks import FOLDER, load, tables
 from tests.helpers import forked
 
 sys.path.insert(0, str(FOLDER.parent / "examples"))
-data, run, evidence, report, toy = (
-    load(name) for name in ("evidence_data", "evidence_run", "evidence", "evidence_report", "evidence_toy")
+data, pseudo, run, evidence, report, toy = (
+    load(f"evidence{part}") for part in ("_data", "_pseudo", "_run", "", "_report", "_toy")
 )
 CPU = torch.device("cpu")
 
@@ -114,8 +115,15 @@ def work(one, options, folder_of: Path) -> dict:
     return torch.load(folder / "model.pt", weights_only=True) if (folder / "model.pt").exists() else {}
 
 
-def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch):
-    whole = work(small_run(ema=0.5), options_of(root, tmp_path / "whole"), tmp_path / "whole")
+@pytest.mark.parametrize("method", ["none", "mgd"])
+def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch, method):
+    """MGD draws masks from PyTorch's own generator."""
+    one = small_run(ema=0.5)
+    if method != "none":
+        one = replace(one, method=method, teacher=small_run(seed=1))
+        for part in ("whole", "parts"):
+            work(one.teacher, options_of(root, tmp_path / part), tmp_path / part)
+    whole = work(one, options_of(root, tmp_path / "whole"), tmp_path / "whole")
     options, one_step = options_of(root, tmp_path / "parts"), run._one_step
 
     def step_and_stop(training, images):
@@ -125,15 +133,15 @@ def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(run, "_one_step", step_and_stop)
-        assert work(small_run(ema=0.5), options, tmp_path / "parts") == {}
+        assert work(one, options, tmp_path / "parts") == {}
     (options.output / "stop").unlink()
-    folder = tmp_path / "parts" / run.name_of(small_run())
+    folder = tmp_path / "parts" / run.name_of(one)
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 2
-    parts = work(small_run(ema=0.5), options, tmp_path / "parts")
+    parts = work(one, options, tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     result = json.loads((folder / "result.json").read_text())
-    assert [entry["step"] for entry in result["history"]] == [2]
+    assert [entry["step"] for entry in result["history"]] == [2, 4]
     assert not (folder / "test.json").exists()
     assert not (folder / "state.pt").exists()
 
@@ -146,6 +154,7 @@ def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch
         ("images", "crosskd-0", 0.5),
         ("zoom", "pkd", 1.0),
         ("pair", "fgd", 0.5),
+        ("zoom", "pseudo", 0.5),
     ],
 )
 def test_a_teacher_of_each_kind_teaches(root, tmp_path, sees, method, labelled):
@@ -208,6 +217,86 @@ def test_few_labels_are_the_same_for_every_seed():
     assert len(labelled) == 4
     assert sorted(labelled + others) == list(range(16))
     assert run._shares(small_run(labelled=0.25, seed=5), 16)[0] == labelled
+
+
+def test_another_draw_has_other_labels_and_a_student_of_its_own():
+    draws = [run._shares(small_run(labelled=0.25, draw=draw), 16)[0] for draw in range(3)]
+    assert len(set(map(tuple, draws))) == 3
+    pair = evidence.PAIRS["cells_few_own"]
+    _, *begins, alone, of_zero, other, of_one = evidence.table_runs(pair, 300, [0, 1], ["none", "mimic"])
+    assert [(one.seed, one.draw) for one in begins] == [(0, 0), (1, 1)]
+    assert [one.begins for one in (alone, of_zero, other, of_one)] == [begins[0]] * 2 + [begins[1]] * 2
+    assert [one.draw for one in (alone, of_zero, other, of_one)] == [0, 0, 1, 1]
+    shared = evidence.table_runs(evidence.PAIRS["cells_few"], 300, [0], ["none", "mimic"])
+    assert alone in shared
+    assert of_zero in shared
+
+
+@pytest.mark.parametrize(("unlabelled", "expected"), [(True, [4, 12]), (False, [4])])
+def test_a_student_sees_the_images_without_labels_or_not(root, tmp_path, monkeypatch, unlabelled, expected):
+    options = options_of(root, tmp_path)
+    teacher = small_run(seed=1)
+    work(teacher, options, tmp_path)
+    shares, chosen_images = [], run.chosen_images
+
+    def chosen(count, *others):
+        shares.append(count)
+        return chosen_images(count, *others)
+
+    monkeypatch.setattr(run, "chosen_images", chosen)
+    monkeypatch.setattr(run, "_shares", lambda one, count: (list(range(4)), list(range(4, count))))
+    work(small_run(method="pkd", teacher=teacher, unlabelled=unlabelled, steps=1), options, tmp_path)
+    expected = [4] if not unlabelled else [4, len(data.coco_folder(root, small_run().data, "train")) - 4]
+    assert shares == expected
+
+
+def test_detections_are_labels_in_the_students_pixels_from_a_score_on():
+    found = {
+        "boxes": torch.tensor([[4.0, 8, 20, 28], [0, 0, 10, 10], [2, 2, 5, 20]]),
+        "scores": torch.tensor([0.5, 0.49, 0.9]),
+        "labels": torch.tensor([1, 0, 1]),
+    }
+
+    class Fixed(torch.nn.Module):
+        def forward(self, images, targets=None):
+            return [found] * len(images) if targets is None else {"seen": targets}
+
+    view = {"teacher": [torch.rand(3, 32, 32)]}
+    student = pseudo.PseudoLabelled(Fixed(), Fixed(), 0.5, view, 2.0)
+    (labels,) = student([torch.rand(3, 16, 16)], None)["seen"]
+    # The second is not sure enough, the third 1.5 pixels wide in the student's image.
+    assert (labels["boxes"].tolist(), labels["labels"].tolist()) == ([[2, 4, 10, 14]], [1])
+    assert student([torch.rand(3, 16, 16)], [{}])["seen"] == [{}]
+    assert not list(student.parameters())
+
+
+def test_the_threshold_is_the_score_of_the_best_f1():
+    box = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40]}
+    truth = {
+        "images": [{"id": 1, "width": 100, "height": 100}],
+        "annotations": [{"id": 1, "area": 1600, "iscrowd": 0, **box}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    false = {**box, "bbox": [60, 60, 20, 20]}
+    assert pseudo.best_threshold(truth, [{**box, "score": 0.7}, {**false, "score": 0.3}]) == 0.7
+
+
+def test_two_processes_do_a_run_once(root, tmp_path):
+    """The second waits for the first, and finds what it left."""
+    one = small_run()
+    folder = tmp_path / run.name_of(one)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(run.as_json(one))
+    lock = run.locked(folder)
+    given = {"--root": root, "--output": tmp_path, "--cache": root / "cache"}
+    arguments = [str(part) for pair in given.items() for part in pair]
+    process = subprocess.Popen([sys.executable, FOLDER / "evidence_run.py", folder, *arguments])
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(8)
+    (folder / "result.json").write_text("{}")
+    lock.close()
+    assert process.wait(60) == 0
+    assert not (folder / "model.pt").exists()
 
 
 def test_a_budget_is_flat_where_twice_as_much_brings_little():

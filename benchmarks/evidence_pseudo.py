@@ -1,0 +1,66 @@
+"""The rival of distillation where labels are few: the teacher's detections as labels of the other images."""
+
+from __future__ import annotations
+
+import torch
+from evidence_data import SMALLEST, Target
+from torch import Tensor, nn
+from torchvision.ops import remove_small_boxes
+
+from crosskd.compare.data import read_detections, read_ground_truth
+from crosskd.compare.images import look_at_images
+from crosskd.compare.precision import evaluate
+
+
+class PseudoLabelled(nn.Module):
+    """A student that learns from labels, and on images without from what its teacher detects in them.
+
+    Args:
+        student: the detector.
+        teacher: a finished one with the same classes. Its weights are neither trained nor kept with the
+            student's.
+        threshold: detections with a lower score are no labels.
+        view: ``"teacher"`` in it is the batch as the teacher sees it, where that is another view.
+        scale: pixels of the teacher's view per pixel of the student's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        threshold: float,
+        view: dict[str, list[Tensor]],
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.student, self.threshold, self.view, self.scale = student, threshold, view, scale
+        self._teacher = (teacher,)  # in a tuple it is no part of this module
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None) -> dict[str, Tensor]:
+        """The student's losses."""
+        losses: dict[str, Tensor] = self.student(images, self.labels(images) if targets is None else targets)
+        return losses
+
+    @torch.no_grad()
+    def labels(self, images: list[Tensor]) -> list[Target]:
+        """What the teacher detects, in the student's pixels."""
+        (teacher,) = self._teacher
+        targets = []
+        for found in teacher(self.view.get("teacher", images)):
+            sure = found["scores"] >= self.threshold
+            boxes, labels = found["boxes"][sure] / self.scale, found["labels"][sure]
+            kept = remove_small_boxes(boxes, SMALLEST)
+            targets.append({"boxes": boxes[kept], "labels": labels[kept]})
+        return targets
+
+
+def best_threshold(truth: dict[str, object], results: list[dict[str, object]]) -> float:
+    """The score from which on a detector's F1 is best, at an IoU of 0.5, all classes together.
+
+    Args:
+        truth: of the validation images, in COCO form.
+        results: its detections there, in COCO's result form.
+    """
+    ground_truth = read_ground_truth(truth)
+    evaluation = evaluate(ground_truth, read_detections("teacher", results, ground_truth))
+    return look_at_images(evaluation).threshold
