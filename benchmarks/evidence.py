@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import PSEUDO, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import PSEUDO, STOPPED, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -175,7 +175,8 @@ PAIRS: dict[str, Pair] = {
     "cells": Pair(
         "A pretrained teacher at twice the size",
         Run(CELLS, Model("gfl", "resnet18", width=128)),
-        Run(CELLS, replace(LITE2, levels=5), sees="zoom", steps=0),
+        # From stride 16 on, which is the student's stride 8: a finer level would have no match.
+        Run(CELLS, replace(LITE2, levels=5, finest=16), sees="zoom", steps=0),
         ladder=(300, 600, 1200, 2400, 4800),
     ),
     "cells_few": _cells_few(
@@ -458,7 +459,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         parser.error("--root: the folder of the data sets is needed")
     try:
         for method in options.methods or ():
-            if method not in (*VARIANTS, PSEUDO):
+            if method not in (*VARIANTS, *STOPPED, PSEUDO):
                 check_name(method)
     except ValueError as error:
         parser.error(f"--methods: {error}")

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 from evidence_data import (
     DataSet,
     Images,
+    Target,
     Window,
     chosen_images,
     coco_folder,
@@ -44,7 +45,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import crosskd
-from crosskd import Distiller
+from crosskd import Distiller, Schedule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -57,12 +58,14 @@ from run_folder import locked
 from training import save_atomically
 
 STRIDES = (8, 16, 32, 64, 128)
-# CrossKD as it is not by default: its label, and what differs. The towers have two blocks.
+# CrossKD as it is not by default: its label, and what differs. GFLs' towers have two blocks, torchvision's four.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "crosskd-pre": ('CrossKD, tap="pre"', {"tap": "pre"}),
     "crosskd-0": ("CrossKD, position 0", {"position": 0}),
     "crosskd-2": ("CrossKD, position 2", {"position": 2}),
 }
+# Methods that stop after half of the steps, and which they are.
+STOPPED = {"crosskd-half": "crosskd", "mimic-half": "mimic"}
 PSEUDO = "pseudo"  # no method, but what they are up against
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
@@ -99,8 +102,8 @@ class Run:
         data: what is learned.
         model: what is trained.
         sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
-        method: a name of `methods_table` or of ``VARIANTS``, or ``PSEUDO``: a student without a method, for
-            which the teacher's detections are labels.
+        method: a name of `methods_table`, of ``VARIANTS`` or ``STOPPED``; or ``PSEUDO``, none, but the
+            teacher's detections are labels.
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
@@ -365,8 +368,14 @@ def _distiller(
     teacher = _teacher(run, of_teacher, student, options)
     _, changed = VARIANTS.get(run.method, ("", {}))
     settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None, **changed}
-    name = "crosskd" if run.method in VARIANTS else run.method
+    name = "crosskd" if run.method in VARIANTS else STOPPED.get(run.method, run.method)
     methods = make_methods(name, Namespace(stop_distilling=None, **settings))
+    if run.method in STOPPED:
+        forwards = (
+            2 if run.unlabelled and run.labelled < 1 else 1
+        )  # of a step: images with labels, the others
+        for method in methods:
+            method.schedule = Schedule(stop=forwards * run.steps // 2)
     more: dict[str, Any] = {}
     if of_teacher.sees != "images":
         more["teacher_view"] = lambda images, targets: view["teacher"]
@@ -423,13 +432,16 @@ def train(training: Training, images: dict[str, Images], folder: Path) -> bool:
     return True
 
 
-def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
+def batches(
+    training: Training, images: dict[str, Images]
+) -> Iterator[tuple[list[Tensor], list[Target] | None]]:
+    """A step's images with their objects; then others without, if there is a teacher to tell of them.
+
+    What the teacher sees of a batch is in ``training.view`` until the next.
+    """
     run, device = training.run, training.options.device
     labelled, others = _shares(run, len(images["train"].labels))
     seen = [labelled, others] if run.teacher is not None and run.unlabelled else [labelled]
-    autocast = torch.autocast(device.type, torch.bfloat16) if training.options.bf16 else nullcontext()
-    losses: list[Tensor] = []
-    # Unlabelled images beside the labelled ones, for a student that has a teacher to tell of them.
     for offset, among in enumerate(seen):
         if not among:
             continue
@@ -443,12 +455,20 @@ def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
             of_teacher = images["teacher" if run.teacher.sees == "pair" else "train"]
             training.view["teacher"] = _crops(run.teacher, of_teacher, chosen, window, device)
         factor = 2.0 if run.sees == "zoom" else 1.0
-        objects: list[dict[str, Tensor]] | None = [
+        objects = [
             {"boxes": factor * target["boxes"].to(device), "labels": target["labels"].to(device)}
             for target in targets
         ]
+        yield given, objects if offset == 0 else None
+
+
+def _one_step(training: Training, images: dict[str, Images]) -> Tensor:
+    device = training.options.device
+    autocast = torch.autocast(device.type, torch.bfloat16) if training.options.bf16 else nullcontext()
+    losses: list[Tensor] = []
+    for given, objects in batches(training, images):
         with autocast:
-            losses += training.trained(given, objects if offset == 0 else None).values()
+            losses += training.trained(given, objects).values()
     total = torch.stack([loss.float() for loss in losses]).sum()
     if training.step % 50 == 0 and not torch.isfinite(total):
         raise FloatingPointError(f"the loss is {float(total)} at step {training.step}")
