@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import PSEUDO, STOPPED, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import PSEUDO, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -49,7 +49,8 @@ ALONE = "none"
 MAIN = (ALONE, "crosskd", "pkd", "mimic", "crosskd+pkd")
 CONTROL = (ALONE, "crosskd", "mimic")
 OTHER_FAMILY = (ALONE, "crosskd", "pkd", "crosskd+pkd")  # whose boxes are of another kind: nothing to mimic
-ALL = (*MAIN, "crosskd+mimic", *VARIANTS, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
+ABLATIONS = ("crosskd+mimic", "crosskd-pre", "crosskd-0", "crosskd-2")
+ALL = (*MAIN, *ABLATIONS, "cwd", "ssim", "mgd", "fgd", "drkd", "bckd", "ld", "crosskd+fgd")
 
 
 @dataclass(frozen=True)
@@ -459,7 +460,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         parser.error("--root: the folder of the data sets is needed")
     try:
         for method in options.methods or ():
-            if method not in (*VARIANTS, *STOPPED, PSEUDO):
+            if method not in (*VARIANTS, PSEUDO):
                 check_name(method)
     except ValueError as error:
         parser.error(f"--methods: {error}")

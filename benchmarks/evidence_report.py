@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import coco_folder
-from evidence_run import PSEUDO, STOPPED, STRIDES, VARIANTS, Run, name_of
+from evidence_run import PSEUDO, STRIDES, VARIANTS, Run, name_of
 from measure import mean_and_deviation, processor, table
 from numpy.typing import NDArray
 
@@ -152,10 +152,8 @@ def _of_classes(found: Mapping[str, Mapping[int, Finished]]) -> list[str]:
 def title(method: str) -> str:
     """What a method is called in tables."""
     if method in VARIANTS:
-        return VARIANTS[method][0]
+        return VARIANTS[method].label
     others = {BEGUN: "the finished student", PSEUDO: "no method: the teacher's detections as labels"}
-    if method in STOPPED:
-        return f"{label_of(STOPPED[method])}, until half of the steps"
     if method in others or method.startswith(LONGER):
         return others.get(method, method)
     return label_of(method)

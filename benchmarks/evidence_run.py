@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from evidence_data import (
@@ -58,14 +58,38 @@ from run_folder import locked
 from training import save_atomically
 
 STRIDES = (8, 16, 32, 64, 128)
-# CrossKD as it is not by default: its label, and what differs. GFLs' towers have two blocks, torchvision's four.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "crosskd-pre": ('CrossKD, tap="pre"', {"tap": "pre"}),
-    "crosskd-0": ("CrossKD, position 0", {"position": 0}),
-    "crosskd-2": ("CrossKD, position 2", {"position": 2}),
+
+
+class Variant(NamedTuple):
+    """A method as it is not by default.
+
+    Attributes:
+        label: what tables call it.
+        name: of `methods_table`.
+        settings: of CrossKD, that are others.
+        weight: instead of its own.
+        half: stops after half of the steps.
+    """
+
+    label: str
+    name: str
+    settings: Mapping[str, Any] = {}
+    weight: float | None = None
+    half: bool = False
+
+
+VARIANTS = {
+    # GFLs' towers have two blocks, torchvision's four.
+    "crosskd-pre": Variant('CrossKD, tap="pre"', "crosskd", {"tap": "pre"}),
+    "crosskd-0": Variant("CrossKD, position 0", "crosskd", {"position": 0}),
+    "crosskd-2": Variant("CrossKD, position 2", "crosskd", {"position": 2}),
+    "crosskd-half": Variant("CrossKD, until half of the steps", "crosskd", half=True),
+    "mimic-half": Variant("prediction mimicking, until half of the steps", "mimic", half=True),
+    # With these the gradients at the maps are about as large as CrossKD's, on the cells.
+    "pkd-weak": Variant("PKD, weight 0.25", "pkd", weight=0.25),
+    "cwd-weak": Variant("CWD, weight 0.13", "cwd", weight=0.13),
+    "drkd-weak": Variant("DRKD, weight 0.005", "drkd", weight=0.005),
 }
-# Methods that stop after half of the steps, and which they are.
-STOPPED = {"crosskd-half": "crosskd", "mimic-half": "mimic"}
 PSEUDO = "pseudo"  # no method, but what they are up against
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
@@ -102,8 +126,8 @@ class Run:
         data: what is learned.
         model: what is trained.
         sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
-        method: a name of `methods_table`, of ``VARIANTS`` or ``STOPPED``; or ``PSEUDO``, none, but the
-            teacher's detections are labels.
+        method: a name of `methods_table` or of ``VARIANTS``; or ``PSEUDO``, none, but the teacher's
+            detections are labels.
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
@@ -366,16 +390,16 @@ def _distiller(
     run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
 ) -> Distiller:
     teacher = _teacher(run, of_teacher, student, options)
-    _, changed = VARIANTS.get(run.method, ("", {}))
-    settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None, **changed}
-    name = "crosskd" if run.method in VARIANTS else STOPPED.get(run.method, run.method)
-    methods = make_methods(name, Namespace(stop_distilling=None, **settings))
-    if run.method in STOPPED:
-        forwards = (
-            2 if run.unlabelled and run.labelled < 1 else 1
-        )  # of a step: images with labels, the others
-        for method in methods:
+    variant = VARIANTS.get(run.method, Variant("", run.method))
+    settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None}
+    options_of = Namespace(stop_distilling=None, **{**settings, **variant.settings})
+    methods = make_methods(variant.name, options_of)
+    forwards = 2 if run.unlabelled and run.labelled < 1 else 1  # a step: images with labels, then the others
+    for method in methods:
+        if variant.half:
             method.schedule = Schedule(stop=forwards * run.steps // 2)
+        if variant.weight is not None:
+            method.weight = variant.weight
     more: dict[str, Any] = {}
     if of_teacher.sees != "images":
         more["teacher_view"] = lambda images, targets: view["teacher"]

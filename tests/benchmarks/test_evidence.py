@@ -156,6 +156,7 @@ def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch
         ("pair", "fgd", 0.5),
         ("zoom", "pseudo", 0.5),
         ("images", "mimic-half", 0.5),
+        ("images", "pkd-weak", 0.5),
     ],
 )
 def test_a_teacher_of_each_kind_teaches(root, tmp_path, sees, method, labelled):
