@@ -17,6 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import measure
+import torch
+from measure import ratios
+
 HERE = Path(__file__).resolve().parent
 NOW, BEFORE = "now", "before"
 # Families and methods that both versions know.
@@ -31,33 +35,13 @@ ROWS = (
 )
 
 
-def work(root: Path, family: str, method: str, arguments: list[str]) -> None:
-    """Measures both steps of one version each time that a line is read, until there are no more."""
-    sys.path[:0] = [str(root / folder) for folder in ("", "benchmarks", "examples")]
-    import measure
-    import step_cost
-    import torch
-
-    import crosskd
-
-    if Path(crosskd.__file__).resolve().parents[1] != root:
-        raise SystemExit(f"measured {crosskd.__file__} instead of {root}: is crosskd on PYTHONPATH?")
-    options = step_cost.parse_options(arguments)
-    torch.set_num_threads(options.threads)
-    pieces = step_cost.Pieces(family, options, method)
-    cases = {"a": pieces.student_step, "d": pieces.distillation_step}
-    for _ in sys.stdin:
-        seconds = measure.timed_rounds(cases, 1, options.device, warmup=0, clock=options.clock)
-        print(json.dumps({name: values[0] for name, values in seconds.items()}), flush=True)
-
-
 def turns(
     roots: dict[str, Path], family: str, method: str, rounds: int, arguments: list[str]
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of both steps by version, the versions taking turns; a first round is not counted."""
     workers = {}
     for name, root in roots.items():
-        command = [sys.executable, str(HERE / "step_cost_before.py"), "--work", str(root), family, method]
+        command = [sys.executable, str(HERE / "step_cost_worker.py"), str(root), family, method]
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         workers[name] = subprocess.Popen(
             [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -96,9 +80,6 @@ def revision(root: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures all rows and writes the table."""
-    import measure
-    import torch
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,8 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _row(label: str, seconds: dict[str, dict[str, list[float]]]) -> list[str]:
-    from measure import ratios
-
     now, before = seconds[NOW], seconds[BEFORE]
     pairs: tuple[Any, ...] = (
         (now["a"], before["a"]),
@@ -146,7 +125,4 @@ def _row(label: str, seconds: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--work"]:
-        work(Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
-    else:
-        main()
+    main()
