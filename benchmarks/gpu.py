@@ -31,7 +31,7 @@ from unittest.mock import patch
 
 import measure
 import torch
-from losses import LOSSES, make_inputs
+from losses import LOSSES, WIDTHS, make_inputs
 from measure import MIB
 from step_cost import DEFAULTS, build_pair, make_batch, size_of, take_first_steps
 from torch import Tensor, nn
@@ -323,7 +323,7 @@ def measure_teacher(cell: Cell, options: argparse.Namespace) -> Result:
 
 def measure_loss(cell: Cell, options: argparse.Namespace) -> Result:
     """The present loss beside the plain formula and a copy of memory; eager also without kernels."""
-    width = {"quality_focal": options.classes, "distribution_kl": 17, "giou": 4}[cell.subject]
+    width = WIDTHS.get(cell.subject, options.classes)
     settings = argparse.Namespace(**{**vars(options), "dtype": cell.dtype})
     inputs = make_inputs(cell.subject, (options.batch, options.anchors, width), settings)
     plain, ours = LOSSES[cell.subject]

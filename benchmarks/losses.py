@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from crosskd.losses import distribution_kl_loss, giou_loss, quality_focal_loss
+from crosskd.losses import distribution_kl_loss, giou_loss, quality_focal_loss, softmax_focal_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -38,6 +38,13 @@ def plain_distribution_kl_loss(student: Tensor, teacher: Tensor, weight: Tensor,
     target = teacher.float().softmax(-1)
     loss = target * (target.log() - student.float().softmax(-1).log())
     return (loss.sum(-1) * weight).sum() / normalizer
+
+
+def plain_softmax_focal_loss(student: Tensor, teacher: Tensor, weight: Tensor, normalizer: float) -> Tensor:
+    """The formula as one would write it down, in float32, differentiated by autograd."""
+    target, log_probabilities = teacher.float().softmax(-1), student.float().log_softmax(-1)
+    distance = 0.5 * (log_probabilities.exp() - target).abs().sum(-1)
+    return (distance * -(target * log_probabilities).sum(-1) * weight).sum() / normalizer
 
 
 def plain_giou_loss(student: Tensor, teacher: Tensor, weight: Tensor, normalizer: float) -> Tensor:
@@ -59,7 +66,9 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "quality_focal": (plain_quality_focal_loss, own(quality_focal_loss)),
     "distribution_kl": (plain_distribution_kl_loss, own(distribution_kl_loss)),
     "giou": (plain_giou_loss, own(giou_loss)),
+    "softmax_focal": (plain_softmax_focal_loss, own(softmax_focal_loss)),
 }
+WIDTHS = {"distribution_kl": 17, "giou": 4}  # of a row; all others have a number for each class
 HEADER = (
     "loss",
     "images x anchors x width",
@@ -140,8 +149,7 @@ def size_of(text: str) -> tuple[int, int, int]:
 
 def sizes_of(name: str, options: argparse.Namespace) -> list[tuple[int, int, int]]:
     """The sizes of one loss: as asked for the classes, the same anchors for bins and boxes."""
-    width = {"quality_focal": None, "distribution_kl": 17, "giou": 4}[name]
-    sizes = [(images, anchors, width or classes) for images, anchors, classes in options.sizes]
+    sizes = [(images, anchors, WIDTHS.get(name, classes)) for images, anchors, classes in options.sizes]
     return sizes if name == "quality_focal" else sizes[-1:]
 
 

@@ -58,6 +58,7 @@ def test_losses_table(tmp_path):
             *(("quality_focal", size) for size in sizes),
             ("distribution_kl", "2x3000x17"),
             ("giou", "2x3000x4"),
+            ("softmax_focal", "2x3000x80"),
         ]
         for implementation in ("plain", "crosskd")
     ]
@@ -68,7 +69,7 @@ def test_losses_table(tmp_path):
     assert 1 <= float(chunked["peak memory"]) < 2.5 < 5 < float(plain["peak memory"])
 
 
-@pytest.mark.parametrize("name", ["quality_focal", "distribution_kl", "giou"])
+@pytest.mark.parametrize("name", ["quality_focal", "distribution_kl", "giou", "softmax_focal"])
 def test_plain_losses_say_the_same(name):
     script = load("losses")
     options = script.parse_options([])
