@@ -267,35 +267,48 @@ def draw(found: Mapping[str, Mapping[int, Finished]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from pictures import colours
 
-    shown = {name: list(runs.values()) for name, runs in found.items() if name not in OTHERS}
-    colour = colours(list(shown))
-
-    def mean(name: str) -> float:
-        return statistics.mean(float(run.metrics["AP"][0]) for run in shown[name])
-
-    order = sorted(shown, key=mean)
+    shown = [name for name in found if name not in OTHERS]
+    order = sorted(shown, key=lambda name: _mean_precision(found[name]))
+    colour = colours(shown)
     figure, (curves, finals) = plt.subplots(
         1, 2, figsize=(11, max(4.0, 1.3 + 0.34 * len(order))), layout="constrained", width_ratios=(1.2, 1)
     )
-    for place, name in enumerate(order):
-        histories = [run.result["history"] for run in shown[name]]
+    for name in order:
+        if name.startswith(LONGER):  # which would leave the others no room
+            continue
+        histories = [run.result["history"] for run in found[name].values()]
         points = list(zip(*histories, strict=False))
         means = [statistics.mean(entry["AP"] for entry in point) for point in points]
-        if not name.startswith(LONGER):  # which would leave the others no room
-            width = 3 if name == ALONE else 1.5
-            curves.plot([point[0]["step"] for point in points], means, lw=width, color=colour[name])
-        values = [float(run.metrics["AP"][0]) for run in shown[name]]
-        finals.plot(mean(name), place, marker="|", ms=18, mew=2.5, color=colour[name])
-        finals.scatter(values, [place] * len(values), color=colour[name], s=22, alpha=0.8)
-    for name, style in ((TEACHER, "--"), (BEGUN, ":")):
-        for other in found.get(name, {}).values():
-            finals.axvline(float(other.metrics["AP"][0]), color="#7f7f7f", ls=style, lw=1.2)
-    dotted = ", finished student dotted" if BEGUN in found else ""
+        width = 3 if name == ALONE else 1.5
+        curves.plot([point[0]["step"] for point in points], means, lw=width, color=colour[name])
+    _draw_test(finals, found, order, colour)
     curves.set(xlabel="step", ylabel="AP on some validation images", title="learning curves, alone thick")
-    finals.set(title=f"test: every seed, the mean,\nteacher dashed{dotted}", xlabel="AP")
-    finals.set_yticks(range(len(order)), [title(name) for name in order])
     for axes, grid in ((curves, "y"), (finals, "x")):
         axes.grid(alpha=0.3, axis=grid)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_test(
+    axes: Any, found: Mapping[str, Mapping[int, Finished]], order: Sequence[str], colour: Mapping[str, Any]
+) -> None:
+    alone = _mean_precision(found[ALONE])
+    for place, name in enumerate(order):
+        by_seed, style = found[name], {"color": colour[name]}
+        if name != ALONE and by_seed.keys() & found[ALONE].keys():
+            _, *ends = difference(by_seed, found[ALONE])
+            axes.plot([alone + end for end in ends], [place] * 2, lw=7, alpha=0.25, **style)
+        axes.plot(_mean_precision(by_seed), place, marker="|", ms=18, mew=2.5, **style)
+        values = [float(run.metrics["AP"][0]) for run in by_seed.values()]
+        axes.scatter(values, [place] * len(values), s=22, alpha=0.8, **style)
+    for name, line in ((TEACHER, "--"), (BEGUN, ":")):
+        for other in found.get(name, {}).values():
+            axes.axvline(float(other.metrics["AP"][0]), color="#7f7f7f", ls=line, lw=1.2)
+    dotted = ", finished student dotted" if BEGUN in found else ""
+    axes.set(title=f"test: seeds, mean, 95 % of the gain,\nteacher dashed{dotted}", xlabel="AP")
+    axes.set_yticks(range(len(order)), [title(name) for name in order])
+
+
+def _mean_precision(by_seed: Mapping[int, Finished]) -> float:
+    return statistics.mean(float(run.metrics["AP"][0]) for run in by_seed.values())
