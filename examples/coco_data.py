@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from augmentations import Augmentation, Sample
+from image_memory import File, ImageMemory, check_memory
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from processes import SINGLE, Processes
@@ -87,6 +88,8 @@ class CocoFolder(Dataset[Sample]):
         teacher_images: a folder that holds, under the same file names, images of the same scenes and sizes as
             the teacher sees them. Every target then has the image's own as ``"teacher_image"``, augmented
             by the same random numbers.
+        cache_images: decode all images now, the teacher's and the unlabelled too, and read them from memory
+            from then on; each process of a distributed run has its own.
         processes: those that all make this data set now, if there are several.
 
     Attributes:
@@ -96,7 +99,8 @@ class CocoFolder(Dataset[Sample]):
     Raises:
         FileNotFoundError: no such folder or file, no image in it, or most images are missing; or one of the
             teacher's is.
-        ValueError: annotations that can't be used, saying which; a teacher's image of another size.
+        ValueError: annotations that can't be used, saying which; a teacher's image of another size; images to
+            be cached that don't fit into memory.
         OSError: not one image can be read.
     """
 
@@ -112,6 +116,7 @@ class CocoFolder(Dataset[Sample]):
         keep_empty: bool = True,
         unlabelled: Path | None = None,
         teacher_images: Path | None = None,
+        cache_images: bool = False,
         processes: Processes = SINGLE,
     ) -> None:
         require(images, folder=True)
@@ -147,6 +152,7 @@ class CocoFolder(Dataset[Sample]):
         if all(decode_or_none(self._path(i), self._size(i)) is None for i in range(len(self))):
             raise OSError(f"not one of the {len(self)} images under {images} can be read")
         self._broken = multiprocessing.Value("i", 0)
+        self.memory = self._decode_all(processes) if cache_images else None
 
     def _make_targets(self) -> None:
         """Boxes as xyxy, cut at the images' borders, labels, and which of them are targets."""
@@ -225,6 +231,18 @@ class CocoFolder(Dataset[Sample]):
             parts = list(pool.map(faults, [share[n::THREADS] for n in range(THREADS)]))
         return dict(sorted(pair for seen in processes.gather(parts) for part in seen for pair in part))
 
+    def _decode_all(self, processes: Processes) -> ImageMemory:
+        """All images that samples are made of, decoded, if they fit into memory."""
+        folders = [self.images] if self.teacher_images is None else [self.images, self.teacher_images]
+        files: list[File] = [
+            (self._path(index, folder), self._size(index)) for folder in folders for index in range(len(self))
+        ]
+        files += [(path, None) for path in self.unlabelled]
+        with ThreadPoolExecutor(THREADS) as pool:
+            extents = dict(zip(files, pool.map(bytes_of, [path for path, _ in files]), strict=True))
+        check_memory(sum(extents.values()), processes)
+        return ImageMemory(extents, decode_or_none, THREADS)
+
     def _keep(self, chosen: NDArray[np.bool_]) -> None:
         source = self.annotations
         self.ids, self.counts = np.array(source.ids)[chosen].tolist(), self.counts[chosen]
@@ -242,8 +260,10 @@ class CocoFolder(Dataset[Sample]):
         width, height = self.annotations.sizes[index].tolist()
         return width, height
 
-    def _counted(self, image: Tensor | None) -> Tensor | None:
-        """An image as it is; one that could not be read is counted."""
+    def _read(self, path: Path, size: tuple[int, int] | None) -> Tensor | None:
+        """An image of a file, or of memory; one that can't be read is counted."""
+        memory = self.memory
+        image = decode_or_none(path, size) if memory is None else memory.read(path, size)
         if image is None:
             with self._broken.get_lock():
                 self._broken.value += 1
@@ -274,6 +294,8 @@ class CocoFolder(Dataset[Sample]):
         for fault, names in faults.items():
             if names:
                 text += f"; {fault}: {len(names)} ({', '.join(Path(name).name for name in names[:3])})"
+        if self.memory is not None:
+            text += f"; {len(self.memory)} images in memory, {self.memory.size:,} bytes"
         return text
 
     def is_landscape(self, index: int) -> bool:
@@ -310,11 +332,11 @@ class CocoFolder(Dataset[Sample]):
 
     def read(self, index: int) -> Tensor | None:
         """An image as RGB bytes, shape (3, height, width), or ``None`` if it can't be read."""
-        return self._counted(decode_or_none(self._path(index), self._size(index)))
+        return self._read(self._path(index), self._size(index))
 
     def read_teachers(self, index: int) -> Tensor | None:
         """What the teacher sees of an image, as `read` gives it."""
-        return self._counted(decode_or_none(self._path(index, self.teacher_images), self._size(index)))
+        return self._read(self._path(index, self.teacher_images), self._size(index))
 
     def plain(self, index: int) -> Sample:
         """The next image that can be read, as bytes, and its target: `tv_tensors`, not augmented."""
@@ -353,7 +375,7 @@ class CocoFolder(Dataset[Sample]):
     def _draw_unlabelled(self) -> Tensor:
         drawn = int(torch.randint(len(self.unlabelled), ()))
         for path in self.unlabelled[drawn:] + self.unlabelled[:drawn]:
-            decoded = self._counted(decode_or_none(path, None))
+            decoded = self._read(path, None)
             if decoded is None:
                 continue
             image: Tensor = tv_tensors.Image(decoded)
@@ -530,6 +552,15 @@ def decode_or_none(path: Path, size: tuple[int, int] | None) -> Tensor | None:
         return decode(path, size)
     except Exception:  # noqa: BLE001 - Pillow's readers raise anything
         return None
+
+
+def bytes_of(path: Path) -> int:
+    """How many bytes an image takes when it is decoded; 0 for one that can't be read."""
+    try:
+        with open_image(path) as image:
+            return 3 * image.width * image.height
+    except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+        return 0
 
 
 def other_size(path: Path, expected: tuple[int, int]) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
 FREE = (
     *("output", "resume", "workers", "threads", "device", "compile", "compile_teacher", "logger"),
     *("evaluate_every", "checkpoint_every", "eval_batch_size", "method", "inherit", "root"),
-    "teacher_cache",
+    *("teacher_cache", "cache_images"),
 )
 
 
@@ -120,6 +120,12 @@ def _add_data_options(group: Any) -> None:
         "--teacher-images",
         metavar="FOLDER",
         help="in --root: the same scenes as the teacher sees them, under the file names of --train-images",
+    )
+    group.add_argument(
+        "--cache-images",
+        action="store_true",
+        help="decode the training images once, into memory that the workers share; each process of several "
+        "holds its own",
     )
     group.add_argument("--shapes-train", type=int, default=400, help="how many training images to make")
     group.add_argument("--shapes-val", type=int, default=100)

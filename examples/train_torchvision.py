@@ -179,6 +179,7 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         keep_empty=not options.drop_empty,
         unlabelled=options.unlabelled_images,
         teacher_images=None if options.teacher_images is None else root / options.teacher_images,
+        cache_images=options.cache_images,
         processes=processes,
     )
     val = CocoFolder(root / val_images, root / val_file, **labels, processes=processes)
