@@ -409,7 +409,9 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
             own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
             teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
         teacher.to(processes.device, memory_format=memory_format(options))
-        if options.teacher_images is None:  # else the validation images aren't what it sees
+        if options.teacher_images is not None:
+            processes.say("the teacher isn't measured: the validation images are those that students see")
+        else:
             models["teacher"] = teacher
             results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:
