@@ -51,7 +51,7 @@ class ImageMemory:
             self._shapes = list(pool.map(decoded, files))
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return sum(shape is not None for shape in self._shapes)
 
     @property
     def size(self) -> int:
@@ -87,9 +87,10 @@ def check_memory(needed: int, processes: Processes) -> None:
     found = [answer for answer in processes.gather(short) if answer is not None]
     if found:
         here, free = found[0]
+        each = f" in each of a machine's {here} processes" if here > 1 else ""
         raise ValueError(
-            f"--cache-images: the decoded images take {needed:,} bytes in each of {here} processes of a "
-            f"machine that has {free:,} bytes free: leave it out, or take images that are smaller"
+            f"--cache-images: the decoded images take {needed:,} bytes{each}, and {free:,} bytes are free: "
+            "leave it out, or take fewer or smaller images"
         )
 
 

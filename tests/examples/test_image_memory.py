@@ -86,7 +86,7 @@ def test_sixteen_bits_are_resized_alike(tmp_path):
 
 
 def test_the_summary_says_how_much_it_is(files, tmp_path):
-    assert f"; 5 images in memory, {BYTES:,} bytes" in CocoFolder(*files, cache_images=True).summary()
+    assert f"; 3 images in memory, {BYTES:,} bytes" in CocoFolder(*files, cache_images=True).summary()
     both = CocoFolder(*files, teacher_images=tmp_path / "negatives", cache_images=True)
     assert both.memory.size == 2 * BYTES
 
@@ -94,7 +94,9 @@ def test_the_summary_says_how_much_it_is(files, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_decoded(files, monkeypatch):
     monkeypatch.setattr(image_memory, "ThreadPoolExecutor", None)  # that decodes
     monkeypatch.setattr(image_memory, "free_memory", lambda: BYTES - 1)
-    with pytest.raises(ValueError, match=rf"--cache-images: .* {BYTES:,} bytes .* {BYTES - 1:,} bytes free"):
+    with pytest.raises(
+        ValueError, match=rf"--cache-images: .* {BYTES:,} bytes, and {BYTES - 1:,} bytes are free"
+    ):
         CocoFolder(*files, cache_images=True)
 
 
@@ -102,7 +104,7 @@ def test_each_process_of_a_machine_needs_as_much(monkeypatch):
     monkeypatch.setattr(image_memory, "free_memory", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_memory(500, SINGLE)
-    with pytest.raises(ValueError, match="501 bytes in each of 2 processes"):
+    with pytest.raises(ValueError, match="501 bytes in each of a machine's 2 processes, and 1,000 bytes"):
         check_memory(501, SINGLE)
     monkeypatch.setattr(image_memory, "free_memory", lambda: None)  # a system that doesn't tell
     check_memory(2**60, SINGLE)
