@@ -3,6 +3,10 @@
 One of your own is one more function and its line in ``AUGMENTATIONS``. It gets the data set, from which
 `mosaic` draws further images, the image and its target as `tv_tensors`, and returns both. Random numbers
 come from PyTorch's own generator, which is seeded by seed, epoch and image.
+
+Where the teacher sees another image of the scene, it is ``target["teacher_image"]``, of the same size and of
+`tv_tensors` as well. A transform of ``v2`` that gets image and target in one call changes both images by the
+same random numbers; what takes the image alone must do the same to the teacher's.
 """
 
 from __future__ import annotations
@@ -56,15 +60,20 @@ def mosaic(dataset: Any, image: Tensor, target: Target) -> Sample:
     places = [(0, 0, y, x), (0, x, y, width - x), (y, 0, height - y, x), (y, x, height - y, width - x)]
     others = [dataset.plain(int(torch.randint(len(dataset), ()))) for _ in range(3)]
     canvas = torch.empty_like(image.as_subclass(Tensor))
+    of_teacher = torch.empty_like(canvas) if "teacher_image" in target else None
     boxes, labels = [], []
     for (top, left, rows, columns), sample in zip(places, [(image, target), *others], strict=True):
         window = v2.RandomCrop((rows, columns), pad_if_needed=True, fill=GREY)
         part, its = window(*_zoomed(*sample, 0.5, 1.0))
         canvas[:, top : top + rows, left : left + columns] = part
+        if of_teacher is not None:
+            of_teacher[:, top : top + rows, left : left + columns] = its["teacher_image"]
         boxes.append(its["boxes"].as_subclass(Tensor) + torch.tensor([left, top, left, top]))
         labels.append(its["labels"])
     joined = tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(height, width))
     found = {**target, "boxes": joined, "labels": torch.cat(labels)}
+    if of_teacher is not None:
+        found["teacher_image"] = tv_tensors.Image(of_teacher)
     whole: Sample = v2.SanitizeBoundingBoxes()(tv_tensors.Image(canvas), found)
     return whole
 

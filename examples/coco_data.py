@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from augmentations import Augmentation, Sample
+from image_memory import File, ImageMemory, check_memory
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from processes import SINGLE, Processes
@@ -84,6 +85,11 @@ class CocoFolder(Dataset[Sample]):
         keep_empty: keep images without boxes.
         unlabelled: a folder of further images, in it or below it. While ``draws_unlabelled`` is set, every
             target has one of them, drawn by seed, epoch and image and augmented, as ``"unlabelled_image"``.
+        teacher_images: a folder that holds, under the same file names, images of the same scenes and sizes as
+            the teacher sees them. Every target then has the image's own as ``"teacher_image"``, augmented
+            by the same random numbers.
+        cache_images: decode all images now, the teacher's and the unlabelled too, and read them from memory
+            from then on; each process of a distributed run has its own.
         processes: those that all make this data set now, if there are several.
 
     Attributes:
@@ -91,8 +97,10 @@ class CocoFolder(Dataset[Sample]):
         counts: shape (images,), how many objects each shows.
 
     Raises:
-        FileNotFoundError: no such folder or file, no image in it, or most images are missing.
-        ValueError: annotations that can't be used, saying which.
+        FileNotFoundError: no such folder or file, no image in it, or most images are missing; or one of the
+            teacher's is.
+        ValueError: annotations that can't be used, saying which; a teacher's image of another size; images to
+            be cached that don't fit into memory.
         OSError: not one image can be read.
     """
 
@@ -107,6 +115,8 @@ class CocoFolder(Dataset[Sample]):
         augment: Sequence[Augmentation] = (),
         keep_empty: bool = True,
         unlabelled: Path | None = None,
+        teacher_images: Path | None = None,
+        cache_images: bool = False,
         processes: Processes = SINGLE,
     ) -> None:
         require(images, folder=True)
@@ -114,6 +124,7 @@ class CocoFolder(Dataset[Sample]):
         self.images, self.seed, self.augment, self.epoch = images, seed, list(augment), 0
         self.unlabelled = [] if unlabelled is None else image_files(unlabelled)
         self.draws_unlabelled = False
+        self.teacher_images, self.teachers_unreadable = teacher_images, list[str]()
         self.annotations = processes.from_first(lambda: read_annotations(annotations))
         self.ids = self.annotations.ids
         categories = self.annotations.categories
@@ -136,9 +147,12 @@ class CocoFolder(Dataset[Sample]):
             self._keep(self.counts > 0)
         if not self.counts.any():
             raise ValueError(f"{annotations} holds no box of an object, so nothing to train on or measure by")
+        if teacher_images is not None:
+            self._check_teacher_images(teacher_images, processes)
         if all(decode_or_none(self._path(i), self._size(i)) is None for i in range(len(self))):
             raise OSError(f"not one of the {len(self)} images under {images} can be read")
         self._broken = multiprocessing.Value("i", 0)
+        self.memory = self._decode_all(processes) if cache_images else None
 
     def _make_targets(self) -> None:
         """Boxes as xyxy, cut at the images' borders, labels, and which of them are targets."""
@@ -161,18 +175,48 @@ class CocoFolder(Dataset[Sample]):
 
     def _check_files(self, processes: Processes) -> None:
         """Notes which images are missing or can't be read; raises for other sizes than annotated."""
+        found = self._faults(self.images, processes)
+        differing = [i for i, fault in found.items() if not isinstance(fault, str)]
+        if differing:
+            shown = [f"{self._path(i)} is {found[i]}, annotated as {self._size(i)}" for i in differing[:3]]
+            raise ValueError(
+                f"{len(differing)} images have another size (width, height) than their annotations say: "
+                f"{'; '.join(shown)}. Boxes would be elsewhere: correct the JSON file or the images"
+            )
+        names = self.annotations.file_names
+        self.missing = [str(names[i]) for i, fault in found.items() if fault == "missing"]
+        self.unreadable = [str(names[i]) for i, fault in found.items() if fault == "unreadable"]
 
-        def other_size(index: int) -> tuple[int, int] | None:
-            expected = self._size(index)
-            with open_image(self._path(index)) as image:
-                if expected == image.size:
-                    return None
-                turned = image.getexif().get(ORIENTATION, 1) >= 5
-                return None if turned and expected == image.size[::-1] else image.size
+    def _check_teacher_images(self, folder: Path, processes: Processes) -> None:
+        """Notes which of the teacher's images can't be read; raises for those missing or of another size."""
+        require(folder, folder=True)
+        names = self.annotations.file_names
+        unseen = {*self.missing, *self.unreadable}  # by the student, so that the teacher's aren't needed
+        faults = self._faults(folder, processes)
+        found = {i: fault for i, fault in faults.items() if str(names[i]) not in unseen}
+        missing = [i for i, fault in found.items() if fault == "missing"]
+        if missing:
+            path = self._path(missing[0], folder)
+            raise FileNotFoundError(
+                f"{len(missing)} of the student's {len(self)} images are missing among the teacher's, which "
+                f"must have the same file names. The first was looked for as {path}: {what_is_there(path)}"
+            )
+        differing = [i for i, fault in found.items() if not isinstance(fault, str)]
+        if differing:
+            first = differing[:3]
+            shown = [f"{self._path(i, folder)} is {found[i]}, {self._path(i)} {self._size(i)}" for i in first]
+            raise ValueError(
+                f"{len(differing)} of the teacher's images have another size (width, height) than the "
+                f"student's: {'; '.join(shown)}. Both must show the same at the same place: resize them"
+            )
+        self.teachers_unreadable = [str(names[i]) for i in found]
+
+    def _faults(self, folder: Path, processes: Processes) -> dict[int, tuple[int, int] | str]:
+        """What is wrong with the images in a folder, by index: another size, "missing" or "unreadable"."""
 
         def looked_at(index: int) -> tuple[int, int] | str | None:
             try:
-                return other_size(index)
+                return other_size(self._path(index, folder), self._size(index))
             except FileNotFoundError:
                 return "missing"
             except Exception:  # noqa: BLE001 - Pillow's readers raise anything
@@ -185,17 +229,19 @@ class CocoFolder(Dataset[Sample]):
         share = range(processes.rank % processes.ranks, len(self.ids), processes.ranks)
         with ThreadPoolExecutor(THREADS) as pool:
             parts = list(pool.map(faults, [share[n::THREADS] for n in range(THREADS)]))
-        found = dict(sorted(pair for seen in processes.gather(parts) for part in seen for pair in part))
-        differing = [i for i, fault in found.items() if not isinstance(fault, str)]
-        if differing:
-            shown = [f"{self._path(i)} is {found[i]}, annotated as {self._size(i)}" for i in differing[:3]]
-            raise ValueError(
-                f"{len(differing)} images have another size (width, height) than their annotations say: "
-                f"{'; '.join(shown)}. Boxes would be elsewhere: correct the JSON file or the images"
-            )
-        names = self.annotations.file_names
-        self.missing = [str(names[i]) for i, fault in found.items() if fault == "missing"]
-        self.unreadable = [str(names[i]) for i, fault in found.items() if fault == "unreadable"]
+        return dict(sorted(pair for seen in processes.gather(parts) for part in seen for pair in part))
+
+    def _decode_all(self, processes: Processes) -> ImageMemory:
+        """All images that samples are made of, decoded, if they fit into memory."""
+        folders = [self.images] if self.teacher_images is None else [self.images, self.teacher_images]
+        files: list[File] = [
+            (self._path(index, folder), self._size(index)) for folder in folders for index in range(len(self))
+        ]
+        files += [(path, None) for path in self.unlabelled]
+        with ThreadPoolExecutor(THREADS) as pool:
+            extents = dict(zip(files, pool.map(bytes_of, [path for path, _ in files]), strict=True))
+        check_memory(sum(extents.values()), processes)
+        return ImageMemory(extents, decode_or_none, THREADS)
 
     def _keep(self, chosen: NDArray[np.bool_]) -> None:
         source = self.annotations
@@ -207,15 +253,17 @@ class CocoFolder(Dataset[Sample]):
             rows=source.rows[chosen],
         )
 
-    def _path(self, index: int) -> Path:
-        return self.images / str(self.annotations.file_names[index])
+    def _path(self, index: int, folder: Path | None = None) -> Path:
+        return (folder or self.images) / str(self.annotations.file_names[index])
 
     def _size(self, index: int) -> tuple[int, int]:
         width, height = self.annotations.sizes[index].tolist()
         return width, height
 
-    def _counted(self, image: Tensor | None) -> Tensor | None:
-        """An image as it is; one that could not be read is counted."""
+    def _read(self, path: Path, size: tuple[int, int] | None) -> Tensor | None:
+        """An image of a file, or of memory; one that can't be read is counted."""
+        memory = self.memory
+        image = decode_or_none(path, size) if memory is None else memory.read(path, size)
         if image is None:
             with self._broken.get_lock():
                 self._broken.value += 1
@@ -238,10 +286,16 @@ class CocoFolder(Dataset[Sample]):
         left_out = [f"{count} {kind}" for kind, count in self.left_out.items() if count]
         if left_out:
             text += f"; boxes left out: {', '.join(left_out)}"
-        faults = {"missing images": self.missing, "images that can't be read": self.unreadable}
+        faults = {
+            "missing images": self.missing,
+            "images that can't be read": self.unreadable,
+            "images of the teacher's that can't be read": self.teachers_unreadable,
+        }
         for fault, names in faults.items():
             if names:
                 text += f"; {fault}: {len(names)} ({', '.join(Path(name).name for name in names[:3])})"
+        if self.memory is not None:
+            text += f"; {len(self.memory)} images in memory, {self.memory.size:,} bytes"
         return text
 
     def is_landscape(self, index: int) -> bool:
@@ -278,20 +332,31 @@ class CocoFolder(Dataset[Sample]):
 
     def read(self, index: int) -> Tensor | None:
         """An image as RGB bytes, shape (3, height, width), or ``None`` if it can't be read."""
-        return self._counted(decode_or_none(self._path(index), self._size(index)))
+        return self._read(self._path(index), self._size(index))
+
+    def read_teachers(self, index: int) -> Tensor | None:
+        """What the teacher sees of an image, as `read` gives it."""
+        return self._read(self._path(index, self.teacher_images), self._size(index))
 
     def plain(self, index: int) -> Sample:
         """The next image that can be read, as bytes, and its target: `tv_tensors`, not augmented."""
         for offset in range(len(self)):
             chosen = (index + offset) % len(self)
             image = self.read(chosen)
-            if image is not None:
-                boxes, labels = self.objects(chosen)
-                size = tuple(image.shape[-2:])
-                boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-                target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(self.ids[chosen])}
-                return tv_tensors.Image(image), target
-        raise OSError(f"not one of the {len(self)} images under {self.images} can be read")
+            if image is None:
+                continue
+            boxes, labels = self.objects(chosen)
+            size = tuple(image.shape[-2:])
+            boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+            target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor(self.ids[chosen])}
+            if self.teacher_images is not None:
+                of_teacher = self.read_teachers(chosen)
+                if of_teacher is None:
+                    continue
+                target["teacher_image"] = tv_tensors.Image(of_teacher)
+            return tv_tensors.Image(image), target
+        folders = " or ".join(str(folder) for folder in (self.images, self.teacher_images) if folder)
+        raise OSError(f"not one of the {len(self)} images under {folders} can be read")
 
     def __getitem__(self, index: int) -> Sample:
         image, target = self.plain(index)
@@ -303,12 +368,14 @@ class CocoFolder(Dataset[Sample]):
             if self.draws_unlabelled:  # last, for the labelled ones are to be the same with and without
                 target["unlabelled_image"] = self._draw_unlabelled()
         target["boxes"] = target["boxes"].as_subclass(Tensor)
-        return image.as_subclass(Tensor).float() / 255, target
+        if "teacher_image" in target:
+            target["teacher_image"] = as_numbers(target["teacher_image"])
+        return as_numbers(image), target
 
     def _draw_unlabelled(self) -> Tensor:
         drawn = int(torch.randint(len(self.unlabelled), ()))
         for path in self.unlabelled[drawn:] + self.unlabelled[:drawn]:
-            decoded = self._counted(decode_or_none(path, None))
+            decoded = self._read(path, None)
             if decoded is None:
                 continue
             image: Tensor = tv_tensors.Image(decoded)
@@ -317,7 +384,7 @@ class CocoFolder(Dataset[Sample]):
             target: dict[str, Tensor] = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.int64)}
             for augmentation in self.augment:
                 image, target = augmentation(self, image, target)
-            return image.as_subclass(Tensor).float() / 255
+            return as_numbers(image)
         raise OSError(
             f"not one of {len(self.unlabelled)} unlabelled images can be read: {self.unlabelled[:3]}"
         )
@@ -487,6 +554,30 @@ def decode_or_none(path: Path, size: tuple[int, int] | None) -> Tensor | None:
         return None
 
 
+def bytes_of(path: Path) -> int:
+    """How many bytes an image takes when it is decoded; 0 for one that can't be read."""
+    try:
+        with open_image(path) as image:
+            return 3 * image.width * image.height
+    except Exception:  # noqa: BLE001 - Pillow's readers raise anything
+        return 0
+
+
+def other_size(path: Path, expected: tuple[int, int]) -> tuple[int, int] | None:
+    """The width and height of an image, if they aren't those expected as it is stored or as EXIF turns it."""
+    with open_image(path) as image:
+        if expected == image.size:
+            return None
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        return None if turned and expected == image.size[::-1] else image.size
+
+
+def as_numbers(image: Tensor) -> Tensor:
+    """An image's bytes as detectors take them, from 0 to 1."""
+    numbers: Tensor = image.as_subclass(Tensor).float() / 255
+    return numbers
+
+
 class AspectBatches(Sampler[list[int]]):
     """Shuffled batches of images that are all landscape or all portrait, so that little is padded.
 
@@ -540,6 +631,11 @@ class AspectBatches(Sampler[list[int]]):
 def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Images and targets of a batch as two lists: the sizes differ."""
     return [image for image, _ in samples], [target for _, target in samples]
+
+
+def teacher_images(images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
+    """What the teacher sees of a batch, as ``Distiller(teacher_view=...)`` takes it."""
+    return [target["teacher_image"] for target in targets]
 
 
 def training_loader(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from augmentations import flip
-from coco_data import CocoFolder, Sample, training_loader
+from coco_data import CocoFolder, Sample, teacher_images, training_loader
 from evaluation import evaluate
 from models import load_weights
 from processes import Processes, start
@@ -71,31 +71,22 @@ class Pairs(CocoFolder):
     """
 
     def __init__(self, root: Path, folders: list[str], crop: int, seed: int) -> None:
+        of_teacher = root / folders[1] if len(folders) > 1 else None
         annotations = root / "annotations" / "train.json"
-        super().__init__(root / folders[0], annotations, seed=seed, augment=[flip])
-        self.other = CocoFolder(root / folders[1], annotations) if len(folders) > 1 else None
+        super().__init__(root / folders[0], annotations, seed=seed, augment=[flip], teacher_images=of_teacher)
         self.crop = crop
 
-    def read(self, index: int) -> Tensor | None:
-        """The images of a pair, one behind the other as channels: what happens to one happens to both."""
-        first = super().read(index)
-        if first is None or self.other is None:
-            return first
-        second = self.other.read(index)
-        return None if second is None else torch.cat([first, second])
-
     def __getitem__(self, index: int) -> Sample:
-        views, target = super().__getitem__(index)
+        image, target = super().__getitem__(index)
         seed = hash((self.seed, self.epoch, int(target["image_id"]), 1)) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        height, width = (min(self.crop, side) for side in views.shape[1:])
-        top = int(torch.randint(views.shape[1] - height + 1, (), generator=generator))
-        left = int(torch.randint(views.shape[2] - width + 1, (), generator=generator))
-        views = views[:, top : top + height, left : left + width]
+        height, width = (min(self.crop, side) for side in image.shape[1:])
+        top = int(torch.randint(image.shape[1] - height + 1, (), generator=generator))
+        left = int(torch.randint(image.shape[2] - width + 1, (), generator=generator))
         target.update(cropped(target, left, top, width, height))
-        if self.other is not None:
-            target["teacher_image"] = views[3:]
-        return views[:3], target
+        if "teacher_image" in target:
+            target["teacher_image"] = target["teacher_image"][:, top : top + height, left : left + width]
+        return image[:, top : top + height, left : left + width], target
 
 
 def cropped(target: dict[str, Tensor], left: int, top: int, width: int, height: int) -> dict[str, Tensor]:
@@ -107,11 +98,6 @@ def cropped(target: dict[str, Tensor], left: int, top: int, width: int, height: 
     boxes = torch.minimum(boxes[inside].clamp(min=0), size.repeat(2))
     kept = remove_small_boxes(boxes, 1.0)
     return {"boxes": boxes[kept], "labels": target["labels"][inside][kept]}
-
-
-def teacher_images(images: list[Tensor], targets: list[dict[str, Tensor]]) -> list[Tensor]:
-    """What the teacher sees of a batch."""
-    return [target["teacher_image"] for target in targets]
 
 
 class Unresized(GeneralizedRCNNTransform):

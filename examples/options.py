@@ -11,7 +11,7 @@ import torch
 from augmentations import AUGMENTATIONS
 from coco_data import require
 from loggers import LOGGERS
-from methods_table import ALONE, METHODS
+from methods_table import ALONE, METHODS, make_methods
 from models import MODEL_NAMES
 from training import AMP_TYPES
 
@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
 FREE = (
     *("output", "resume", "workers", "threads", "device", "compile", "compile_teacher", "logger"),
     *("evaluate_every", "checkpoint_every", "eval_batch_size", "method", "inherit", "root"),
-    "teacher_cache",
+    *("teacher_cache", "cache_images"),
 )
 
 
@@ -68,6 +68,28 @@ def check_data(options: Namespace) -> None:
         given = getattr(options, name)
         named = f"--{name.replace('_', '-')} {given}, which is relative to --root: "
         require(options.root / given, folder=name.endswith("images"), named=named)
+    if options.teacher_images is not None:
+        named = f"--teacher-images {options.teacher_images}, which is relative to --root: "
+        require(options.root / options.teacher_images, folder=True, named=named)
+
+
+def check_teacher_images(options: Namespace) -> None:
+    """Raises ``ValueError`` where ``--teacher-images`` stands beside options that it can't go with."""
+    if options.teacher_images is None:
+        return
+    fault = None
+    if options.data == "shapes":
+        fault = "--data shapes makes images for the student alone: take --data coco"
+    elif not any(make_methods(name, options) for name in options.method):
+        fault = f"--method {' '.join(options.method)} distils nothing, so no teacher sees them"
+    elif options.unlabelled_images is not None:
+        fault = "--unlabelled-images can't go with it, for they have no second image"
+    elif len(options.short_side) > 1:
+        # The teacher resizes its own images, always to the last; the student's go to one that is drawn.
+        sizes = " ".join(str(side) for side in options.short_side)
+        fault = f"--short-side {sizes} would resize the student's images otherwise: take one"
+    if fault is not None:
+        raise ValueError(f"--teacher-images {options.teacher_images}: {fault}")
 
 
 def shaping(options: Namespace) -> dict[str, Any]:
@@ -93,6 +115,17 @@ def _add_data_options(group: Any) -> None:
         type=Path,
         metavar="FOLDER",
         help="further images, which distilled students learn from without labels: as many a step as labelled",
+    )
+    group.add_argument(
+        "--teacher-images",
+        metavar="FOLDER",
+        help="in --root: the same scenes as the teacher sees them, under the file names of --train-images",
+    )
+    group.add_argument(
+        "--cache-images",
+        action="store_true",
+        help="decode the training images once, into memory that the workers share; each process of several "
+        "holds its own",
     )
     group.add_argument("--shapes-train", type=int, default=400, help="how many training images to make")
     group.add_argument("--shapes-val", type=int, default=100)

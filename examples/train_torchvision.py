@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import torch
 import torchvision
 from augmentations import AUGMENTATIONS
-from coco_data import CocoFolder, collate, training_loader
+from coco_data import CocoFolder, collate, teacher_images, training_loader
 from dense_heads import adapter_of
 from evaluation import METRICS, evaluate
 from loggers import LOGGERS, Log
@@ -56,7 +56,7 @@ from models import (
     read_state,
     replace_classes,
 )
-from options import add_options, check_data, check_ranges, shaping
+from options import add_options, check_data, check_ranges, check_teacher_images, shaping
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
 from report import write_comparison
@@ -136,6 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             check_name(name)
         if options.data == "coco":
             check_data(options)
+        check_teacher_images(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if options.method != [ALONE] and first_label(options.teacher) != first_label(options.student):
@@ -177,6 +178,8 @@ def make_data(options: argparse.Namespace, processes: Processes) -> tuple[CocoFo
         augment=[AUGMENTATIONS[name] for name in options.augment],
         keep_empty=not options.drop_empty,
         unlabelled=options.unlabelled_images,
+        teacher_images=None if options.teacher_images is None else root / options.teacher_images,
+        cache_images=options.cache_images,
         processes=processes,
     )
     val = CocoFolder(root / val_images, root / val_file, **labels, processes=processes)
@@ -269,7 +272,15 @@ def with_method(
     if options.fold_teacher:
         noise = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
         teacher = crosskd.fold_batch_norm(teacher, [noise.to(next(teacher.parameters()).device)])
-    distiller = Distiller(teacher, student, methods, adapter_of, teacher_dtype=dtype, teacher_cache=cache)
+    distiller = Distiller(
+        teacher,
+        student,
+        methods,
+        adapter_of,
+        teacher_view=None if options.teacher_images is None else teacher_images,
+        teacher_dtype=dtype,
+        teacher_cache=cache,
+    )
     if options.compile_teacher:
         distiller.teacher.get_submodule("backbone").compile()
     return distiller
@@ -360,6 +371,12 @@ def prepare(
     teacher, untrained = None, False
     if options.method != [ALONE]:
         teacher, untrained = make_teacher(options, data[0], processes)
+    if untrained and options.teacher_images is not None:
+        raise ValueError(
+            f"--teacher-images {options.teacher_images}: {options.teacher} isn't trained, and would be on "
+            f"the student's images. Train it by itself (--train-images {options.teacher_images} --method "
+            f"none --student {options.teacher}), and name its file by --teacher-weights"
+        )
     try_out(options, data[0], teacher, processes)
     return data, teacher, untrained, lock if at_once else take_folder(options, processes)
 
@@ -391,8 +408,12 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
             epochs, rate = options.teacher_epochs, options.teacher_learning_rate or options.learning_rate
             own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
             teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
-        models["teacher"] = teacher.to(processes.device, memory_format=memory_format(options))
-        results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
+        teacher.to(processes.device, memory_format=memory_format(options))
+        if options.teacher_images is not None:
+            processes.say("the teacher isn't measured: the validation images are those that students see")
+        else:
+            models["teacher"] = teacher
+            results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
     for method in options.method:
         student = make_student(options, data[0].num_classes)
         if inherits(method) and teacher is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from augmentations import AUGMENTATIONS
+from augmentations import AUGMENTATIONS, GREY
 from coco_data import CocoFolder
 from PIL import Image
 
@@ -49,6 +49,40 @@ def test_boxes_follow_what_they_are_around_and_everything_can_be_repeated(files,
             if name != "colour" and min(right - left, bottom - top) > 5:
                 assert bright[top:bottom, left:right].float().mean() > 0.7
     assert changed > 3
+
+
+@pytest.mark.parametrize("names", [*([name] for name in AUGMENTATIONS), list(AUGMENTATIONS)])
+def test_what_the_teacher_sees_is_changed_alike(files, names):
+    """Where its images are the student's own, so are they after each augmentation, and after all of them."""
+    augment = [AUGMENTATIONS[name] for name in names]
+    alone, copied = CocoFolder(*files, augment=augment), CocoFolder(*files, augment=augment)
+    copied.teacher_images = files[0]
+    for alone.epoch in range(8):
+        copied.epoch = alone.epoch
+        image, target = copied[1]
+        assert torch.equal(target["teacher_image"], image)
+        assert type(target["teacher_image"]) is torch.Tensor
+        same, own = alone[1]  # and the student's are what they are without
+        assert torch.equal(image, same)
+        assert target.keys() - own.keys() == {"teacher_image"}
+        assert all(torch.equal(target[key], value) for key, value in own.items())
+
+
+@pytest.mark.parametrize("names", [["flip", "mosaic", "crop"], ["crop", "jitter", "flip"]])
+def test_the_teachers_pixels_are_those_of_its_own_images(files, names):
+    """A negative stays one wherever it lies; what is beyond the border is grey in both."""
+    negatives = files[0] / "negatives"
+    negatives.mkdir()
+    for number in BOXES:
+        image = Image.open(files[0] / f"{number}.png")
+        image.point(lambda value: 255 - value).save(negatives / f"{number}.png")
+    augment = [AUGMENTATIONS[name] for name in names]
+    dataset = CocoFolder(*files, augment=augment, teacher_images=negatives)
+    for dataset.epoch in range(8):
+        image, target = dataset[2]
+        grey = (image - GREY / 255).abs() < 1e-3
+        expected = torch.where(grey, image, 1 - image)
+        torch.testing.assert_close(target["teacher_image"], expected, rtol=0, atol=0.01)  # bytes are rounded
 
 
 def test_mosaic_shows_four_images(files):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from augmentations import flip
-from coco_data import AspectBatches, CocoFolder, training_loader
+from coco_data import AspectBatches, CocoFolder, collate, teacher_images, training_loader
 from evaluation import coco_metrics
 from PIL import Image
 from torchvision.transforms import v2
@@ -169,6 +169,64 @@ def test_worker_processes_give_the_same_batches(files):
 
     assert pixels(0) == pixels(2)
     assert dataset.broken >= 4  # counted over the workers too
+
+
+# -- what the teacher sees ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def views(files) -> Path:
+    """The teacher's images: single colours, of those that the student can read."""
+    folder = files[0].parent / "views"
+    folder.mkdir()
+    for number, (name, size) in enumerate((("1.jpg", (60, 40)), ("2.jpg", (40, 60)), ("3.png", (60, 40)))):
+        Image.new("RGB", size, (50 * number, 100, 0)).save(folder / name)
+    return folder
+
+
+def test_what_the_teacher_sees_comes_with_the_image(files, views):
+    dataset = CocoFolder(*files, teacher_images=views)
+    for index, name in enumerate(("1.jpg", "2.jpg", "3.png", "1.jpg")):  # the fourth can't be read
+        image, target = dataset[index]
+        with Image.open(views / name) as view:
+            expected = torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255
+        assert torch.equal(target["teacher_image"], expected)
+        assert target["teacher_image"].shape == image.shape
+    images, targets = collate([dataset[0], dataset[1]])
+    for seen, target in zip(teacher_images(images, targets), targets, strict=True):
+        assert seen is target["teacher_image"]
+
+
+def test_missing_images_of_the_teacher_are_counted_and_named(files, views):
+    for name in ("2.jpg", "3.png"):
+        (views / name).unlink()
+    facts = f"2 of the student's 5 images .* as {views}/2.jpg: {views} holds 1.jpg"
+    with pytest.raises(FileNotFoundError, match=facts):
+        CocoFolder(*files, teacher_images=views)
+    with pytest.raises(FileNotFoundError, match="1 of the student's 3 images"):  # 3.png shows nothing
+        CocoFolder(*files, teacher_images=views, keep_empty=False)
+    with pytest.raises(FileNotFoundError, match=f"{views}/deeper"):
+        CocoFolder(*files, teacher_images=views / "deeper")
+
+
+def test_images_of_the_teacher_of_another_size_are_named_with_both(files, views):
+    Image.new("RGB", (80, 120)).save(views / "2.jpg")
+    facts = rf"1 of the teacher's .*: {views}/2.jpg is \(80, 120\), {files[0]}/2.jpg \(40, 60\)"
+    with pytest.raises(ValueError, match=facts):
+        CocoFolder(*files, teacher_images=views)
+
+
+def test_a_pair_is_replaced_where_the_teachers_image_cannot_be_read(files, views):
+    (views / "2.jpg").write_bytes(b"no image")
+    dataset = CocoFolder(*files, teacher_images=views)
+    assert "; images of the teacher's that can't be read: 1 (2.jpg)" in dataset.summary()
+    assert dataset[1][1]["image_id"] == 3
+    assert dataset.broken == 1
+    for path in views.iterdir():
+        path.write_bytes(b"no image")
+    dataset = CocoFolder(*files, teacher_images=views)
+    with pytest.raises(OSError, match=f"not one of the 5 images under {files[0]} or {views}"):
+        dataset[0]
 
 
 # -- files that would end a run late, or be trained on wrongly -----------------------------------

@@ -9,8 +9,7 @@ import cross_modality
 import numpy as np
 import pytest
 import torch
-from coco_data import collate
-from cross_modality import Pairs, build_detector, cropped, main, methods_of, teacher_images
+from cross_modality import Pairs, build_detector, cropped, main, methods_of
 from PIL import Image
 
 from crosskd import FeatureImitation, ResponseDistillation
@@ -97,15 +96,9 @@ def test_boxes_are_cut_at_the_crop_and_dropped_where_their_centre_is_outside():
 
 def test_error_images_of_a_pair_that_differ_in_size(data):
     Image.new("RGB", (48, 20)).save(data / "images_pair" / "2.png")
-    with pytest.raises(ValueError, match=r"2.png is \(48, 20\), annotated as \(48, 40\)"):
-        Pairs(data, ["images", "images_pair"], crop=16, seed=0)[2]
-
-
-def test_the_teachers_images_are_those_of_the_targets(data):
-    pairs = Pairs(data, ["images", "images_pair"], crop=16, seed=0)
-    images, targets = collate([pairs[0], pairs[1]])
-    for seen, image in zip(teacher_images(images, targets), images, strict=True):
-        torch.testing.assert_close(seen, 1 - image)
+    facts = r"images_pair/2.png is \(48, 20\), .*images/2.png \(48, 40\)"
+    with pytest.raises(ValueError, match=facts):
+        Pairs(data, ["images", "images_pair"], crop=16, seed=0)
 
 
 # -- detectors and methods -----------------------------------------------------------------------

@@ -20,6 +20,7 @@ from urllib.error import URLError
 
 import coco_data
 import evaluation
+import image_memory
 import pytest
 import torch
 import torchvision
@@ -27,6 +28,7 @@ import train_torchvision
 from methods_table import check_name
 from models import build_detector
 from options import add_options
+from PIL import Image
 from processes import Processes, start
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
@@ -43,6 +45,7 @@ from train_torchvision import (
 from training import Trainer
 
 import crosskd.checkpoints
+from crosskd import Distiller
 from tests.examples.coco_files import write_coco
 from tests.examples.mmdet_state import mmdet_state
 from tests.helpers import forked
@@ -338,6 +341,7 @@ def test_another_seed_batch_size_or_annotation_is_another_run(tmp_path):
         now = of(option, value)
         assert [key for key in now if now[key] != first[key]] == [option[2:].replace("-", "_")]
     free = ("--workers", "3", "--output", "elsewhere", "--method", "pkd", "--checkpoint-every", "7")
+    free = (*free, "--cache-images")
     assert of(*free) == first
     path = tmp_path / "coco" / "annotations.json"
     path.write_text(path.read_text() + " ")
@@ -357,6 +361,122 @@ def coco_arguments(folder: Path) -> list[str]:
     ]
     sizes = ("--width", "64", "--short-side", "48", "64", "--workers", "0", "--threads", "1")
     return ["--data", "coco", "--root", str(images.parent), *split, *sizes]
+
+
+# -- what the teacher sees ------------------------------------------------------------------------
+
+
+def paired_arguments(folder: Path, *further: str) -> list[str]:
+    """Options of `coco_arguments`, and the teacher's images: each of one colour, by the image's id."""
+    arguments = coco_arguments(folder / "coco")
+    views = folder / "coco" / "views"
+    views.mkdir()
+    for number, path in enumerate(sorted((folder / "coco" / "images").iterdir())[:3], 1):
+        with Image.open(path) as image:
+            Image.new("RGB", image.size, (40 * number,) * 3).save(views / path.name, quality=100)
+    models = ("--teacher", "retinanet_resnet18", "--student", "retinanet_resnet18", "--short-side", "64")
+    weights = ("--teacher-weights", str(folder / "teacher.pt"))
+    sizes = ("--batch-size", "2", "--epochs", "1", "--output", str(folder / "run"), "--device", "cpu")
+    return [*arguments, "--teacher-images", "views", *models, *weights, *sizes, *further]
+
+
+def test_the_teacher_sees_its_own_images(tmp_path, monkeypatch):
+    """By a method of feature maps and by CrossKD; the student alone trains beside them."""
+
+    def tiny(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
+        return tiny_retinanet(classes, seed=int(weights is None))
+
+    seen, measured = [], []
+    teacher_batch, evaluated = Distiller.teacher_batch, train_torchvision.evaluate
+
+    def watched(distiller, batch, images, targets):
+        found = teacher_batch(distiller, batch, images, targets)
+        assert found.image_sizes == batch.image_sizes
+        assert found.pixels.shape == batch.pixels.shape
+        mean, std = (distiller.teacher.transform.__dict__[name] for name in ("image_mean", "image_std"))
+        for target, pixels, (height, width) in zip(targets, found.pixels, found.image_sizes, strict=True):
+            shown = pixels[:, :height, :width] * torch.tensor(std)[:, None, None]
+            values = (255 * (shown + torch.tensor(mean)[:, None, None])).round().unique().tolist()
+            seen.append((int(target["image_id"]), values))
+        return found
+
+    def noted(detector, *arguments, **options):
+        measured.append(detector)
+        return evaluated(detector, *arguments, **options)
+
+    monkeypatch.setattr(Distiller, "teacher_batch", watched)
+    monkeypatch.setattr(train_torchvision, "evaluate", noted)
+    monkeypatch.setattr(train_torchvision, "new_detector", tiny)
+    further = ["--method", "none", "pkd", "crosskd", "--augment", "flip", "crop", "--workers", "2"]
+    metrics = main(paired_arguments(tmp_path, *further, "--cache-images"))
+    assert list(metrics["results"]) == ["none", "pkd", "crosskd"]  # the teacher can't be measured here
+    assert len(measured) == 3
+    assert {"kd_pkd"} < metrics["histories"]["pkd"][0]["losses"].keys()
+    assert {"kd_cls", "kd_reg"} < metrics["histories"]["crosskd"][0]["losses"].keys()
+    assert {image_id for image_id, _ in seen} == {1, 2, 3}
+    assert all(values == [40.0 * image_id] for image_id, values in seen)
+
+
+@pytest.mark.parametrize(
+    ("further", "facts"),
+    [
+        (["--method", "none", "none+inherit"], ["--method none none+inherit distils nothing"]),
+        (["--unlabelled-images", "{folder}/coco/images"], ["--unlabelled-images can't go with it"]),
+        (["--short-side", "48", "64"], ["--short-side 48 64"]),
+        (["--data", "shapes"], ["--data shapes"]),
+        (
+            ["--teacher-images", "thermal"],
+            ["{folder}/coco/thermal", "holds annotations.json, images/, views/"],
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_teachers_images_are_refused(tmp_path, further, facts, capsys):
+    further = [part.format(folder=tmp_path) for part in further]
+    with pytest.raises(SystemExit):
+        parse(paired_arguments(tmp_path, *further))
+    said = capsys.readouterr().err
+    for fact in ("--teacher-images", *facts):
+        assert fact.format(folder=tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda views: (views / "2.jpg").unlink(), ["1 of the student's 5 images", "views/2.jpg"]),
+        (
+            lambda views: Image.new("RGB", (40, 61)).save(views / "2.jpg"),
+            ["views/2.jpg is (40, 61)", "images/2.jpg (40, 60)"],
+        ),
+    ],
+)
+def test_images_of_the_teacher_that_do_not_fit_end_the_script_and_leave_no_folder(tmp_path, change, facts):
+    arguments = paired_arguments(tmp_path)
+    change(tmp_path / "coco" / "views")
+    with pytest.raises(SystemExit) as exit_of:
+        main(arguments)
+    for fact in facts:
+        assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_images_must_be_trained(tmp_path):
+    arguments = paired_arguments(tmp_path)
+    place = arguments.index("--teacher-weights")
+    with pytest.raises(SystemExit) as exit_of:
+        main(arguments[:place] + arguments[place + 2 :])
+    for fact in ("retinanet_resnet18 isn't trained", "--train-images views", "--teacher-weights"):
+        assert fact in exit_of.value.code
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_do_not_fit_into_memory_end_the_script_and_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_memory, "free_memory", lambda: 1000)
+    with pytest.raises(SystemExit) as exit_of:
+        main([*paired_arguments(tmp_path), "--cache-images"])
+    needed = 2 * 3 * 3 * 40 * 60  # three images of both
+    assert f"--cache-images: the decoded images take {needed:,} bytes" in exit_of.value.code
+    assert "1,000 bytes are free" in exit_of.value.code
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
