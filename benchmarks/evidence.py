@@ -131,16 +131,20 @@ def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pa
     return Pair(question, run, NANODET_G, methods, ladder)
 
 
-def _cells_few(question: str, student: Model, teacher: Run, methods: tuple[str, ...], **more: Any) -> Pair:
+def _cells_few(
+    question: str, student: Model, teacher: Run, methods: tuple[str, ...], before: int = 1200, **more: Any
+) -> Pair:
     # 3 images with labels, small ones: what a CPU learns in minutes.
     run = Run(CELLS_SMALL, student, labelled=0.015, warmup=25)
-    begins = replace(run, learning_rate=3e-3, steps=1200)
+    begins = replace(run, learning_rate=3e-3, steps=before)
     question += _share(run.labelled)
     return Pair(question, replace(run, begins=begins), teacher, methods, (300, 600, 1200), **more)
 
 
-def _boards_few(question: str, student: Model, methods: tuple[str, ...], **more: Any) -> Pair:
-    begins = replace(BOARDS_ALONE, model=student, steps=1200, labelled=0.03)
+def _boards_few(
+    question: str, student: Model, methods: tuple[str, ...], before: int = 1200, **more: Any
+) -> Pair:
+    begins = replace(BOARDS_ALONE, model=student, steps=before, labelled=0.03)
     run = replace(begins, begins=begins, learning_rate=3e-4)
     question += _share(run.labelled)
     return Pair(question, run, BOARDS_TEACHER, methods, (300, 600, 1200), **more)
@@ -163,6 +167,9 @@ PAIRS: dict[str, Pair] = {
     ),
     "boards_few_labelled": _boards_few(
         "The same, of images with labels alone", MOBILE, CONTROL, unlabelled=False
+    ),
+    "boards_few_longer": _boards_few(
+        "The same, of a student that was trained twice as long before", MOBILE, CONTROL, 2400, longer=(4800,)
     ),
     "boards_few_small": _boards_few("A student of half the width, from scratch", HALF, MAIN),
     # 27 boards with labels are learned sooner than 900.
@@ -189,6 +196,14 @@ PAIRS: dict[str, Pair] = {
     ),
     "cells_few_labelled": _cells_few(
         "The same, of images with labels alone", MOBILE, ZOOMED, CONTROL, unlabelled=False
+    ),
+    "cells_few_longer": _cells_few(
+        "A student that was trained twice as long before",
+        MOBILE,
+        ZOOMED_STRIDE16,
+        CONTROL,
+        2400,
+        longer=(4800,),
     ),
     "cells_few_own": _cells_few(
         "Other images with labels and another finished student for each seed",
