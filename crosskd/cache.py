@@ -234,8 +234,11 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; of several processes that do so the last one's stays."""
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # a part, where the disk is full
 
 
 def _run_on(images: Sequence[int], pair: Pair, batch: Batch, methods: Mapping[str, Method]) -> DetectorTrace:

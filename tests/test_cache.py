@@ -7,6 +7,7 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,6 +370,21 @@ def test_a_full_disk_is_told_of_once(tmp_path):
     assert found[0] == found[1]
     assert sum("takes no more entries" in str(warning.message) for warning in told) == 1
     assert not entries(tmp_path)
+
+
+def test_a_write_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    model, write = distiller(tmp_path), Path.write_bytes
+    model(*tiny_batch())
+
+    def full(path: Path, content: bytes) -> None:
+        write(path, content[:9])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(UserWarning, match="takes no more entries: No space left on device"):
+        model(*tiny_batch(seed=1))
+    assert len(entries(tmp_path)) == 2
+    assert not list(tmp_path.rglob("*.unfinished"))
 
 
 def test_entries_hold_what_a_method_at_rest_needs_in_another_run(tmp_path):
