@@ -92,6 +92,7 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         (["--augment", "flip", "mosaik"], "invalid choice: 'mosaik'"),
         (["--logger", "wandb"], "invalid choice: 'wandb'"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
+        (["--teacher-cache-dtype", "bfloat16"], "--teacher-cache-dtype needs --teacher-cache"),
         (
             ["--student", "fasterrcnn_resnet18"],
             "fasterrcnn_resnet18 can't learn from retinanet_resnet18: take two of one family",
@@ -645,6 +646,17 @@ def test_the_teacher_may_be_cheaper():
     assert norms == [0, 20]
     compiled = [d.teacher.backbone._compiled_call_impl is not None for d in (cheap, plain)]
     assert compiled == [True, False]
+
+
+def test_a_cache_that_rounds_decides_a_runs_weights(tmp_path):
+    """Of one that doesn't, a run that is taken up again may do without, or have another."""
+    cache = ["--teacher-cache", str(tmp_path)]
+    alone, kept, rounded = (
+        settings(parse(options), Processes(0, 1, torch.device("cpu")))
+        for options in ([], cache, [*cache, "--teacher-cache-dtype", "bfloat16"])
+    )
+    assert alone == kept
+    assert [name for name, value in rounded.items() if kept[name] != value] == ["teacher_cache_dtype"]
 
 
 def test_each_method_has_a_folder_of_the_teachers_outputs(tmp_path):
