@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosskd._checks import shape_text
 from crosskd.adapters.base import Adapter, Batch, Head
 from crosskd.align import FeatureStatistics, join_statistics
 from crosskd.predictions import Predictions
 from crosskd.step import DetectorTrace, HeadTrace, Taps, shape_only
 
-__all__ = ["Entry", "entry_of", "joined"]
+__all__ = ["Entry", "entry_of", "joined", "parting_place"]
 
 Entry = dict[str, Any]
 """Dicts and lists of numbers, names and tensors, each tensor with a batch of 1."""
@@ -66,6 +67,48 @@ def _tap(method: str, kept: Any) -> Entry:
         "knows tensors of shape (1, …) and crosskd.align.FeatureStatistics: return one of these from its "
         "keep_of_teacher, or leave teacher_cache= out"
     )
+
+
+def parting_place(kept: Entry, now: Entry, tolerance: float) -> str | None:
+    """Where two entries of one image differ by more than rounding, and how; ``None`` where they don't.
+
+    Args:
+        kept: the one.
+        now: the other, of the same format.
+        tolerance: what numbers may differ by, as a share of the largest in their tensor.
+    """
+    before, after = _parts(kept), _parts(now)
+    for place in {**before, **after}:
+        one, other = before.get(place), after.get(place)
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape:
+            if not one.numel():
+                continue
+            a, b = one.double(), other.double()
+            largest = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            away = float(torch.where(a == b, 0.0, (a - b).abs()).max())  # infinite numbers may be equal
+            if not away <= tolerance * largest:
+                return f"{place} by up to {away:.3g}, where the largest is {largest:.3g}"
+        elif isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+            texts = [shape_text(part) if isinstance(part, Tensor) else str(part) for part in (one, other)]
+            return f"{place} {texts[0]}, now {texts[1]}"
+    return None
+
+
+def _parts(entry: Entry) -> dict[str, Any]:
+    """All that an entry holds of an answer by its place, but for types: autocast has others on a GPU."""
+    named = {f"map of level {level}": kept for level, kept in enumerate(entry["maps"])}
+    if "numbers" in entry:
+        named |= {**dict(zip(_NUMBERS, entry["numbers"], strict=True)), **entry["kinds"]}
+        named["levels"] = entry["levels"]
+        for place, (method, branch, kept) in enumerate(entry["taps"]):
+            named[f"tap {place} ({method}, {branch})"] = kept
+    parts = {}
+    for name, part in named.items():
+        if isinstance(part, dict):
+            parts.update({f"{name}, {key}": value for key, value in part.items() if key != "type"})
+        else:
+            parts[name] = part
+    return parts
 
 
 def joined(adapter: Adapter, batch: Batch, head: Head | None, entries: Sequence[Entry]) -> DetectorTrace:

@@ -9,7 +9,7 @@ import shutil
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from itertools import chain
@@ -17,16 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from crosskd._entries import Entry, entry_of, joined
+from crosskd._entries import Entry, entry_of, joined, parting_place
 from crosskd.adapters.base import Adapter, Batch
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair
+from crosskd.proof import proving
 from crosskd.running import first_head, points_of, reads_maps, run_teacher
 from crosskd.step import DetectorTrace, outside_graph
 
 __all__ = ["TeacherCache"]
+
+FORMAT = 1  # of an entry: to be counted up when its parts change
+# What an entry may differ by from the same teacher's answer on another machine, as a share of the largest
+# number. A ResNet-50's answers move by 0.002 under a GPU's TF32, by 0.02 in bfloat16; another answer differs
+# by far more somewhere.
+ROUNDING, COARSE = 0.01, 0.1
 
 
 class TeacherCache:
@@ -38,7 +45,9 @@ class TeacherCache:
     that never gives the same pixels twice makes the cache useless, but not wrong; ``hits`` and ``misses``
     count.
 
-    The folder belongs to one teacher and one set of methods, by a fingerprint in ``cache.json``. An entry is
+    The folder belongs to one teacher and one set of methods, by a fingerprint in ``cache.json``. What that
+    can't show, such as what the adapter does, is compared: the first entry that a distiller finds with what
+    the teacher answers now. An entry is
     a file of its own that is renamed when it is whole and read by memory map, so several processes can write
     and read one folder at once. One that is unfinished, damaged or of another fingerprint is calculated and
     written again.
@@ -55,7 +64,7 @@ class TeacherCache:
 
     Raises:
         ValueError: another type than these; on the first batch, a folder that is another teacher's or other
-            methods'.
+            methods'; on the first image that is found, an entry that is not the teacher's answer.
 
     Example:
         >>> import tempfile
@@ -88,6 +97,8 @@ class TeacherCache:
         self._writes = True
         self._fingerprint = ""
         self._opened_for: tuple[Any, ...] = ()
+        self._written: set[str] | None = None  # buffers that the teacher itself writes
+        self._hashed: tuple[Any, str] = (None, "")  # what was looked at, and its hash
 
     def check(self, teacher: Adapter) -> None:
         """Raises ``ValueError`` for a teacher that can't be left out of a step.
@@ -103,39 +114,68 @@ class TeacherCache:
             )
 
     @outside_graph
-    def run(self, pair: Pair, batch: Batch, methods: Mapping[str, Method]) -> DetectorTrace:
+    def run(self, pair: Pair, batch: Batch, methods: Mapping[str, Method], proved: set[str]) -> DetectorTrace:
         """What `crosskd.running.run_teacher` gives, of entries; the teacher is run on images without one.
 
         Args:
             pair: the two detectors.
             batch: as the teacher takes it.
             methods: all that the folder is for, also those at rest.
+            proved: gets ``"teacher_cache"`` once an entry has been compared with the teacher's answer.
         """
-        self._open(pair, methods)
+        self._open(pair, batch, methods)
         keys, head = _keys(batch), first_head(pair, methods)
         entries = [self._read(key) for key in keys]
         missing = [index for index, entry in enumerate(entries) if entry is None]
+        if len(missing) < len(keys) and "teacher_cache" not in proved:
+            self._compare(pair, batch, methods, entries)
+            proved.add("teacher_cache")
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            sizes = tuple(batch.image_sizes[index] for index in missing)
-            part = replace(batch, pixels=batch.pixels[missing], image_sizes=sizes)
-            trace = run_teacher(pair, pair.teacher.take(part), methods, each_image=True)
+            trace = _run_on(missing, pair, batch, methods)
             for place, index in enumerate(missing):
                 entry = entries[index] = entry_of(trace, place, self.dtype, maps=reads_maps(methods, head))
                 self._write(keys[index], entry)
         return joined(pair.teacher, batch, head, [entry for entry in entries if entry is not None])
 
+    def _compare(
+        self, pair: Pair, batch: Batch, methods: Mapping[str, Method], entries: list[Entry | None]
+    ) -> None:
+        """Raises ``ValueError`` where the first entry of a batch is not what the teacher answers now."""
+        index, kept = next((index, entry) for index, entry in enumerate(entries) if entry is not None)
+        with proving(pair.teacher.detector):
+            trace = _run_on([index], pair, batch, methods)
+        now = entry_of(trace, 0, self.dtype, maps=reads_maps(methods, first_head(pair, methods)))
+        narrow = self.dtype or pair.teacher_dtype or torch.is_autocast_enabled(batch.pixels.device.type)
+        whole = not narrow and batch.pixels.dtype in (torch.float32, torch.float64)
+        place = parting_place(kept, now, ROUNDING if whole else COARSE)
+        if place is not None:
+            raise ValueError(
+                f"the teacher cache in {self.folder}: what it holds for image {index} of this batch is not "
+                f"what the teacher answers now. They differ in {place}. It was written with another adapter, "
+                "or before a change of code that the teacher or a method runs. Delete the folder, or give "
+                "this run one of its own. If the same comes again, the teacher's answer to an image depends "
+                "on more than its pixels, such as the other images of its batch: leave teacher_cache= out"
+            )
+
     # -- the folder ------------------------------------------------------------------------------
 
-    def _open(self, pair: Pair, methods: Mapping[str, Method]) -> None:
+    def _open(self, pair: Pair, batch: Batch, methods: Mapping[str, Method]) -> None:
         """Compares the folder's fingerprint with this run's, once, and again where weights have changed."""
-        tensors = [tensor for _, tensor in _named_tensors(pair.teacher.detector)]
-        weights = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        opened_for = (weights, pair, list(methods.values()))
+        if self._written is None:
+            self._written = _written_by(pair, batch, methods)
+        teacher = pair.teacher.detector
+        tensors = dict(chain(teacher.named_parameters(), teacher.named_buffers()))
+        weights = {name: tensor for name, tensor in tensors.items() if name not in self._written}
+        state = [(tensor.data_ptr(), tensor._version) for tensor in weights.values()]
+        opened_for = (state, pair, list(methods.values()))
         if opened_for == self._opened_for:
             return
-        found, record = _fingerprint(pair, methods, self.dtype), self.folder / "cache.json"
+        if state != self._hashed[0]:
+            self._hashed = state, _hash_of(weights)
+        found = _fingerprint(pair, methods, self.dtype) | {"weights": self._hashed[1]}
+        record = self.folder / "cache.json"
         try:
             kept = dict(json.loads(record.read_text()))
         except (
@@ -194,15 +234,31 @@ def _write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; of several processes that do so the last one's stays."""
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # a part, where the disk is full
+
+
+def _run_on(images: Sequence[int], pair: Pair, batch: Batch, methods: Mapping[str, Method]) -> DetectorTrace:
+    """The teacher's run on some images of a batch."""
+    sizes = tuple(batch.image_sizes[index] for index in images)
+    part = replace(batch, pixels=batch.pixels[list(images)], image_sizes=sizes)
+    return run_teacher(pair, pair.teacher.take(part), methods, each_image=True)
 
 
 # -- fingerprint and keys ------------------------------------------------------------------------
 
 
-def _named_tensors(detector: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(detector.named_parameters(), detector.named_buffers())
+def _written_by(pair: Pair, batch: Batch, methods: Mapping[str, Method]) -> set[str]:
+    """The buffers that the teacher writes when it answers, such as a count of its calls: seen in a run."""
+    teacher = pair.teacher.detector
+    before = {name: (buffer.data_ptr(), buffer._version) for name, buffer in teacher.named_buffers()}
+    with proving(teacher):
+        _run_on([0], pair, batch, methods)
+        after = {name: (buffer.data_ptr(), buffer._version) for name, buffer in teacher.named_buffers()}
+    return {name for name, state in after.items() if before.get(name) != state}
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -216,8 +272,12 @@ def _digest(parts: Iterable[Any]) -> str:
     return found.hexdigest()[:32]
 
 
+def _hash_of(named: Mapping[str, Tensor]) -> str:
+    return _digest(part for name, tensor in named.items() for part in (name.encode(), _bytes(tensor)))
+
+
 def _fingerprint(pair: Pair, methods: Mapping[str, Method], dtype: torch.dtype | None) -> dict[str, Any]:
-    """What an entry depends on beside the pixels, as JSON can keep it."""
+    """What an entry depends on beside pixels and weights, as JSON can keep it."""
     from crosskd import __version__  # at the top it would be a circle
 
     teacher, head = pair.teacher.detector, first_head(pair, methods)
@@ -227,11 +287,10 @@ def _fingerprint(pair: Pair, methods: Mapping[str, Method], dtype: torch.dtype |
         for branch, of_branch in points.items()
         for name, point in of_branch.items()
     }
-    weights = (part for name, tensor in _named_tensors(teacher) for part in (name.encode(), _bytes(tensor)))
     found = {
+        "format": FORMAT,
         "teacher": type(teacher).__name__,
         "layers": _digest([repr(teacher).encode()]),
-        "weights": _digest(weights),
         "teacher_dtype": str(pair.teacher_dtype),
         "dtype": str(dtype),
         "maps": reads_maps(methods, head),

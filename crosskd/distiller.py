@@ -410,7 +410,7 @@ class Distiller(nn.Module):
         if active and cache is None:
             theirs = run_teacher(pair, seen, active)
         elif active and cache is not None:  # its entries are complete, whatever is at rest
-            theirs = cache.run(pair, seen, self._methods())
+            theirs = cache.run(pair, seen, self._methods(), self._proved)
         del seen  # pixels of the teacher's own coding are freed before the student runs
         maps = student.maps_of(batch)
         if any(method.watches_maps for method in active.values()):

@@ -34,7 +34,8 @@ RANGES: dict[str, tuple[float, float]] = {
 FREE = (
     *("output", "resume", "workers", "threads", "device", "compile", "compile_teacher", "logger"),
     *("evaluate_every", "checkpoint_every", "eval_batch_size", "method", "inherit", "root"),
-    *("teacher_cache", "cache_images"),
+    "teacher_cache",  # --teacher-cache-dtype, which rounds, is none without it
+    "cache_images",
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule, check
+from crosskd import PKD, CrossKD, Distiller, PredictionMimicking, Schedule, TeacherCache, check
 from crosskd.predictions import mean_over_ranks, of_this_rank
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet, tiny_ssd
 from tests.helpers.two_stages import CLASSES, tiny_faster_rcnn, two_stage_batch
@@ -103,6 +103,35 @@ def test_mean_over_one_process_is_the_value_itself(tmp_path):
         assert mean_over_ranks(value) is value
     finally:
         dist.destroy_process_group()
+
+
+def cache_job(rank: int, folder: str) -> list[dict[str, float]]:
+    """Losses of both ranks on one batch, of each on its own, and of both on what rank 1 has written alone."""
+    torch.manual_seed(3)
+    cache = TeacherCache(folder, keep_free=0)
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(), [CrossKD(), PKD()], teacher_cache=cache)
+    parallel = DistributedDataParallel(distiller)
+    rows = []
+    for batch in (0, rank, 1):
+        read = cache.hits
+        losses = parallel(*tiny_batch(seed=batch))
+        sum(losses.values()).backward()
+        rows.append({**{name: loss.item() for name, loss in losses.items()}, "read": cache.hits - read})
+        dist.barrier()
+    return rows
+
+
+def test_ranks_write_and_read_one_cache(tmp_path):
+    first, second = on_two_ranks(tmp_path, cache_job, str(tmp_path / "cache"))
+    assert first[2] == second[2]  # entries are read to the last bit, whoever wrote them
+    assert [row["read"] for row in (*first[1:], *second[1:])] == [2, 2, 0, 2]
+    assert len(list((tmp_path / "cache").glob("??/*.pt"))) == 4
+    assert not list(tmp_path.rglob("*.unfinished"))
+    torch.manual_seed(3)
+    alone = Distiller(tiny_retinanet(seed=1), tiny_retinanet(), [CrossKD(), PKD()])
+    for seed, row in ((0, first[0]), (1, first[2])):
+        losses = {name: loss.item() for name, loss in alone(*tiny_batch(seed=seed)).items()}
+        assert losses == pytest.approx({name: row[name] for name in losses}, rel=1e-5)
 
 
 def step_job(rank: int, build, method, only_distillation: bool) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         (["--augment", "flip", "mosaik"], "invalid choice: 'mosaik'"),
         (["--logger", "wandb"], "invalid choice: 'wandb'"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
+        (["--teacher-cache-dtype", "bfloat16"], "--teacher-cache-dtype needs --teacher-cache"),
         (
             ["--student", "fasterrcnn_resnet18"],
             "fasterrcnn_resnet18 can't learn from retinanet_resnet18: take two of one family",
@@ -572,6 +573,10 @@ class Mortal(Trainer):
         super()._step()
 
 
+def tiny_detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
+    return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
+
+
 def noted(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     Mortal.calls.append(name)
     return function(*arguments)
@@ -596,10 +601,7 @@ def test_a_rank_lost_on_one_of_two_machines_changes_no_weight(tmp_path, monkeypa
     for module, function in ((coco_data, "read_annotations"), (evaluation, "coco_stats")):
         monkeypatch.setattr(module, function, partial(noted, function, getattr(module, function)))
 
-    def tiny(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
-        return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
-
-    monkeypatch.setattr(train_torchvision, "new_detector", tiny)
+    monkeypatch.setattr(train_torchvision, "new_detector", tiny_detector)
     arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", "teacher.pt", "--checkpoint-every", "1"]
     arguments += ["--batch-size", "1", "--resume"]
 
@@ -645,6 +647,42 @@ def test_the_teacher_may_be_cheaper():
     assert norms == [0, 20]
     compiled = [d.teacher.backbone._compiled_call_impl is not None for d in (cheap, plain)]
     assert compiled == [True, False]
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_the_teachers_outputs_ends_with_the_weights_of_the_one_that_wrote(
+    tmp_path, monkeypatch
+):
+    """To the last bit, and to rounding with those of a run without a cache."""
+    monkeypatch.setattr(train_torchvision, "new_detector", tiny_detector)
+    monkeypatch.setattr(train_torchvision, "write_report", lambda *_: None)
+    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", "teacher.pt", "--epochs", "2"]
+    arguments += ["--optimizer", "sgd"]  # AdamW would divide rounding by itself
+    cached = ["--teacher-cache", str(tmp_path / "cache")]
+    weights, read = {}, {}
+    for name, further in {"without": [], "writes": cached, "reads": cached}.items():
+        metrics = main([*arguments, *further, "--output", str(tmp_path / name)])
+        read[name] = [epoch.get("teacher_from_disk") for epoch in metrics["histories"]["crosskd"]]
+        weights[name] = torch.load(tmp_path / name / "crosskd.pt", weights_only=True)
+    assert (read["without"], read["writes"][0], read["reads"]) == ([None, None], 0, [1, 1])
+    for key, value in weights["writes"].items():
+        assert torch.equal(value, weights["reads"][key]), key
+        torch.testing.assert_close(value, weights["without"][key], rtol=1e-6, atol=1e-6)
+    logits = "head.classification_head.cls_logits.bias"
+    assert (
+        weights["reads"][logits] - tiny_detector("", Namespace(), 3).state_dict()[logits]
+    ).abs().max() > 1e-3
+
+
+def test_a_cache_that_rounds_decides_a_runs_weights(tmp_path):
+    """Of one that doesn't, a run that is taken up again may do without, or have another."""
+    cache = ["--teacher-cache", str(tmp_path)]
+    alone, kept, rounded = (
+        settings(parse(options), Processes(0, 1, torch.device("cpu")))
+        for options in ([], cache, [*cache, "--teacher-cache-dtype", "bfloat16"])
+    )
+    assert alone == kept
+    assert [name for name, value in rounded.items() if kept[name] != value] == ["teacher_cache_dtype"]
 
 
 def test_each_method_has_a_folder_of_the_teachers_outputs(tmp_path):
