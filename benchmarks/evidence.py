@@ -47,6 +47,7 @@ HERE = Path(__file__).resolve().parent
 FLAT = 1.0  # AP on the validation split
 ALONE = "none"
 MAIN = (ALONE, "crosskd", "pkd", "mimic", "crosskd+pkd")
+WITH_PSEUDO = (f"{PSEUDO}+crosskd", f"{PSEUDO}+mimic")
 CONTROL = (ALONE, "crosskd", "mimic")
 OTHER_FAMILY = (ALONE, "crosskd", "pkd", "crosskd+pkd")  # whose boxes are of another kind: nothing to mimic
 ABLATIONS = ("crosskd+mimic", "crosskd-pre", "crosskd-0", "crosskd-2")
@@ -163,7 +164,7 @@ PAIRS: dict[str, Pair] = {
         (300, 600, 1200, 2400),
     ),
     "boards_few_finished": _boards_few(
-        "The same teacher, and a student", MOBILE, (*ALL, PSEUDO), longer=(2400,)
+        "The same teacher, and a student", MOBILE, (*ALL, PSEUDO, *WITH_PSEUDO), longer=(2400,)
     ),
     "boards_few_labelled": _boards_few(
         "The same, of images with labels alone", MOBILE, CONTROL, unlabelled=False
@@ -191,7 +192,7 @@ PAIRS: dict[str, Pair] = {
         "A finished student goes on, from a teacher with all labels, at twice the size",
         MOBILE,
         ZOOMED,
-        (*ALL, PSEUDO),
+        (*ALL, PSEUDO, *WITH_PSEUDO),
         longer=(2400,),
     ),
     "cells_few_labelled": _cells_few(
@@ -476,7 +477,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     try:
         for method in options.methods or ():
             if method not in (*VARIANTS, PSEUDO):
-                check_name(method)
+                check_name(method.removeprefix(f"{PSEUDO}+"))
     except ValueError as error:
         parser.error(f"--methods: {error}")
     options.pair_table = {"toy": TOY_PAIR} if options.toy else PAIRS

@@ -16,7 +16,7 @@ class PseudoLabelled(nn.Module):
     """A student that learns from labels, and on images without from what its teacher detects in them.
 
     Args:
-        student: the detector.
+        student: the detector, or a distiller around it.
         teacher: a finished one with the same classes. Its weights are neither trained nor kept with the
             student's.
         threshold: detections with a lower score are no labels.

@@ -153,10 +153,13 @@ def title(method: str) -> str:
     """What a method is called in tables."""
     if method in VARIANTS:
         return VARIANTS[method].label
-    others = {BEGUN: "the finished student", PSEUDO: "no method: the teacher's detections as labels"}
-    if method in others or method.startswith(LONGER):
-        return others.get(method, method)
-    return label_of(method)
+    if method == BEGUN:
+        return "the finished student"
+    if method == PSEUDO:
+        return "the teacher's detections as labels"
+    if method.startswith(f"{PSEUDO}+"):
+        return f"{label_of(method.removeprefix(f'{PSEUDO}+'))}, and its detections as labels"
+    return method if method.startswith(LONGER) else label_of(method)
 
 
 def _about(found: Mapping[str, Mapping[int, Finished]], budget: Mapping[str, Any]) -> str:

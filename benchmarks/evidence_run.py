@@ -90,7 +90,7 @@ VARIANTS = {
     "cwd-weak": Variant("CWD, weight 0.13", "cwd", weight=0.13),
     "drkd-weak": Variant("DRKD, weight 0.005", "drkd", weight=0.005),
 }
-PSEUDO = "pseudo"  # no method, but what they are up against
+PSEUDO = "pseudo"  # no method, but what they are up against; or beside them, as in "pseudo+mimic"
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
 
@@ -126,8 +126,8 @@ class Run:
         data: what is learned.
         model: what is trained.
         sees: ``"images"``, ``"pair"``, another folder of the same scenes, or ``"zoom"``, twice the size.
-        method: a name of `methods_table` or of ``VARIANTS``; or ``PSEUDO``, none, but the teacher's
-            detections are labels.
+        method: a name of `methods_table` or of ``VARIANTS``; with ``PSEUDO`` alone or among its parts the
+            teacher's detections are labels of the images without.
         seed: of weights, batches and crops.
         steps: how many.
         teacher: the teacher's run; ``None`` for a model that learns alone.
@@ -334,10 +334,12 @@ def start(run: Run, options: Namespace) -> Training:
     student.to(device).train()
     view: dict[str, list[Tensor]] = {}
     trained = student
-    if run.teacher is not None and run.method == PSEUDO:
-        trained = _pseudo_labelled(run, run.teacher, student, view, options).train()
-    elif run.teacher is not None:
-        trained = _distiller(run, run.teacher, student, view, options).train()
+    if run.teacher is not None:
+        teacher = _teacher(run, run.teacher, student, options)
+        if run.method != PSEUDO:
+            trained = _distiller(run, run.teacher, teacher, student, view).train()
+        if PSEUDO in run.method.split("+"):
+            trained = _pseudo_labelled(run, run.teacher, teacher, trained, view, options).train()
     if options.channels_last:
         trained.to(memory_format=torch.channels_last)
     if options.compile:
@@ -372,24 +374,27 @@ def _teacher(run: Run, of_teacher: Run, student: nn.Module, options: Namespace) 
 
 
 def _pseudo_labelled(
-    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
+    run: Run,
+    of_teacher: Run,
+    teacher: nn.Module,
+    trained: nn.Module,
+    view: dict[str, list[Tensor]],
+    options: Namespace,
 ) -> PseudoLabelled:
     if run.person_only:
         raise ValueError(f"{name_of(run)}: pseudo labels take a teacher with the student's classes")
-    teacher = _teacher(run, of_teacher, student, options)
     images = load_images(options.root, run.data, "val", options.cache, seen_folder(of_teacher))
     _, results = measure(teacher, of_teacher, images, "val", options)
     truth = coco_folder(options.root, run.data, "val").ground_truth()
     threshold = best_threshold(truth, results)
     print(f"the teacher's detections are labels from a score of {threshold:.3f} on", flush=True)
     scale = 2.0 if of_teacher.sees == "zoom" else 1.0
-    return PseudoLabelled(student, teacher, threshold, view, scale)
+    return PseudoLabelled(trained, teacher, threshold, view, scale)
 
 
 def _distiller(
-    run: Run, of_teacher: Run, student: nn.Module, view: dict[str, list[Tensor]], options: Namespace
+    run: Run, of_teacher: Run, teacher: nn.Module, student: nn.Module, view: dict[str, list[Tensor]]
 ) -> Distiller:
-    teacher = _teacher(run, of_teacher, student, options)
     variant = VARIANTS.get(run.method, Variant("", run.method))
     settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None}
     options_of = Namespace(stop_distilling=None, **{**settings, **variant.settings})

@@ -155,6 +155,7 @@ def test_a_stopped_run_ends_where_one_in_one_go_does(root, tmp_path, monkeypatch
         ("zoom", "pkd", 1.0),
         ("pair", "fgd", 0.5),
         ("zoom", "pseudo", 0.5),
+        ("pair", "pseudo+pkd", 0.5),
         ("images", "mimic-half", 0.5),
         ("images", "pkd-weak", 0.5),
     ],
