@@ -27,7 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "anchor_scale": (1e-3, 1e3),
     "short_side": (32, 1e5),
     "long_side": (100, 1e5),
-    "milestones": (0, 1),
+    **dict.fromkeys(("milestones", "teacher_labels"), (0, 1)),
     "ema": (0, 0.999999),
 }
 # What may differ where a run is taken up again: it decides no weight, or is looked at by its contents.
@@ -116,6 +116,12 @@ def _add_data_options(group: Any) -> None:
         type=Path,
         metavar="FOLDER",
         help="further images, which distilled students learn from without labels: as many a step as labelled",
+    )
+    group.add_argument(
+        "--teacher-labels",
+        type=float,
+        metavar="SCORE",
+        help="what the teacher detects in the unlabelled images, from this score on, are their labels",
     )
     group.add_argument(
         "--teacher-images",

@@ -130,6 +130,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--data coco needs --root, the folder that holds images and annotations")
     if options.teacher_weights == "published" and options.teacher not in PUBLISHED:
         parser.error(f"torchvision publishes detection weights for {', '.join(PUBLISHED)} only")
+    if options.teacher_labels is not None and options.unlabelled_images is None:
+        parser.error("--teacher-labels needs --unlabelled-images, whose labels they are to be")
     if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
         parser.error("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
     try:

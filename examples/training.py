@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.ops import remove_small_boxes
 from tqdm import tqdm
 from weights import read_weights
 
@@ -67,6 +68,17 @@ class Part:
     sums: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     random: list[list[Tensor]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def detected(teacher: nn.Module, images: list[Tensor], score: float) -> list[dict[str, Tensor]]:
+    """What a teacher detects with at least a score, as targets: boxes xyxy in pixels, and labels."""
+    targets = []
+    for found in teacher(images):
+        sure = (found["scores"] >= score).nonzero()[:, 0]
+        kept = sure[remove_small_boxes(found["boxes"][sure], 1.0)]  # in pixels: no box without an area
+        targets.append({"boxes": found["boxes"][kept], "labels": found["labels"][kept]})
+    return targets
 
 
 class Trainer:
@@ -221,8 +233,12 @@ class Trainer:
     ) -> dict[str, float]:
         """Forward and backward, of unlabelled images and of labelled ones; returns the losses as numbers."""
         others = [target.pop("unlabelled_image") for target in targets if "unlabelled_image" in target]
+        found = None
+        if others and self.options.teacher_labels is not None:
+            others = [image.to(self.processes.device, non_blocking=True) for image in others]
+            found = detected(self.model.teacher, others, self.options.teacher_labels)
         # Not the other way round: all weights have a gradient in the pass that DDP synchronises, the last.
-        further = self._backward_of(others, None, parts, last=False) if others else {}
+        further = self._backward_of(others, found, parts, last=False) if others else {}
         losses = self._backward_of(images, targets, parts, last)
         return {**losses, **{f"unlabelled_{name}": value for name, value in further.items()}}
 

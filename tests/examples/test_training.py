@@ -135,6 +135,34 @@ def test_distilled_students_learn_from_unlabelled_images_too(tmp_path):
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_what_the_teacher_detects_are_labels_of_unlabelled_images(tmp_path):
+    """As if they stood in the annotations, and the distillation losses as before."""
+    images, annotations = write_coco(tmp_path / "data")
+    teacher, student = tiny_retinanet(2, seed=1), tiny_retinanet(2, seed=2)
+    torch.nn.init.constant_(teacher.head.classification_head.cls_logits.bias, 0.5)  # so that it finds much
+    data = CocoFolder(images, annotations, unlabelled=images)
+    data.draws_unlabelled = True
+    distiller = Distiller(teacher, student, CrossKD())
+    arguments = ["--clip", "0", "--unlabelled-images", str(images), "--teacher-labels", "0.6"]
+    trainer = make_trainer(data, tmp_path / "run", distiller, 1, *arguments)
+    given, targets = collate([data[index] for index in range(2)])
+    unlabelled = [target["unlabelled_image"] for target in targets]
+    losses = trainer._backward(given, [dict(target) for target in targets], 1, True)
+    with torch.no_grad():
+        found = teacher.eval()(unlabelled)
+    labels = []
+    for of_image in found:
+        boxes = of_image["boxes"]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        kept = (of_image["scores"] >= 0.6) & (sides >= 1).all(dim=1)
+        assert 0 < kept.sum() < len(boxes)
+        labels.append({"boxes": boxes[kept], "labels": of_image["labels"][kept]})
+    expected = distiller(unlabelled, labels)
+    for name, loss in expected.items():
+        assert losses[f"unlabelled_{name}"] == pytest.approx(loss.item(), rel=1e-5)
+    assert {"unlabelled_classification", "unlabelled_kd_cls"} <= losses.keys()
+
+
 def test_unlabelled_images_that_are_not_there_are_named(tmp_path):
     images, annotations = write_coco(tmp_path / "data")
     (tmp_path / "empty").mkdir()
