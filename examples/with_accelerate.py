@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from train_torchvision import finish, parse, prepare_one
-from training import learning_rate_factor, make_optimizer
+from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
 
@@ -40,10 +40,12 @@ def train(model: nn.Module, loader: DataLoader[object], options: Namespace, acce
         loader.dataset.epoch = epoch
         if isinstance(model, Distiller):
             model.set_epoch(epoch)
-        for images, targets in batches:
+        for index, (images, targets) in enumerate(batches):
             with accelerator.accumulate(prepared):
                 losses = prepared(images, targets)
-                accelerator.backward(torch.stack(list(losses.values())).sum())
+                # accelerate divides by --accumulate; the last step of an epoch may have fewer parts.
+                weight = options.accumulate / parts_of_step(index, len(batches), options.accumulate)
+                accelerator.backward(weight * torch.stack(list(losses.values())).sum())
                 if accelerator.sync_gradients and options.clip:
                     accelerator.clip_grad_norm_(prepared.parameters(), options.clip)
                 optimizer.step()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from train_torchvision import finish, parse, prepare_one
-from training import learning_rate_factor, make_optimizer
+from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
 
@@ -60,11 +60,13 @@ class Distillation(lightning.LightningModule):
             self.model.set_epoch(self.current_epoch)
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], index: int) -> Tensor:
-        """The sum of all losses."""
+        """The sum of all losses, for Lightning to divide by ``--accumulate``."""
         images, targets = batch
         losses = self.model(images, targets)
         self.log_dict(losses, batch_size=len(images), prog_bar=True)
-        return torch.stack(list(losses.values())).sum()
+        # The last step of an epoch may have fewer parts.
+        parts = parts_of_step(index, self.trainer.num_training_batches, self.options.accumulate)
+        return self.options.accumulate / parts * torch.stack(list(losses.values())).sum()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
