@@ -130,10 +130,7 @@ def build_backbone(
     if levels == 3:
         pyramid_top = NoTop()
     if name in LITE_STAGES:
-        layers, stages = (
-            _efficientnet_lite(name, pretrained, fixed_type if fixed else None),
-            LITE_STAGES[name],
-        )
+        layers, stages = _efficientnet_lite(name, pretrained, fixed_type if fixed else None)
     else:
         layers, stages = _torchvisions(name, pretrained, norm, freeze=fixed)
     if style != "two_stage":
