@@ -21,6 +21,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resn
 
 from crosskd import CrossKD, Distiller
 from tests.examples.mmdet_state import mmdet_state
+from tests.helpers.packages import package
 
 LIGHT = "retinanet_mobilenet_v3_large"  # the one with the smallest files
 
@@ -45,7 +46,7 @@ def test_anchors_are_not_in_half_precision(family):
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_has_five_levels_and_fits_its_family(name):
     if "efficientnet" in name:
-        pytest.importorskip("efficientnet_lite_pytorch")
+        package("efficientnet_lite_pytorch")
     detector = small(name).eval()
     levels = detector.backbone(torch.rand(1, 3, 128, 128))
     finest = 4 if name.startswith("fasterrcnn") else 8
@@ -200,9 +201,9 @@ def test_efficientnet_lite_names_its_packages_where_they_are_missing(monkeypatch
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
 def test_efficientnet_lites_maps_are_the_networks_own(name):
-    package = pytest.importorskip("efficientnet_lite_pytorch")
+    network = package("efficientnet_lite_pytorch").EfficientNet
     backbone = build_backbone(name, False, 32, fixed_norm=False).eval()
-    own = package.EfficientNet.from_name(name.replace("_", "-")).eval()
+    own = network.from_name(name.replace("_", "-")).eval()
     own.load_state_dict({**own.state_dict(), **_own_names(backbone.body.state_dict())})
     pixels = torch.rand(1, 3, 64, 64)
     features = own._swish(own._bn0(own._conv_stem(LiteCoding()(pixels))))

@@ -13,6 +13,7 @@ from processes import Processes
 from torchvision.models.detection import RetinaNet
 from train_torchvision import parse, prepare_one, train
 
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_retinanet
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -45,7 +46,7 @@ def tiny(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["accelerate", "lightning"])
 def test_the_weights_are_those_of_the_plain_loop(name, tiny, capsys):
     """Five batches in parts of two: the last step of an epoch has one; a norm of 20 clips some of them."""
-    pytest.importorskip(name)
+    package(name)
     arguments = [*ARGUMENTS, "--clip", "20", "--optimizer", "sgd"]
     options = parse(["--output", "plain", *arguments])
     model, _, data, _ = prepare_one(options, ALONE)
