@@ -17,9 +17,10 @@ from models import (
     load_weights,
     replace_classes,
 )
+from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from crosskd import CrossKD, Distiller
+from crosskd import CrossKD, Distiller, fold_batch_norm
 from tests.examples.mmdet_state import mmdet_state
 from tests.helpers.packages import package
 
@@ -264,3 +265,29 @@ def test_a_file_without_names_of_weights_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt holds a list"):
         load_weights(small(LIGHT), tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["gfl_resnet18", "fcos_mobilenet_v3_large", "fasterrcnn_resnet18"])
+def test_a_folded_teacher_predicts_the_same(name):
+    teacher = build_detector(name, 3, width=64, short_side=[64]).double().eval()
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.data += 0.5 * torch.rand_like(tensor)
+    images = [torch.rand(3, 64, 96).double()]
+    folded = fold_batch_norm(teacher, images)
+    assert norms
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    expected, found = outputs_of_heads(teacher, images), outputs_of_heads(folded, images)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def outputs_of_heads(detector: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of all convolutions and linear layers behind the backbone, as they run."""
+    found: list[torch.Tensor] = []
+    for path, module in detector.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not path.startswith("backbone."):
+            module.register_forward_hook(lambda _, __, output: found.append(output))
+    with torch.no_grad():
+        detector(images)
+    return found
