@@ -58,7 +58,7 @@ def train(model: nn.Module, loader: DataLoader[object], options: Namespace, acce
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments)
+    options = parse(arguments, others=[])
     accelerator = Accelerator(
         cpu=options.device == "cpu",
         mixed_precision=PRECISION[options.amp],

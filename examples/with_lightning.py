@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 from coco_data import CocoFolder, training_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from processes import Processes
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -71,17 +72,20 @@ class Distillation(lightning.LightningModule):
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments)
-    trainer = lightning.Trainer(
-        accelerator=ACCELERATOR[options.device],
-        max_epochs=options.epochs,
-        precision=PRECISION[options.amp],
-        gradient_clip_val=options.clip or None,
-        accumulate_grad_batches=options.accumulate,
-        use_distributed_sampler=False,  # the loader shares the batches out itself
-        enable_checkpointing=False,
-        logger=False,
-    )
+    options = parse(arguments, others=[])
+    try:
+        trainer = lightning.Trainer(
+            accelerator=ACCELERATOR[options.device],
+            max_epochs=options.epochs,
+            precision=PRECISION[options.amp],
+            gradient_clip_val=options.clip or None,
+            accumulate_grad_batches=options.accumulate,
+            use_distributed_sampler=False,  # the loader shares the batches out itself
+            enable_checkpointing=False,
+            logger=False,
+        )
+    except MisconfigurationException as error:
+        raise SystemExit(f"with_lightning.py: error: {error}") from error
     # Lightning starts the other processes in fit().
     processes = Processes(trainer.global_rank, 1, trainer.strategy.root_device)
     model, student, (train_data, val_data), lock = prepare_one(options, processes)
