@@ -1,7 +1,8 @@
 r"""Distils a student in a loop of accelerate's, on as many devices as ``accelerate launch`` is told.
 
 Data, detectors, methods and options are those of ``train_torchvision.py``, of whose ``--method`` the last is
-taken, and whose teacher must be trained. It evaluates at the end and writes ``OUTPUT/METHOD.pt``.
+taken, and whose teacher must be trained; options of its own loop, such as ``--resume``, are refused. It
+evaluates at the end and writes ``OUTPUT/METHOD.pt``.
 It needs ``pip install accelerate``::
 
     accelerate launch examples/with_accelerate.py --teacher-weights runs/shapes/teacher.pt --output runs/again

@@ -1,7 +1,8 @@
-r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine, or on the CPU.
+r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine or the CPU, or on ``--devices``.
 
 Data, detectors, methods and options are those of ``train_torchvision.py``, of whose ``--method`` the last is
-taken, and whose teacher must be trained. It evaluates at the end and writes ``OUTPUT/METHOD.pt``.
+taken, and whose teacher must be trained; options of its own loop, such as ``--resume``, are refused. It
+evaluates at the end and writes ``OUTPUT/METHOD.pt``.
 It needs ``pip install lightning``::
 
     python examples/with_lightning.py --teacher-weights runs/shapes/teacher.pt --output runs/again
@@ -9,7 +10,7 @@ It needs ``pip install lightning``::
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import lightning
@@ -26,6 +27,8 @@ from training import learning_rate_factor, make_optimizer, parts_of_step
 from crosskd import Distiller
 
 PRECISION = {"none": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+OPTIONS = ArgumentParser(add_help=False)
+OPTIONS.add_argument("--devices", type=int, help="as many processes; one for each GPU unless given")
 ACCELERATOR = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 
 
@@ -72,10 +75,11 @@ class Distillation(lightning.LightningModule):
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments, others=[])
+    options = parse(arguments, others=[OPTIONS])
     try:
         trainer = lightning.Trainer(
             accelerator=ACCELERATOR[options.device],
+            devices=options.devices or "auto",
             max_epochs=options.epochs,
             precision=PRECISION[options.amp],
             gradient_clip_val=options.clip or None,
@@ -84,7 +88,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             enable_checkpointing=False,
             logger=False,
         )
-    except MisconfigurationException as error:
+    except MisconfigurationException as error:  # fewer GPUs than --devices
         raise SystemExit(f"with_lightning.py: error: {error}") from error
     # Lightning starts the other processes in fit().
     processes = Processes(trainer.global_rank, 1, trainer.strategy.root_device)

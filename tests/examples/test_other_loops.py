@@ -5,14 +5,16 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 import train_torchvision
-from processes import Processes
+from processes import Processes, start
 from torchvision.models.detection import RetinaNet
 from train_torchvision import parse, prepare_one, train
 
+from tests.helpers import forked
 from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_retinanet
 
@@ -79,3 +81,22 @@ def test_other_loops_take_threads_and_end_by_one_sentence(name, tiny, one_thread
     assert torch.get_num_threads() == 2
     with pytest.raises(SystemExit, match="position.*9"):
         main([*ARGUMENTS, "--output", "other", "--position", "9"])
+
+
+def plain_loop(arguments: list[str]) -> None:
+    processes = start("cpu")
+    options = parse(["--output", "plain", "--evaluate-every", "2", *arguments])
+    model, _, data, _ = prepare_one(options, processes)
+    train(model, "crosskd", 2, options, data, processes, lambda *_: None)
+
+
+@pytest.mark.slow
+def test_two_processes_of_lightnings_train_as_two_of_torchruns(tiny):
+    package("lightning")
+    main = import_module("with_lightning").main
+    arguments = [*ARGUMENTS, "--batch-size", "1", "--clip", "0", "--optimizer", "sgd"]
+    assert forked.on_ranks(plain_loop, arguments) == [0, 0]
+    copytree("plain/data", "other/data")  # which Lightning's second process, started in fit(), finds there
+    assert forked.on_ranks(main, ["--output", "other", "--devices", "2", *arguments]) == [0, 0]
+    plain, other = (torch.load(f"{folder}/crosskd.pt", weights_only=True) for folder in ("plain", "other"))
+    torch.testing.assert_close(other, plain, rtol=0, atol=1e-6)
