@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -212,8 +213,18 @@ def versions() -> str:
     """What the numbers were made with."""
     return (
         f"Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}, crosskd {crosskd.__version__}"
+        f"{torchvision.__version__}, crosskd {crosskd.__version__}{revision()}"
     )
+
+
+def revision() -> str:
+    """The commit, with ``-dirty`` where files of it were changed since; nothing outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f" ({run.stdout.strip()})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

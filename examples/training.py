@@ -53,6 +53,11 @@ def learning_rate_factor(step: int, total: int, options: Namespace) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
+def parts_of_step(index: int, batches: int, accumulate: int) -> int:
+    """How many batches the step has that an epoch's batch belongs to: at its end there may be fewer."""
+    return min(accumulate, batches - index + index % accumulate)
+
+
 @dataclass
 class Part:
     """How far an epoch has come, as a checkpoint holds it.
@@ -194,9 +199,8 @@ class Trainer:
             self._set_generators(part.random[self.processes.rank])
         with self._bar(batches) as bar:
             for images, targets in coming:
-                first = part.batches - part.batches % self.options.accumulate
-                parts = min(self.options.accumulate, batches - first)
-                is_last_part = part.batches == first + parts - 1
+                parts = parts_of_step(part.batches, batches, self.options.accumulate)
+                is_last_part = part.batches % self.options.accumulate == parts - 1
                 losses = self._backward(images, targets, parts, is_last_part)
                 if is_last_part:
                     self._step()

@@ -1,7 +1,8 @@
 r"""Distils a student in a loop of accelerate's, on as many devices as ``accelerate launch`` is told.
 
 Data, detectors, methods and options are those of ``train_torchvision.py``, of whose ``--method`` the last is
-taken, and whose teacher must be trained. It evaluates at the end and writes ``OUTPUT/METHOD.pt``.
+taken, and whose teacher must be trained; options of its own loop, such as ``--resume``, are refused. It
+evaluates at the end and writes ``OUTPUT/METHOD.pt``.
 It needs ``pip install accelerate``::
 
     accelerate launch examples/with_accelerate.py --teacher-weights runs/shapes/teacher.pt --output runs/again
@@ -20,7 +21,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from train_torchvision import finish, parse, prepare_one
-from training import learning_rate_factor, make_optimizer
+from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
 
@@ -40,10 +41,12 @@ def train(model: nn.Module, loader: DataLoader[object], options: Namespace, acce
         loader.dataset.epoch = epoch
         if isinstance(model, Distiller):
             model.set_epoch(epoch)
-        for images, targets in batches:
+        for index, (images, targets) in enumerate(batches):
             with accelerator.accumulate(prepared):
                 losses = prepared(images, targets)
-                accelerator.backward(torch.stack(list(losses.values())).sum())
+                # accelerate divides by --accumulate; the last step of an epoch may have fewer parts.
+                weight = options.accumulate / parts_of_step(index, len(batches), options.accumulate)
+                accelerator.backward(weight * torch.stack(list(losses.values())).sum())
                 if accelerator.sync_gradients and options.clip:
                     accelerator.clip_grad_norm_(prepared.parameters(), options.clip)
                 optimizer.step()
@@ -56,7 +59,7 @@ def train(model: nn.Module, loader: DataLoader[object], options: Namespace, acce
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments)
+    options = parse(arguments, others=[])
     accelerator = Accelerator(
         cpu=options.device == "cpu",
         mixed_precision=PRECISION[options.amp],

@@ -1,7 +1,8 @@
-r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine, or on the CPU.
+r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine or the CPU, or on ``--devices``.
 
 Data, detectors, methods and options are those of ``train_torchvision.py``, of whose ``--method`` the last is
-taken, and whose teacher must be trained. It evaluates at the end and writes ``OUTPUT/METHOD.pt``.
+taken, and whose teacher must be trained; options of its own loop, such as ``--resume``, are refused. It
+evaluates at the end and writes ``OUTPUT/METHOD.pt``.
 It needs ``pip install lightning``::
 
     python examples/with_lightning.py --teacher-weights runs/shapes/teacher.pt --output runs/again
@@ -9,22 +10,25 @@ It needs ``pip install lightning``::
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import lightning
 import torch
 from coco_data import CocoFolder, training_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from processes import Processes
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from train_torchvision import finish, parse, prepare_one
-from training import learning_rate_factor, make_optimizer
+from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
 
 PRECISION = {"none": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+OPTIONS = ArgumentParser(add_help=False)
+OPTIONS.add_argument("--devices", type=int, help="as many processes; one for each GPU unless given")
 ACCELERATOR = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
 
 
@@ -60,26 +64,32 @@ class Distillation(lightning.LightningModule):
             self.model.set_epoch(self.current_epoch)
 
     def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], index: int) -> Tensor:
-        """The sum of all losses."""
+        """The sum of all losses, for Lightning to divide by ``--accumulate``."""
         images, targets = batch
         losses = self.model(images, targets)
         self.log_dict(losses, batch_size=len(images), prog_bar=True)
-        return torch.stack(list(losses.values())).sum()
+        # The last step of an epoch may have fewer parts.
+        parts = parts_of_step(index, self.trainer.num_training_batches, self.options.accumulate)
+        return self.options.accumulate / parts * torch.stack(list(losses.values())).sum()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments)
-    trainer = lightning.Trainer(
-        accelerator=ACCELERATOR[options.device],
-        max_epochs=options.epochs,
-        precision=PRECISION[options.amp],
-        gradient_clip_val=options.clip or None,
-        accumulate_grad_batches=options.accumulate,
-        use_distributed_sampler=False,  # the loader shares the batches out itself
-        enable_checkpointing=False,
-        logger=False,
-    )
+    options = parse(arguments, others=[OPTIONS])
+    try:
+        trainer = lightning.Trainer(
+            accelerator=ACCELERATOR[options.device],
+            devices=options.devices or "auto",
+            max_epochs=options.epochs,
+            precision=PRECISION[options.amp],
+            gradient_clip_val=options.clip or None,
+            accumulate_grad_batches=options.accumulate,
+            use_distributed_sampler=False,  # the loader shares the batches out itself
+            enable_checkpointing=False,
+            logger=False,
+        )
+    except MisconfigurationException as error:  # fewer GPUs than --devices
+        raise SystemExit(f"with_lightning.py: error: {error}") from error
     # Lightning starts the other processes in fit().
     processes = Processes(trainer.global_rank, 1, trainer.strategy.root_device)
     model, student, (train_data, val_data), lock = prepare_one(options, processes)

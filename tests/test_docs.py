@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torchvision.transforms.functional import to_pil_image
 import crosskd
 from tests.helpers import detr
 from tests.helpers.mmdet_recipes import mmdet_batch
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.yolo import batch_of
 
@@ -226,7 +228,7 @@ def write_coco_folder(root: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(crosskd, "compare"), reason="needs crosskd.compare")
 def test_python_of_your_classes_runs(monkeypatch, tmp_path):
-    pytest.importorskip("onnx")
+    package("onnx")
     small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_coco_folder(tmp_path / "data")
@@ -280,7 +282,7 @@ def same_detections(left: dict[str, Any], right: dict[str, Any]) -> None:
 @pytest.mark.parametrize("heading", [name for name in IN_YOUR_LOOP if name != "In your own loop"])
 def test_snippets_of_your_own_loop_run(heading, monkeypatch, tmp_path):
     if heading in NEEDS:
-        pytest.importorskip(NEEDS[heading])
+        package(NEEDS[heading])
     small_detectors(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -367,7 +369,7 @@ TRANSFORMERS = sections(ROOT / "docs/transformers.md")
 def test_python_of_transformers_page_runs(heading, monkeypatch, tmp_path, capsys):
     needs = {"Under the Trainer": "accelerate", "A vision transformer as the teacher": "timm"}
     if heading in needs:
-        pytest.importorskip(needs[heading])
+        package(needs[heading])
     monkeypatch.chdir(tmp_path)
     for side, width in (("teacher", 48), ("student", 32)):
         detr.detector_of("rt_detr", width).save_pretrained(f"folder/of/the/{side}")
@@ -434,7 +436,18 @@ def test_every_page_stands_in_the_table_of_contents():
 def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", ".ci/run"))
     assert ".venv/bin/python -m pytest" in readme
-    required = "CROSSKD_REQUIRE_MMDET=1 CROSSKD_REQUIRE_TRANSFORMERS=1 CROSSKD_REQUIRE_ULTRALYTICS=1"
+    peers = ("MMDET", "PACKAGES", "TRANSFORMERS", "ULTRALYTICS")
+    required = " ".join(f"CROSSKD_REQUIRE_{peer}=1" for peer in peers)
     step = rf"^{required} \\\n +python -m pytest -n 2 "
     assert re.search(step, ci, flags=re.MULTILINE)
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_a_missing_package_skips_a_test_but_not_where_ci_has_installed_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delenv("CROSSKD_REQUIRE_PACKAGES", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        package("lightning")
+    monkeypatch.setenv("CROSSKD_REQUIRE_PACKAGES", "1")
+    with pytest.raises(ImportError):
+        package("lightning")

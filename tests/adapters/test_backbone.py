@@ -16,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from crosskd import PKD, CrossKD, Distiller
 from crosskd.adapters import Batch, PixelCoding, backbone, find_adapter
 from crosskd.losses import pkd_loss
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_batch, tiny_retinanet
 
 IMAGENET = PixelCoding((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -44,12 +45,12 @@ def distiller_of(model: nn.Module, spec: backbone, student: Any = None, **option
 
 
 def from_timm(name: str, **options: Any) -> nn.Module:
-    return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
+    return package("timm").create_model(name, pretrained=False, **options)
 
 
 def vit(**options: Any) -> nn.Module:
     options = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 16, **options}
-    return pytest.importorskip("timm").models.VisionTransformer(**options)
+    return package("timm").models.VisionTransformer(**options)
 
 
 class Names:
@@ -84,7 +85,7 @@ class Names:
 
     @staticmethod
     def swin():
-        timm = pytest.importorskip("timm")
+        timm = package("timm")
         model = timm.models.SwinTransformer(
             img_size=64, patch_size=4, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 1), window_size=4
         )

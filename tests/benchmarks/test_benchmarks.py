@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+import crosskd
 
 pytestmark = pytest.mark.usefixtures("frozen_objects")
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -172,3 +175,21 @@ def test_sizes_that_make_no_sense_are_refused(name, text, capsys):
     with pytest.raises(SystemExit):
         load(name).parse_options([flag, text])
     assert f"got '{text}'" in capsys.readouterr().err
+
+
+def test_tables_name_the_commit_and_what_was_changed_since(tmp_path, monkeypatch):
+    measure = load("measure")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    script = tmp_path / "measure.py"
+    script.write_text("")
+    monkeypatch.setattr(measure, "__file__", str(script))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert measure.versions().endswith(f"crosskd {crosskd.__version__}")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+    assert measure.versions().endswith(f"crosskd {crosskd.__version__} ({commit})")
+    script.write_text("changed")
+    assert measure.versions().endswith(f"({commit}-dirty)")
+    monkeypatch.setenv("PATH", "")
+    assert measure.versions().endswith(f"crosskd {crosskd.__version__}")

@@ -11,6 +11,7 @@ from torchvision.models import mobilenet_v2
 
 from tests.benchmarks.test_benchmarks import load, tables
 from tests.helpers import detr
+from tests.helpers.packages import package
 from tests.helpers.reference_files import bccd_folder
 
 pytestmark = pytest.mark.transformers
@@ -19,7 +20,7 @@ SMALL = "--size 64 64 --batch 2 --images 4 --seeds 0 --steps 2 --teacher-steps 2
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    pytest.importorskip("timm")
+    package("timm")
     return load("detection_transformers")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_batch, tiny_retinanet
 from tests.test_docs import ROOT, python_blocks
 
@@ -54,8 +55,8 @@ def write_data(folder, detector):
 
 @pytest.mark.slow
 def test_the_pages_python_runs_and_the_gain_survives_the_export(tmp_path, monkeypatch):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    package("onnx")
+    package("onnxruntime")
     monkeypatch.chdir(tmp_path)
     weak, strong = students()
     shown = {"student_alone": weak, "distilled_student": strong, "categories": CATEGORIES}

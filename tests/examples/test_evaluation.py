@@ -10,6 +10,7 @@ from evaluation import METRICS, coco_metrics, coco_results, coco_stats, evaluate
 from torch import nn
 
 from tests.examples.coco_files import write_coco
+from tests.helpers.packages import package
 
 
 class Oracle(nn.Module):
@@ -102,7 +103,7 @@ def random_evaluation(seed: int):
 
 
 def test_the_fast_evaluation_gives_pycocotools_numbers(monkeypatch):
-    pytest.importorskip("faster_coco_eval")
+    package("faster_coco_eval")
     for seed in range(3):
         truth, found = random_evaluation(seed)
         for results in (found, []):

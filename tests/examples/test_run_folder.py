@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tracemalloc
+from hashlib import sha256
 
 import pytest
 import torch
@@ -85,3 +87,13 @@ def test_a_full_disk_names_the_file_and_keeps_what_it_held(tmp_path, monkeypatch
     with pytest.raises(OSError, match=r"weights.pt can't be written.*No space left"):
         save_atomically({"a": torch.zeros(1)}, path)
     assert torch.load(path, weights_only=True)["a"] == 1
+
+
+def test_a_large_file_is_not_held_in_memory_to_be_told_from_others(tmp_path):
+    tmp_path.joinpath("large.json").write_bytes(b"[0]" * 2**22)
+    tracemalloc.start()
+    found = fingerprint(tmp_path / "large.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == f"a file of contents {sha256(b'[0]' * 2**22).hexdigest()[:12]}"
+    assert peak < 2**22

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib.util
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ import torch
 
 from crosskd import PKD, CrossKD, PredictionMimicking, Schedule
 from tests.benchmarks.test_benchmarks import load
+from tests.helpers.packages import package
 from tests.helpers.reference_files import bccd_folder
 from tests.helpers.yolo import batch_of, model_of
 
@@ -391,11 +391,10 @@ def test_an_end_to_end_student_trains_and_exports(tmp_path, data):
     assert row["train/kd_cls"] > 0
     assert row["train/kd_reg"] > 0
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    absent = [name for name in ("onnx", "onnxslim", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if absent:
-        pytest.skip(f"trained; the export needs {', '.join(absent)}")
+    package("onnx")
+    package("onnxslim")
+    onnxruntime = package("onnxruntime")
     import numpy as np
-    import onnxruntime
 
     file = YOLO(tmp_path / "run" / "weights" / "last.pt").export(format="onnx", imgsz=64, device="cpu")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -435,7 +434,7 @@ def test_a_student_gets_better_on_real_images(tmp_path):
 @pytest.mark.slow
 def test_two_processes(tmp_path, data, teacher_file):
     """The script that ultralytics writes for several GPUs, on two CPU processes."""
-    pytest.importorskip("cloudpickle", reason="ultralytics needs cloudpickle for several processes")
+    package("cloudpickle")
     from ultralytics.utils.dist import generate_ddp_file
 
     kind = trainer_of(str(teacher_file), CrossKD(reg_weight=2.5))

@@ -14,6 +14,7 @@ from torch import Tensor
 from crosskd.losses import ssim_loss
 from crosskd.losses.ssim import min_max_scaled, ssim_map
 from tests.helpers.loss_cases import gradient, with_gradient
+from tests.helpers.packages import package
 
 SCOPES = ("channel", "batch", "map", "all")
 
@@ -27,7 +28,7 @@ def scaled_maps(*shape: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("window_size", [3, 7, 11])
 def test_kornia_agrees(window_size):
-    metrics = pytest.importorskip("kornia.metrics")
+    metrics = package("kornia.metrics")
     student, teacher = scaled_maps(2, 3, 17, 14)
     teacher = 0.7 * student + 0.3 * teacher
     student = student.requires_grad_()

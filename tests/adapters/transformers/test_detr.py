@@ -41,6 +41,7 @@ from tests.helpers.detr import (
     distiller_of,
     methods_of_queries,
 )
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_retinanet
 
 pytestmark = [
@@ -249,7 +250,7 @@ def test_detections_are_the_students():
 
 def test_a_trainer_trains_it_and_the_student_is_saved_as_a_plain_model(tmp_path):
     """A D-FINE: two names share the weights of its predictors."""
-    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    package("accelerate")
     from transformers import AutoModelForObjectDetection, Trainer, TrainingArguments
 
     class DistillationTrainer(Trainer):  # as docs/transformers.md has it

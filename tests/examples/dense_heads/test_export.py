@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.examples.dense_heads.small import FAMILIES, small
+from tests.helpers.packages import package
 from tests.helpers.tiny import tiny_batch
 
 
@@ -15,8 +16,8 @@ from tests.helpers.tiny import tiny_batch
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_exported_detectors_find_the_same(family, tmp_path):
-    pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    package("onnx")
+    onnxruntime = package("onnxruntime")
     detector = small(family, score_thresh=0.3, detections_per_img=20).eval()
     keys, file = ["boxes", "scores", "labels"], tmp_path / "detector.onnx"
     # A dark image has other candidates than those of noise.
