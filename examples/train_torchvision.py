@@ -123,16 +123,20 @@ OWN_OPTIONS = (
 
 
 def parse(
-    arguments: list[str] | None = None, others: Sequence[argparse.ArgumentParser] | None = None
+    arguments: list[str] | None = None,
+    *,
+    parents: Sequence[argparse.ArgumentParser] = (),
+    refused: Sequence[str] = (),
 ) -> argparse.Namespace:
     """The options, with the defaults of the chosen data.
 
     Args:
         arguments: the command line's unless given.
-        others: further options, of a script with another loop, which takes none of ``OWN_OPTIONS``.
+        parents: further options, of a script with another loop.
+        refused: options that it doesn't take.
     """
     parser = argparse.ArgumentParser(
-        parents=others or [],
+        parents=parents,
         usage="%(prog)s [--help] [OPTION ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,8 +144,7 @@ def parse(
     )
     add_options(parser)
     options = parser.parse_args(arguments)
-    if others is not None:
-        refuse_own(parser, arguments)
+    refuse(refused, parser, arguments)
     for name, value in DEFAULTS[options.data].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -172,13 +175,13 @@ def parse(
     return options
 
 
-def refuse_own(parser: argparse.ArgumentParser, arguments: list[str] | None) -> None:
-    """Ends the program if any of ``OWN_OPTIONS`` is given."""
-    without_defaults = argparse.Namespace(**dict.fromkeys(OWN_OPTIONS))
-    given = vars(parser.parse_args(arguments, without_defaults))
-    refused = [f"--{name.replace('_', '-')}" for name in OWN_OPTIONS if given[name] is not None]
-    if refused:
-        parser.error(f"{', '.join(refused)}: for the loop of train_torchvision.py alone")
+def refuse(names: Sequence[str], parser: argparse.ArgumentParser, arguments: list[str] | None) -> None:
+    """Ends the program if any of these options is given, be it as its default."""
+    without_defaults = argparse.Namespace(**dict.fromkeys(names))
+    options = vars(parser.parse_args(arguments, without_defaults))
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name] is not None]
+    if given:
+        parser.error(f"{', '.join(given)}: for the loop of train_torchvision.py alone")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from processes import Processes
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from train_torchvision import finish, parse, prepare_one
+from train_torchvision import OWN_OPTIONS, finish, parse, prepare_one
 from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
@@ -59,7 +59,7 @@ def train(model: nn.Module, loader: DataLoader[object], options: Namespace, acce
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments, others=[])
+    options = parse(arguments, refused=OWN_OPTIONS)
     accelerator = Accelerator(
         cpu=options.device == "cpu",
         mixed_precision=PRECISION[options.amp],

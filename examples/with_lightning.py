@@ -1,4 +1,4 @@
-r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine or the CPU, or on ``--devices``.
+r"""Distils a student under Lightning's ``Trainer``, on all GPUs of the machine, or the CPU, or ``--devices``.
 
 Data, detectors, methods and options are those of ``train_torchvision.py``, of whose ``--method`` the last is
 taken, and whose teacher must be trained; options of its own loop, such as ``--resume``, are refused. It
@@ -21,7 +21,7 @@ from processes import Processes
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from train_torchvision import finish, parse, prepare_one
+from train_torchvision import OWN_OPTIONS, finish, parse, prepare_one
 from training import learning_rate_factor, make_optimizer, parts_of_step
 
 from crosskd import Distiller
@@ -75,7 +75,7 @@ class Distillation(lightning.LightningModule):
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Runs the script; returns the student's metrics."""
-    options = parse(arguments, others=[OPTIONS])
+    options = parse(arguments, parents=[OPTIONS], refused=OWN_OPTIONS)
     try:
         trainer = lightning.Trainer(
             accelerator=ACCELERATOR[options.device],
