@@ -74,6 +74,14 @@ def check_data(options: Namespace) -> None:
         require(options.root / options.teacher_images, folder=True, named=named)
 
 
+def check_companions(options: Namespace) -> None:
+    """Raises ``ValueError`` for an option that does nothing without another one that isn't given."""
+    if options.teacher_labels is not None and options.unlabelled_images is None:
+        raise ValueError("--teacher-labels needs --unlabelled-images, whose labels they are to be")
+    if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
+        raise ValueError("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
+
+
 def check_teacher_images(options: Namespace) -> None:
     """Raises ``ValueError`` where ``--teacher-images`` stands beside options that it can't go with."""
     if options.teacher_images is None:

@@ -58,7 +58,14 @@ from models import (
     read_state,
     replace_classes,
 )
-from options import add_options, check_data, check_ranges, check_teacher_images, shaping
+from options import (
+    add_options,
+    check_companions,
+    check_data,
+    check_ranges,
+    check_teacher_images,
+    shaping,
+)
 from pictures import draw_curves, draw_detections
 from processes import Processes, start, stop
 from report import write_comparison
@@ -152,11 +159,8 @@ def parse(
         parser.error("--data coco needs --root, the folder that holds images and annotations")
     if options.teacher_weights == "published" and options.teacher not in PUBLISHED:
         parser.error(f"torchvision publishes detection weights for {', '.join(PUBLISHED)} only")
-    if options.teacher_labels is not None and options.unlabelled_images is None:
-        parser.error("--teacher-labels needs --unlabelled-images, whose labels they are to be")
-    if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
-        parser.error("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
     try:
+        check_companions(options)
         check_ranges(options)
         for name in options.method:
             check_name(name)

@@ -93,6 +93,7 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         (["--logger", "wandb"], "invalid choice: 'wandb'"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
         (["--teacher-cache-dtype", "bfloat16"], "--teacher-cache-dtype needs --teacher-cache"),
+        (["--teacher-labels", "0.5"], "--teacher-labels needs --unlabelled-images"),
         (
             ["--student", "fasterrcnn_resnet18"],
             "fasterrcnn_resnet18 can't learn from retinanet_resnet18: take two of one family",
