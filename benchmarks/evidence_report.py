@@ -158,7 +158,7 @@ def title(method: str) -> str:
     if method == PSEUDO:
         return "the teacher's detections as labels"
     if method.startswith(f"{PSEUDO}+"):
-        return f"{label_of(method.removeprefix(f'{PSEUDO}+'))}, and its detections as labels"
+        return f"{label_of(method.removeprefix(f'{PSEUDO}+'))}, and detections as labels"
     return method if method.startswith(LONGER) else label_of(method)
 
 
