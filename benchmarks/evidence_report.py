@@ -309,7 +309,8 @@ def _draw_test(
         for other in found.get(name, {}).values():
             axes.axvline(float(other.metrics["AP"][0]), color="#7f7f7f", ls=line, lw=1.2)
     dotted = ", finished student dotted" if BEGUN in found else ""
-    axes.set(title=f"test: seeds, mean, 95 % of the gain,\nteacher dashed{dotted}", xlabel="AP")
+    axes.set_title(f"test: seeds, mean, 95 % of the gain,\nteacher dashed{dotted}", fontsize=10)
+    axes.set_xlabel("AP")
     axes.set_yticks(range(len(order)), [title(name) for name in order])
 
 
