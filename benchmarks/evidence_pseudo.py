@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+from pathlib import Path
+
 from evidence_data import SMALLEST, Target
 from torch import Tensor, nn
-from torchvision.ops import remove_small_boxes
 
 from crosskd.compare.data import read_detections, read_ground_truth
 from crosskd.compare.images import look_at_images
 from crosskd.compare.precision import evaluate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from training import detected
 
 
 class PseudoLabelled(nn.Module):
@@ -41,17 +46,12 @@ class PseudoLabelled(nn.Module):
         losses: dict[str, Tensor] = self.student(images, self.labels(images) if targets is None else targets)
         return losses
 
-    @torch.no_grad()
     def labels(self, images: list[Tensor]) -> list[Target]:
         """What the teacher detects, in the student's pixels."""
         (teacher,) = self._teacher
-        targets = []
-        for found in teacher(self.view.get("teacher", images)):
-            sure = found["scores"] >= self.threshold
-            boxes, labels = found["boxes"][sure] / self.scale, found["labels"][sure]
-            kept = remove_small_boxes(boxes, SMALLEST)
-            targets.append({"boxes": boxes[kept], "labels": labels[kept]})
-        return targets
+        seen = self.view.get("teacher", images)
+        found = detected(teacher, seen, self.threshold, SMALLEST * self.scale)
+        return [{**target, "boxes": target["boxes"] / self.scale} for target in found]
 
 
 def best_threshold(truth: dict[str, object], results: list[dict[str, object]]) -> float:

@@ -76,12 +76,17 @@ class Part:
 
 
 @torch.no_grad()
-def detected(teacher: nn.Module, images: list[Tensor], score: float) -> list[dict[str, Tensor]]:
-    """What a teacher detects with at least a score, as targets: boxes xyxy in pixels, and labels."""
+def detected(
+    teacher: nn.Module, images: list[Tensor], score: float, smallest: float = 1.0
+) -> list[dict[str, Tensor]]:
+    """What a teacher detects with at least a score, as targets: boxes xyxy in pixels, and labels.
+
+    Boxes with a side below ``smallest`` pixels are left out.
+    """
     targets = []
     for found in teacher(images):
         sure = (found["scores"] >= score).nonzero()[:, 0]
-        kept = sure[remove_small_boxes(found["boxes"][sure], 1.0)]  # in pixels: no box without an area
+        kept = sure[remove_small_boxes(found["boxes"][sure], smallest)]
         targets.append({"boxes": found["boxes"][kept], "labels": found["labels"][kept]})
     return targets
 
