@@ -397,7 +397,7 @@ def _distiller(
 ) -> Distiller:
     variant = VARIANTS.get(run.method, Variant("", run.method))
     settings = {"position": run.position, "tap": "post", "cls_weight": None, "reg_weight": None}
-    options_of = Namespace(stop_distilling=None, **{**settings, **variant.settings})
+    options_of = Namespace(stop_distilling=None, teacher_short_side=None, **{**settings, **variant.settings})
     methods = make_methods(variant.name, options_of)
     forwards = 2 if run.unlabelled and run.labelled < 1 else 1  # a step: images with labels, then the others
     for method in methods:

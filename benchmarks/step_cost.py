@@ -68,7 +68,7 @@ METHOD_MEMORY_HEADER = (
 )
 # What the table of methods makes them of: nothing is set.
 DEFAULTS = argparse.Namespace(
-    position=None, tap="post", cls_weight=None, reg_weight=None, stop_distilling=None
+    position=None, tap="post", cls_weight=None, reg_weight=None, stop_distilling=None, teacher_short_side=None
 )
 
 

@@ -638,6 +638,11 @@ def teacher_images(images: list[Tensor], targets: list[dict[str, Tensor]]) -> li
     return [target["teacher_image"] for target in targets]
 
 
+def same_images(images: list[Tensor], targets: object) -> list[Tensor]:
+    """The student's images, for a teacher that resizes them to another size."""
+    return images
+
+
 def training_loader(
     dataset: CocoFolder, batch_size: int, *, seed: int, workers: int, rank: int = 0, ranks: int = 1
 ) -> DataLoader[Any]:

@@ -50,17 +50,22 @@ def of_predictions(options: Namespace) -> dict[str, Any]:
     return {**weights, "schedule": schedule(options)}
 
 
+def of_maps(options: Namespace) -> dict[str, Any]:
+    """What the methods that compare feature maps take of them: a teacher's of another size are resized."""
+    return {"resize": options.teacher_short_side is not None, "schedule": schedule(options)}
+
+
 METHODS: dict[str, Entry] = {
     "mimic": Entry("prediction mimicking", lambda o: PredictionMimicking(**of_predictions(o))),
     "crosskd": Entry("CrossKD", lambda o: CrossKD(o.position, o.tap, **of_predictions(o))),
-    "pkd": Entry("PKD", lambda o: PKD(schedule=schedule(o))),
-    "cwd": Entry("CWD", lambda o: CWD(schedule=schedule(o))),
-    "ssim": Entry("SSIM", lambda o: StructuralKD(schedule=schedule(o))),
-    "mgd": Entry("MGD", lambda o: MGD(schedule=schedule(o))),
-    "fgd": Entry("FGD", lambda o: FGD(schedule=schedule(o))),
-    "drkd": Entry("DRKD", lambda o: DRKD(schedule=schedule(o))),
+    "pkd": Entry("PKD", lambda o: PKD(**of_maps(o))),
+    "cwd": Entry("CWD", lambda o: CWD(**of_maps(o))),
+    "ssim": Entry("SSIM", lambda o: StructuralKD(**of_maps(o))),
+    "mgd": Entry("MGD", lambda o: MGD(**of_maps(o))),
+    "fgd": Entry("FGD", lambda o: FGD(**of_maps(o))),
+    "drkd": Entry("DRKD", lambda o: DRKD(**of_maps(o))),
     "cosine": Entry("cosine alignment", lambda o: CosineAlignment(schedule=schedule(o))),
-    "imitation": Entry("feature imitation", lambda o: FeatureImitation(schedule=schedule(o))),
+    "imitation": Entry("feature imitation", lambda o: FeatureImitation(**of_maps(o))),
     "bckd": Entry("BCKD", lambda o: BCKD(schedule=schedule(o))),
     "ld": Entry("LD", lambda o: LD(schedule=schedule(o))),
     "response": Entry("response distillation", lambda o: ResponseDistillation(schedule=schedule(o))),

@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("cls_weight", "reg_weight", "weight_decay", "clip"), (0, 1e9)),
     **dict.fromkeys(("learning_rate", "teacher_learning_rate"), (1e-12, 1e3)),
     "anchor_scale": (1e-3, 1e3),
-    "short_side": (32, 1e5),
+    **dict.fromkeys(("short_side", "teacher_short_side"), (32, 1e5)),
     "long_side": (100, 1e5),
     **dict.fromkeys(("milestones", "teacher_labels"), (0, 1)),
     "ema": (0, 0.999999),
@@ -80,6 +80,11 @@ def check_companions(options: Namespace) -> None:
         raise ValueError("--teacher-labels needs --unlabelled-images, whose labels they are to be")
     if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
         raise ValueError("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
+    for name in ("teacher_images", "teacher_short_side"):
+        given = getattr(options, name)
+        if given is not None and not any(make_methods(method, options) for method in options.method):
+            option = f"--{name.replace('_', '-')} {given}"
+            raise ValueError(f"{option}: --method {' '.join(options.method)} distils nothing by a teacher")
 
 
 def check_teacher_images(options: Namespace) -> None:
@@ -89,8 +94,6 @@ def check_teacher_images(options: Namespace) -> None:
     fault = None
     if options.data == "shapes":
         fault = "--data shapes makes images for the student alone: take --data coco"
-    elif not any(make_methods(name, options) for name in options.method):
-        fault = f"--method {' '.join(options.method)} distils nothing, so no teacher sees them"
     elif options.unlabelled_images is not None:
         fault = "--unlabelled-images can't go with it, for they have no second image"
     elif len(options.short_side) > 1:
@@ -169,6 +172,12 @@ def _add_model_options(group: Any) -> None:
         "--short-side", type=int, nargs="+", help="pixels; several for scale jitter, the last to test"
     )
     group.add_argument("--long-side", type=int, default=1333, help="pixels, at most")
+    group.add_argument(
+        "--teacher-short-side",
+        type=int,
+        metavar="PIXELS",
+        help="of the same images as the teacher sees them, its long side in proportion; as --short-side",
+    )
 
 
 def _add_distillation_options(group: Any) -> None:

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 import torch
 import torchvision
 from augmentations import AUGMENTATIONS
-from coco_data import CocoFolder, collate, teacher_images, training_loader
+from coco_data import CocoFolder, collate, same_images, teacher_images, training_loader
 from dense_heads import adapter_of
 from evaluation import METRICS, evaluate
 from loggers import LOGGERS, Log
@@ -253,10 +253,22 @@ def new_detector(
     return detector
 
 
+def teacher_options(options: argparse.Namespace) -> argparse.Namespace:
+    """The options as the teacher takes them: with its own learning rate and size of images."""
+    own = argparse.Namespace(**vars(options))
+    own.learning_rate = options.teacher_learning_rate or options.learning_rate
+    if options.teacher_short_side is not None:
+        # The long side in proportion: of each image the teacher sees the same multiple of the student's.
+        own.short_side = [options.teacher_short_side]
+        own.long_side = round(options.long_side * options.teacher_short_side / options.short_side[-1])
+    return own
+
+
 def make_teacher(
     options: argparse.Namespace, data: CocoFolder, processes: Processes
 ) -> tuple[nn.Module, bool]:
     """The teacher, and whether it is to be trained first."""
+    options = teacher_options(options)
     if options.teacher_weights == "published":
         teacher = load_published(options.teacher, options)
         if not data.is_published:
@@ -311,12 +323,18 @@ def with_method(
     if options.fold_teacher:
         noise = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
         teacher = crosskd.fold_batch_norm(teacher, [noise.to(next(teacher.parameters()).device)])
+    view = None
+    if options.teacher_images is not None:
+        view = teacher_images
+    elif options.teacher_short_side is not None:
+        view = same_images
     distiller = Distiller(
         teacher,
         student,
         methods,
         adapter_of,
-        teacher_view=None if options.teacher_images is None else teacher_images,
+        teacher_view=view,
+        resize_levels=options.teacher_short_side is not None,
         teacher_dtype=dtype,
         teacher_cache=cache,
     )
@@ -453,9 +471,10 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     if teacher is not None:
         histories["teacher"] = []
         if untrained:
-            epochs, rate = options.teacher_epochs, options.teacher_learning_rate or options.learning_rate
-            own = argparse.Namespace(**{**vars(options), "learning_rate": rate})
-            teacher, histories["teacher"] = train(teacher, "teacher", epochs, own, data, processes, log)
+            own = teacher_options(options)
+            teacher, histories["teacher"] = train(
+                teacher, "teacher", options.teacher_epochs, own, data, processes, log
+            )
         teacher.to(processes.device, memory_format=memory_format(options))
         if options.teacher_images is not None:
             processes.say("the teacher isn't measured: the validation images are those that students see")

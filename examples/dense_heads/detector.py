@@ -202,6 +202,7 @@ class DenseDetector(nn.Module, ABC):
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         features = list(self.backbone(batch.tensors).values())
+        self.check_strides(batch, features)
         outputs, grid = self.head(features), self.grid(batch, features)
         if self.training:
             return self.losses(outputs, grid, self.match(grid, targets), targets)
@@ -229,12 +230,8 @@ class DenseDetector(nn.Module, ABC):
 
     # -- anchors ------------------------------------------------------------------------------
 
-    def grid(self, batch: ImageList, features: Sequence[Tensor]) -> Grid:
-        """The anchors of a batch: squares around points ``stride`` apart, the first in or near the corner.
-
-        Raises:
-            ValueError: feature maps of other strides than the detector's.
-        """
+    def check_strides(self, batch: ImageList, features: Sequence[Tensor]) -> None:
+        """Raises ``ValueError`` for feature maps of other strides than the detector's."""
         sizes = [tuple(feature_map.shape[-2:]) for feature_map in features]
         height, width = batch.tensors.shape[-2:]
         expected = [(-(-height // stride), -(-width // stride)) for stride in self.strides]
@@ -243,6 +240,10 @@ class DenseDetector(nn.Module, ABC):
                 f"strides {self.strides} need feature maps of {expected} for an image of "
                 f"{(height, width)}, the backbone gives {sizes}"
             )
+
+    def grid(self, batch: ImageList, features: Sequence[Tensor]) -> Grid:
+        """The anchors of a batch: squares around points ``stride`` apart, the first in or near the corner."""
+        sizes = [tuple(feature_map.shape[-2:]) for feature_map in features]
         device = batch.tensors.device
         centers, strides = [], []
         for (rows, columns), stride in zip(sizes, self.strides, strict=True):

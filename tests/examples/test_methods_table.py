@@ -7,6 +7,7 @@ from methods_table import METHODS, check_name, inherits, label_of, make_methods
 from train_torchvision import parse
 
 import crosskd
+from crosskd.methods.maps import MapMethod
 
 
 def test_every_method_of_the_library_has_a_name():
@@ -26,6 +27,13 @@ def test_options_reach_the_methods_that_take_them():
         (method,) = make_methods(name, options)
         assert method.schedule == crosskd.Schedule(stop=3, unit="epoch")
         assert method.schedule is not None
+
+
+def test_maps_are_resized_for_a_teacher_that_sees_images_of_another_size():
+    for name in METHODS:
+        (method,), (other,) = (make_methods(name, parse(given)) for given in ([], ["--teacher-short-side", "64"]))
+        if isinstance(method, MapMethod) and name != "cosine":  # which always resizes
+            assert (method.resize, other.resize) == (False, True)
 
 
 def test_none_and_inherit_are_no_methods():

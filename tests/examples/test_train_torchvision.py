@@ -39,6 +39,7 @@ from train_torchvision import (
     new_detector,
     parse,
     settings,
+    teacher_options,
     warn_of_slow_bfloat16,
     with_method,
 )
@@ -324,6 +325,13 @@ def test_what_cannot_work_fails_before_the_teacher_is_trained(tmp_path, monkeypa
         main([*arguments[:-1], "2"])
 
 
+def test_the_teachers_long_side_is_in_proportion():
+    options = parse(["--short-side", "640", "800", "--teacher-short-side", "400", "--long-side", "1333"])
+    own = teacher_options(options)
+    assert (own.short_side, own.long_side) == ([400], 666)
+    assert (options.short_side, options.long_side) == ([640, 800], 1333)
+
+
 def test_another_seed_batch_size_or_annotation_is_another_run(tmp_path):
     """And how it runs is not."""
 
@@ -417,6 +425,33 @@ def test_the_teacher_sees_its_own_images(tmp_path, monkeypatch):
     assert {"kd_cls", "kd_reg"} < metrics["histories"]["crosskd"][0]["losses"].keys()
     assert {image_id for image_id, _ in seen} == {1, 2, 3}
     assert all(values == [40.0 * image_id] for image_id, values in seen)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "gfl"])
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_teacher_sees_the_images_at_its_own_size(family, side, tmp_path, monkeypatch):
+    """It is trained, measured and learned from so, by predictions and by feature maps."""
+    seen, trained = [], []
+    teacher_batch, train = Distiller.teacher_batch, train_torchvision.train
+
+    def watched(distiller, batch, images, targets):
+        found = teacher_batch(distiller, batch, images, targets)
+        seen.extend(zip(found.image_sizes, batch.image_sizes, strict=True))
+        return found
+
+    def noted(model, name, *arguments):
+        trained.append((name, getattr(model, "student", model).transform.min_size))
+        return train(model, name, *arguments)
+
+    monkeypatch.setattr(Distiller, "teacher_batch", watched)
+    monkeypatch.setattr(train_torchvision, "train", noted)
+    models = ("--teacher", f"{family}_resnet18", "--student", f"{family}_resnet18", "--width", "64")
+    sizes = ("--short-side", "48", "--teacher-short-side", str(side))
+    arguments = ["--output", str(tmp_path), *SMALL, *models, *sizes, "--method", "crosskd", "pkd"]
+    metrics = main(arguments)
+    assert set(seen) == {((side, side), (48, 48))}
+    assert trained == [("teacher", (side,)), ("crosskd", (48,)), ("pkd", (48,))]
+    assert list(metrics["results"]) == ["teacher", "crosskd", "pkd"]
 
 
 @pytest.mark.parametrize(
