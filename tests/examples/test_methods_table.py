@@ -31,7 +31,8 @@ def test_options_reach_the_methods_that_take_them():
 
 def test_maps_are_resized_for_a_teacher_that_sees_images_of_another_size():
     for name in METHODS:
-        (method,), (other,) = (make_methods(name, parse(given)) for given in ([], ["--teacher-short-side", "64"]))
+        (method,) = make_methods(name, parse([]))
+        (other,) = make_methods(name, parse(["--teacher-short-side", "64"]))
         if isinstance(method, MapMethod) and name != "cosine":  # which always resizes
             assert (method.resize, other.resize) == (False, True)
 
