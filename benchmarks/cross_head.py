@@ -7,6 +7,9 @@ what it finds on the others is not taught, and a second table has its AP with an
 are those that `evidence.py` has trained::
 
     python benchmarks/cross_head.py --root data --output runs/evidence --pair cells_few
+
+The student's features take the teacher's statistics, which are those of a batch; ``--batch-sizes`` says of
+how many images.
 """
 
 from __future__ import annotations
@@ -71,13 +74,13 @@ class Compared(NamedTuple):
 
     Attributes:
         own: of the student's own head.
-        cross: of the teacher's head on the student's features.
+        cross: of the teacher's head on the student's features, by the images of a batch.
         teacher: of the teacher itself, by class.
         taught: of the teacher on the levels that the student has, by class.
     """
 
     own: float
-    cross: float
+    cross: dict[int, float]
     teacher: dict[str, float]
     taught: dict[str, float]
 
@@ -102,24 +105,27 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> Compared:
     if len(method.projections):
         raise ValueError(f"{name_of(run)} needs projections, which aren't kept: take a pair of equal widths")
     folder = coco_folder(options.root, run.data, "val")
-    results: dict[str, list[dict[str, Any]]] = {"own": [], "cross": [], "teacher": [], "taught": []}
-    for begin in range(0, len(folder.ids), run.batch):
-        chosen = range(begin, min(begin + run.batch, len(folder.ids)))
-        given = whole_images(images, chosen, CPU, run.data.shown)
-        view["teacher"] = whole_images(seen, chosen, CPU, run.data.shown * zoom)
-        step = distiller.trace(given).steps["crosskd"]
-        found = {
-            "own": detections(step.student, step.student.predictions, given),
-            "cross": detections(step.teacher, method.cross_head(step), view["teacher"]),
-            "teacher": teacher(view["teacher"]),
-            "taught": detections(step.teacher, step.teacher.predictions, view["teacher"]),
-        }
-        for name, of_images in found.items():
-            scale = run.data.shown * (1 if name == "own" else zoom)
-            for index, of_image in zip(chosen, of_images, strict=True):
-                boxes = of_image["boxes"] / (float(images.factors[index]) * scale)
-                results[name] += coco_results(folder, folder.ids[index], {**of_image, "boxes": boxes})
-    own, cross = (coco_metrics(folder.ground_truth(), results[name])["AP"] for name in ("own", "cross"))
+    cross: dict[int, float] = {}
+    for size in options.batch_sizes:
+        results: dict[str, list[dict[str, Any]]] = {"own": [], "cross": [], "teacher": [], "taught": []}
+        for begin in range(0, len(folder.ids), size):
+            chosen = range(begin, min(begin + size, len(folder.ids)))
+            given = whole_images(images, chosen, CPU, run.data.shown)
+            view["teacher"] = whole_images(seen, chosen, CPU, run.data.shown * zoom)
+            step = distiller.trace(given).steps["crosskd"]
+            found = {
+                "own": detections(step.student, step.student.predictions, given),
+                "cross": detections(step.teacher, method.cross_head(step), view["teacher"]),
+                "teacher": teacher(view["teacher"]),
+                "taught": detections(step.teacher, step.teacher.predictions, view["teacher"]),
+            }
+            for name, of_images in found.items():
+                scale = run.data.shown * (1 if name == "own" else zoom)
+                for index, of_image in zip(chosen, of_images, strict=True):
+                    boxes = of_image["boxes"] / (float(images.factors[index]) * scale)
+                    results[name] += coco_results(folder, folder.ids[index], {**of_image, "boxes": boxes})
+        cross[size] = coco_metrics(folder.ground_truth(), results["cross"])["AP"]
+    own = coco_metrics(folder.ground_truth(), results["own"])["AP"]  # by any size of batches the same
     truth = read_ground_truth(folder.ground_truth())
     return Compared(own, cross, *(_by_class(truth, results[name]) for name in ("teacher", "taught")))
 
@@ -144,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--pair", choices=PAIRS, default="cells_few")
     add("--methods", nargs="+", default=[*MAIN])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--batch-sizes", type=int, nargs="+", default=[8], help="images whose statistics are taken together")
     options = parser.parse_args(arguments)
     options.cache = options.cache or options.output / "cache"
     pair = PAIRS[options.pair]
@@ -157,8 +164,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(label, run.seed, found[label][-1][:2], flush=True)
     rows = []
     for method, values in found.items():
-        own, cross = (mean_and_deviation([getattr(v, name) for v in values]) for name in ("own", "cross"))
-        rows.append([title(method), str(len(values)), own, cross])
+        row = [title(method), str(len(values)), mean_and_deviation([value.own for value in values])]
+        for size in options.batch_sizes:
+            row.append(mean_and_deviation([value.cross[size] for value in values]))
+        rows.append(row)
+    columns = [f"the teacher's, batches of {size}" for size in options.batch_sizes]
     last = next(iter(found.values()))[0]
     taught = [
         [label, *(f"{value:.1f}" for value in by_class.values())]
@@ -169,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
         "AP on the validation split of detections that the student's own head and the teacher's head make of "
         f"the student's features, which take the teacher's statistics as in training; {steps} steps, mean ± "
         f"standard deviation over seeds. CPU, {processor()}.",
-        table(["student", "seeds", "its own predictors", "the teacher's"], rows),
+        table(["student", "seeds", "its own predictors", *columns], rows),
         "AP of the teacher itself there, on all of its levels and on those that match one of the student's:",
         table(["teacher", *last.teacher], taught),
     ]

@@ -66,17 +66,19 @@ def test_of_a_student_that_is_the_teacher_both_heads_say_the_same(root, tmp_path
         cross_head, "coco_metrics", lambda truth, found: {"AP": sum(f["score"] for f in found)}
     )
     options = options_of(root, tmp_path)
+    options.batch_sizes = [3, 8]
     own, cross, of_teacher, taught = cross_head.compare(alone, teacher, options)
     assert of_teacher.keys() == taught.keys()
     assert list(of_teacher.values()) == pytest.approx(list(taught.values()))  # the student has all levels
     assert own > 1
-    assert own == pytest.approx(cross, rel=1e-4)
+    assert cross.keys() == {3, 8}
+    assert own == pytest.approx(cross[8], rel=1e-4) == pytest.approx(cross[3], rel=1e-4)
     assert cross_head.compare(other, teacher, options)[0] != pytest.approx(own, rel=1e-2)
     places = ["--root", str(root), "--output", str(tmp_path), "--results", str(tmp_path)]
     cross_head.main([*places, "--pair", "toy", "--seeds", "0", "--methods", "none", "crosskd"])
     rows, _ = tables(tmp_path / "toy_cross_head.md")
     assert [(row["student"], row["seeds"]) for row in rows] == [("student alone", "1"), ("CrossKD", "1")]
-    assert rows[0]["its own predictors"] == rows[0]["the teacher's"] == f"{own:.1f}"
+    assert rows[0]["its own predictors"] == rows[0]["the teacher's, batches of 8"] == f"{own:.1f}"
 
 
 def test_a_teacher_that_sees_twice_the_size(root, tmp_path, monkeypatch):
@@ -88,6 +90,7 @@ def test_a_teacher_that_sees_twice_the_size(root, tmp_path, monkeypatch):
     for a_run, seed in ((teacher, 1), (student, 2)):
         with_weights(tmp_path, a_run, seed)
     options, kept = options_of(root, tmp_path), []
+    options.batch_sizes = [8]
 
     def sum_of_scores(truth, found):
         kept.append(found)
