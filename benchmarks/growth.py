@@ -30,19 +30,22 @@ from step_cost import FAMILIES, size_of
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Measured = dict[str, dict[str, list[float]]]
-"""Seconds and bytes of the plain and the distilled step, each with one number per point of an axis."""
+Measured = dict[str, dict[str, list[Any]]]
+"""Of the plain and the distilled step: at each point of an axis the seconds of each round, and the bytes."""
 
 KINDS = ("plain", "distilled")
 AXES = {
     "images": (1, 2, 4, 8),
-    "pixels": ((64, 96), (96, 128), (192, 256)),
+    "pixels": ((96, 128), (192, 256), (384, 512), (800, 1333)),
     "classes": (20, 80, 320),
     "levels": (1, 2, 3, 5),
     "ranks": (1, 2),
 }
 HEADER = ("detector", "of", "at", "plain, ms", "distilled, ms", "plain, MiB", "distilled, MiB")
-FIT_HEADER = ("detector", "of", "plain, time", "distilled, time", "plain, memory", "distilled, memory")
+FIT_HEADER = (
+    *("detector", "of", "plain, time", "distilled, time", "distilled, time, last two points"),
+    *("plain, memory", "distilled, memory"),
+)
 
 
 def keep_levels(detector: Any, levels: int) -> None:
@@ -90,7 +93,7 @@ def measure_axis(family: str, axis: str, options: argparse.Namespace) -> Measure
     points = range(len(steps))
     return {
         kind: {
-            "seconds": [median(seconds[f"{kind} {number}"]) for number in points],
+            "seconds": [seconds[f"{kind} {number}"] for number in points],
             "bytes": [peaks[f"{kind} {number}"] for number in points],
         }
         for kind in KINDS
@@ -116,7 +119,7 @@ def run_rank(rank: int, ranks: int, family: str, options: argparse.Namespace, fo
     distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=ranks)
     steps = steps_at(family, "ranks", ranks, options)
     modules = {"plain": steps.plain, "distilled": steps.distiller}
-    result: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, module in modules.items():
         accumulate(module, steps)
         peak = measure.memory(lambda m=module: accumulate(DistributedDataParallel(m), steps), options.device)
@@ -125,7 +128,7 @@ def run_rank(rank: int, ranks: int, family: str, options: argparse.Namespace, fo
     cases = {name: partial(accumulate, module, steps) for name, module in wrapped.items()}
     seconds = measure.timed_rounds(cases, options.rounds, options.device, clock=options.clock)
     for name in modules:
-        result[name]["seconds"] = median(seconds[name])
+        result[name]["seconds"] = seconds[name]
     (folder / f"{rank}.json").write_text(json.dumps(result))
     distributed.destroy_process_group()
 
@@ -150,16 +153,22 @@ def rows_of(family: str, axis: str, measured: Measured) -> list[list[str]]:
     rows = []
     for number, value in enumerate(AXES[axis]):
         at = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        times = [f"{1000 * measured[kind]['seconds'][number]:.0f}" for kind in KINDS]
+        times = [f"{1000 * median(measured[kind]['seconds'][number]):.0f}" for kind in KINDS]
         peaks = [f"{measured[kind]['bytes'][number] / MIB:.0f}" for kind in KINDS]
         rows.append([family, axis, at, *times, *peaks])
     return rows
 
 
 def fit_row(family: str, axis: str, measured: Measured) -> list[str]:
-    """The exponents of an axis."""
-    fits = [exponent(amounts_of(axis), measured[k][what]) for what in ("seconds", "bytes") for k in KINDS]
-    return [family, axis, *(f"{fit:.2f}" for fit in fits)]
+    """The exponents of an axis; of time their spread over the rounds."""
+    amounts, row = amounts_of(axis), [family, axis]
+    for kind, points in (("plain", 0), ("distilled", 0), ("distilled", -2)):
+        rounds = zip(*measured[kind]["seconds"], strict=True)
+        fits = [exponent(amounts[points:], seconds[points:]) for seconds in rounds]
+        row.append(measure.Spread.of(fits).text())
+    for kind in KINDS:
+        row.append(f"{exponent(amounts, measured[kind]['bytes']):.2f}")
+    return row
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -174,7 +183,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", default="resnet50", help="the teacher's backbone")
     parser.add_argument("--student", default="resnet18", help="the student's backbone")
-    parser.add_argument("--size", type=size_of, default=(96, 128), help="height x width of the images")
+    parser.add_argument("--size", type=size_of, default=(192, 256), help="height x width of the images")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--objects", type=int, default=8, help="boxes per image")
@@ -216,8 +225,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 FIT_EXPLANATION = """\
-The exponent: 1 means twice the cost for twice the amount, 0 none more. By least squares on the logarithms of
-the numbers below. Fixed costs keep exponents below 1. Levels are counted from the finest on, and each has a
+The exponent: 1 means twice the cost for twice the amount, 0 none more. By least squares on the logarithms, of
+time round by round: the median, with the quartiles in brackets. Fixed costs keep exponents below 1, least so
+between the two largest points. Levels are counted from the finest on, and each has a
 quarter of the locations of the one before. Ranks: each process has a batch and a thread of its own, so 0 is
 the goal; the costs are those of the first."""
 

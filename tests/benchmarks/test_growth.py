@@ -26,7 +26,8 @@ def test_tables(growth, tmp_path, monkeypatch):
     def quadratic(family, axis, options):
         calls.append(axis)
         amounts = growth.amounts_of(axis)
-        numbers = {"seconds": [n**2 for n in amounts], "bytes": [2**21 * n for n in amounts]}
+        rounds = [[n**2, n**2, 5 * n**2, n**2] for n in amounts]
+        numbers = {"seconds": rounds, "bytes": [2**21 * n for n in amounts]}
         return dict.fromkeys(growth.KINDS, numbers)
 
     monkeypatch.setattr(growth, "measure_axis", quadratic)
@@ -36,8 +37,10 @@ def test_tables(growth, tmp_path, monkeypatch):
     assert calls == ["images", "pixels"]
     fits, rows = tables(tmp_path / "growth.md")
     for fit in fits:
-        assert (fit["plain, time"], fit["distilled, memory"]) == ("2.00", "1.00")
-    assert [row["at"] for row in rows] == ["1", "2", "4", "8", "64x96", "96x128", "192x256"]
+        assert (fit["plain, time"], fit["distilled, memory"]) == ("2.00 (2.00 to 2.00)", "1.00")
+        assert fit["distilled, time, last two points"] == "2.00 (2.00 to 2.00)"
+    sizes = ["96x128", "192x256", "384x512", "800x1333"]
+    assert [row["at"] for row in rows] == ["1", "2", "4", "8", *sizes]
     assert rows[1] | {"distilled, ms": "4000", "plain, MiB": "4"} == rows[1]
 
 
@@ -62,5 +65,5 @@ def test_fewer_levels_and_a_rank(growth, tmp_path, one_thread):
     growth.run_rank(0, 1, "retinanet", growth.parse_options(TOY.split()), tmp_path)
     result = json.loads((tmp_path / "0.json").read_text())
     assert result["distilled"]["bytes"] > result["plain"]["bytes"] > 4 * 11e6  # the buckets of a ResNet-18
-    assert result["distilled"]["seconds"] > result["plain"]["seconds"] > 0
+    assert result["distilled"]["seconds"][0] > result["plain"]["seconds"][0] > 0
     assert not torch.distributed.is_initialized()
