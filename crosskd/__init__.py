@@ -17,6 +17,7 @@ from crosskd import (
     testing,
     towers,
 )
+from crosskd._version import __version__ as __version__
 from crosskd.cache import TeacherCache
 from crosskd.compare import collect_detections, compare
 from crosskd.diagnostics import check, check_adapter, describe
@@ -32,8 +33,6 @@ from crosskd.methods.matched_queries import MatchedQueries
 from crosskd.methods.queries import QueryDistillation
 from crosskd.methods.response import ResponseDistillation
 from crosskd.schedule import Schedule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BCKD",

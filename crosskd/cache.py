@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from crosskd._entries import Entry, entry_of, joined, parting_place
+from crosskd._version import __version__
 from crosskd.adapters.base import Adapter, Batch
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair
@@ -278,8 +279,6 @@ def _hash_of(named: Mapping[str, Tensor]) -> str:
 
 def _fingerprint(pair: Pair, methods: Mapping[str, Method], dtype: torch.dtype | None) -> dict[str, Any]:
     """What an entry depends on beside pixels and weights, as JSON can keep it."""
-    from crosskd import __version__  # at the top it would be a circle
-
     teacher, head = pair.teacher.detector, first_head(pair, methods)
     points = {} if head is None else points_of(head, methods, 1)
     taps = {
