@@ -153,23 +153,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         teacher, student = bare("teacher", teacher), bare("student", student)
-        if not 0 < unlabelled_threshold < 1:
-            raise ValueError(
-                f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}"
-            )
-        if teacher_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(
-                "teacher_dtype is what the teacher's own forward calculates in, torch.bfloat16 or "
-                f"torch.float16, got {teacher_dtype}: leave it out for the type of the weights"
-            )
-        if not isinstance(teacher_cache, TeacherCache | None):
-            raise TypeError(f"teacher_cache must be a crosskd.TeacherCache(folder), got {teacher_cache!r}")
+        _check_settings(teacher_view, view_scale, teacher_dtype, teacher_cache, unlabelled_threshold)
         check_shared(teacher, student)
-        if view_scale is not None and (teacher_view is None or not 0 < view_scale < math.inf):
-            raise ValueError(
-                "view_scale is how many times as large as the student's images those of teacher_view= are, a "
-                f"number above 0; got {view_scale} {'without' if teacher_view is None else 'with'} a view"
-            )
         self.teacher_view, self.view_scale, self.resize_levels = teacher_view, view_scale, resize_levels
         self.teacher_dtype, self.teacher_cache = teacher_dtype, teacher_cache
         self.unlabelled_threshold, self.prove = unlabelled_threshold, prove
@@ -182,18 +167,11 @@ class Distiller(nn.Module):
             )
         spec = teacher_adapter or adapter or find_adapter
         theirs = _bound("teacher", spec, frozen_copy(teacher), hint)
-        self._student_spec = adapter or find_adapter
         if teacher_cache is not None:
             teacher_cache.check(theirs)
+        self._student_spec = adapter or find_adapter
         ours = _bound("student", self._student_spec, student)
-        if not ours.heads:
-            raise TypeError(f"student: a {type(student).__name__} without a head can only be a teacher")
-        if ours.untrained:
-            raise TypeError(
-                f"student: a {type(student).__name__} has {' and '.join(ours.untrained)}, which its adapter "
-                "does not train, and can only be a teacher: take a student without, or write an adapter for "
-                "it (docs/adapters.md)"
-            )
+        _check_student(ours)
         self.student = student
         # In plain objects, so that the module machinery (parameters, state_dict, train) doesn't see the
         # teacher.
@@ -594,6 +572,42 @@ class Distiller(nn.Module):
             self.progress[0] += 1
         if self._watch is not None and self._watch.found(self.student, self._methods(), set(losses)):
             self._watch = None
+
+
+def _check_settings(
+    teacher_view: TeacherView | None,
+    view_scale: float | None,
+    teacher_dtype: torch.dtype | None,
+    teacher_cache: TeacherCache | None,
+    unlabelled_threshold: float,
+) -> None:
+    """Raises for arguments of a `Distiller` that can't be right, whatever the detectors are."""
+    if not 0 < unlabelled_threshold < 1:
+        raise ValueError(f"unlabelled_threshold is a probability between 0 and 1, got {unlabelled_threshold}")
+    if teacher_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "teacher_dtype is what the teacher's own forward calculates in, torch.bfloat16 or "
+            f"torch.float16, got {teacher_dtype}: leave it out for the type of the weights"
+        )
+    if not isinstance(teacher_cache, TeacherCache | None):
+        raise TypeError(f"teacher_cache must be a crosskd.TeacherCache(folder), got {teacher_cache!r}")
+    if view_scale is not None and (teacher_view is None or not 0 < view_scale < math.inf):
+        raise ValueError(
+            "view_scale is how many times as large as the student's images those of teacher_view= are, a "
+            f"number above 0; got {view_scale} {'without' if teacher_view is None else 'with'} a view"
+        )
+
+
+def _check_student(student: Adapter) -> None:
+    """Raises ``TypeError`` for a detector that can only be a teacher."""
+    name = type(student.detector).__name__
+    if not student.heads:
+        raise TypeError(f"student: a {name} without a head can only be a teacher")
+    if student.untrained:
+        raise TypeError(
+            f"student: a {name} has {' and '.join(student.untrained)}, which its adapter does not train, and "
+            "can only be a teacher: take a student without, or write an adapter for it (docs/adapters.md)"
+        )
 
 
 def _bound(side: str, spec: AdapterSpec, detector: nn.Module, hint: str = "") -> Adapter:
