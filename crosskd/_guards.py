@@ -162,7 +162,7 @@ def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
         if not math.isfinite(value):
             raise ValueError(
                 f"{name}: {key} is {value} on the first step: look for numbers that are not finite in the "
-                "images, the teacher's weights or the student's"
+                "images, the targets, the teacher's weights or the student's"
             )
         if value == 0:
             warnings.warn(

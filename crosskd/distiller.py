@@ -34,7 +34,7 @@ from crosskd.cache import TeacherCache
 from crosskd.frozen import frozen_copy, sharing_memo
 from crosskd.methods.base import Method
 from crosskd.pairing import ClassMap, Pair, class_columns, match_levels
-from crosskd.proof import prove_student, prove_teacher
+from crosskd.proof import prove_student, prove_teacher, prove_unlabelled
 from crosskd.running import (
     points_of,
     run_region_heads,
@@ -416,7 +416,10 @@ class Distiller(nn.Module):
         batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
-            self._proved.add("student")
+            self._proved |= {"student", "student without labels"}
+        elif self.prove and "student without labels" not in self._proved:
+            prove_unlabelled(student, batch)
+            self._proved.add("student without labels")
         if not active:
             return batch, batch
         seen = self.teacher_batch(batch, images, targets)
@@ -437,7 +440,10 @@ class Distiller(nn.Module):
         teacher, student = self.pair.teacher, self.pair.student
         if self.teacher_view is not None:
             view = self._view(images, targets)
-            seen = teacher.prepare(view, None)
+            try:
+                seen = teacher.prepare(view, None)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"teacher_view's images: {error}") from error
             sizes = unpadded(view, images, seen, batch)
             if sizes != seen.image_sizes:
                 seen = teacher.take(replace(seen, image_sizes=sizes))
@@ -453,7 +459,8 @@ class Distiller(nn.Module):
             return self.teacher_view(images, targets)
         except (TypeError, AttributeError) as error:
             if targets is not None:
-                raise
+                called = f"teacher_view= failed on (images, targets): {type(error).__name__}: {error}"
+                raise TypeError(called) from error
             raise TypeError(
                 f"teacher_view= failed on images without targets: {error}. It is called with (images, None) "
                 "there: let it do without targets, or give it what it needs in the images"
@@ -510,7 +517,7 @@ class Distiller(nn.Module):
         self.pair = replace(self.pair, student=student)
         self._pairs = {name: _of_method(method, self.pair) for name, method in self._methods().items()}
         self._structure = dict(self.student.named_modules())
-        self._proved.discard("student")
+        self._proved -= {"student", "student without labels"}
 
     @outside_graph
     def _advance(self) -> dict[str, float]:

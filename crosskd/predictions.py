@@ -49,7 +49,7 @@ class Predictions:
 
     logits: Tensor
     regression: Tensor
-    quality: Tensor | None
+    quality: Tensor | None = None
     background: int | None = None
     box_per_class: bool = False
     objectness: bool = False

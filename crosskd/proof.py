@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ __all__ = [
     "parting_layer",
     "prove_student",
     "prove_teacher",
+    "prove_unlabelled",
     "proving",
     "same_random_numbers",
 ]
@@ -65,6 +68,7 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
         pieces = losses_of_pieces(adapter, *_copied((images, targets)))
     _check_types(name, own_outputs, outputs)
     place = parting_layer(own_outputs, outputs)
+    missed = _learned(adapter.detector, own_outputs.keys() - outputs.keys())
     if isinstance(given, Tensor):  # their sum
         own, pieces = {SUM: given}, {SUM: torch.stack([loss.sum() for loss in pieces.values()]).sum()}
     else:
@@ -76,12 +80,26 @@ def prove_student(adapter: Adapter, images: Any, targets: Any) -> None:
     for key, loss in own.items():
         if not _alike(loss.detach(), pieces[key].detach()):
             values = f"{key} is {float(loss):.6g} alone and {float(pieces[key]):.6g} by its pieces"
-            raise ValueError(_message(name, place, values))
+            raise ValueError(_message(name, place, values, missed))
     if place is not None:  # in eval mode other numbers may be other detections, though losses are the same
         raise ValueError(_message(name, place, "its layers give other numbers"))
 
 
-def prove_teacher(adapter: Adapter, batch: Batch) -> None:
+def prove_unlabelled(adapter: Adapter, batch: Batch) -> None:
+    """Raises ``ValueError`` where the student's pieces predict something else than its own forward.
+
+    For images without labels, on which it has no losses: as a teacher is proved, in eval mode.
+
+    Args:
+        adapter: the student's.
+        batch: as the student takes it.
+    """
+    with unchanged(adapter.detector):
+        adapter.detector.eval()
+        prove_teacher(adapter, batch, "student")
+
+
+def prove_teacher(adapter: Adapter, batch: Batch, side: str = "teacher") -> None:
     """Raises ``ValueError`` where the teacher's pieces predict something else than its own forward.
 
     Buffers that the teacher writes even in eval mode become the frozen copy's own, so that the user's teacher
@@ -90,9 +108,14 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
     Args:
         adapter: the frozen teacher's.
         batch: as the teacher takes it.
+        side: what messages call it.
     """
-    name = f"teacher: {type(adapter.detector).__name__}"
-    with proving(adapter.detector) as own_outputs, _own_forward(name):
+    name = f"{side}: {type(adapter.detector).__name__}"
+    with (
+        proving(adapter.detector) as own_outputs,
+        _own_forward(name),
+        _behind_predictors(adapter) as behind,
+    ):
         own = adapter.own_outputs(batch)
     runs = []
     before = {id(buffer): buffer.clone() for buffer in adapter.detector.buffers()}
@@ -115,8 +138,78 @@ def prove_teacher(adapter: Adapter, batch: Batch) -> None:
             if not _alike(theirs, ours):
                 which = f"the {head.name or 'head'}'s {what} differ"
                 raise ValueError(_message(name, place, f"{which}: {_difference(theirs, ours)}"))
-    if place is not None and any(given.predictions is None for _, given, _ in runs):
-        raise ValueError(_message(name, place, "its layers give other numbers"))
+    if any(given.predictions is None for _, given, _ in runs):
+        if place is not None:
+            raise ValueError(_message(name, place, "its layers give other numbers"))
+        _check_missed(name, adapter.detector, own_outputs.keys() - outputs.keys(), behind)
+
+
+@contextmanager
+def _behind_predictors(adapter: Adapter) -> Iterator[dict[str, str]]:
+    """Records which layers are given what a predictor has made as it is: by their path, the predictor's."""
+    predictors = {
+        layer
+        for head in adapter.heads
+        for branch in head.branches
+        for predictor in branch.predictors.values()
+        for layer in predictor.modules()
+    }
+    found: dict[str, str] = {}
+    made: list[tuple[ref[Tensor], str]] = []
+    handles = []
+    for path, module in adapter.detector.named_modules():
+
+        def record(module: nn.Module, given: tuple[Any, ...], output: Any, path: str = path) -> None:
+            for value in given:
+                for earlier, predictor in made:
+                    if earlier() is value:
+                        found[path] = predictor
+            if module in predictors and isinstance(output, Tensor):
+                made.append((ref(output), path))
+
+        if not any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(record))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_missed(who: str, detector: nn.Module, missed: Set[str], behind: Mapping[str, str]) -> None:
+    """Refuses pieces that leave out a layer behind a predictor, and warns of others that they leave out.
+
+    Args:
+        who: the side and the detector's type.
+        detector: whose own forward runs the layers.
+        missed: the layers that no piece runs, by their paths.
+        behind: from `_behind_predictors`.
+    """
+    learned = _learned(detector, missed)
+    for path in learned:
+        if path in behind:
+            raise ValueError(
+                f"{who}'s own forward runs {path} on what {behind[path]} predicts, and no piece does, so "
+                "that other predictions would be compared: let generic()'s predict= run it, or pass "
+                "prove=False if it is no part of the predictions"
+            )
+    if learned:
+        warnings.warn(
+            f"{who}'s own forward runs layers that no piece does: {_listed(learned)}. Right where they are "
+            "no part of the predictions, as a mask head; what the predictions go through has to be run by "
+            "generic()'s predict=",
+            stacklevel=6,
+        )
+
+
+def _learned(detector: nn.Module, paths: Set[str]) -> list[str]:
+    """Those of the layers at some paths that have parameters, in the detector's order."""
+    modules = [(path, module) for path, module in detector.named_modules() if path in paths]
+    return [path for path, module in modules if any(True for _ in module.parameters())]
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
 def _unshare(frozen: nn.Module, written: set[int]) -> None:
@@ -166,7 +259,7 @@ def parting_layer(own: Outputs, pieces: Outputs) -> str | None:
 
     Returns:
         ``None`` where all that a layer gave in one of the two it gave in the other, too. Layers that the
-        pieces don't call are behind the predictions.
+        pieces don't call are passed over: they may be behind the predictions.
     """
     for path, outputs in own.items():
         theirs, ours = [numbers for _, numbers in outputs], [numbers for _, numbers in pieces.get(path, [])]
@@ -309,8 +402,10 @@ def _difference(own: Tensor, pieces: Tensor) -> str:
     return f"by up to {largest:.3g}, where the largest is {float(own.abs().max()):.3g}"
 
 
-def _message(who: str, place: str | None, what: str) -> str:
+def _message(who: str, place: str | None, what: str, missed: Sequence[str] = ()) -> str:
     where = f"They part at {place}." if place is not None else "All layers that both run agree."
+    if missed:
+        where += f" No piece runs {_listed(missed)} (generic() takes predict= and losses=)."
     return (
         f"{who}'s own forward computes something else than the pieces that distillation runs: {what}. "
         f"{where} A forward, a loss or a wrapper of its own would be lost: put what wraps the detector "

@@ -183,8 +183,8 @@ def load_weights(detector: nn.Module, path: Path) -> None:
     difference = misfit(detector.state_dict(), state)
     if difference:
         raise ValueError(
-            f"{path} doesn't fit this model: {difference}. Choose the model, the number of classes and "
-            "--head-norm that it was trained with"
+            f"{path} doesn't fit this model: {difference}. Choose the model, the number of classes, "
+            "--width and --head-norm that it was trained with"
         )
     detector.load_state_dict(state)
 

@@ -80,7 +80,7 @@ def check_companions(options: Namespace) -> None:
         raise ValueError("--teacher-labels needs --unlabelled-images, whose labels they are to be")
     if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
         raise ValueError("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
-    for name in ("teacher_images", "teacher_short_side"):
+    for name in ("teacher_images", "teacher_short_side", "teacher_labels"):
         given = getattr(options, name)
         if given is not None and not any(make_methods(method, options) for method in options.method):
             option = f"--{name.replace('_', '-')} {given}"

@@ -392,14 +392,17 @@ def try_out(
         student = make_student(options, data.num_classes)
         if inherits(method) and teacher is not None:
             crosskd.inherit(student, teacher)
-        model = with_method(method, student, teacher, options).to(processes.device).train()
-        if isinstance(model, Distiller):
-            model.set_epoch(0)
-        with warnings.catch_warnings():  # a teacher that is not trained yet is no reason to warn
-            warnings.simplefilter("ignore")
-            model(images, targets)
-            if data.unlabelled and isinstance(model, Distiller):
-                model(images, None)
+        try:
+            model = with_method(method, student, teacher, options).to(processes.device).train()
+            if isinstance(model, Distiller):
+                model.set_epoch(0)
+            with warnings.catch_warnings():  # a teacher that is not trained yet is no reason to warn
+                warnings.simplefilter("ignore")
+                model(images, targets)
+                if data.unlabelled and isinstance(model, Distiller):
+                    model(images, None)
+        except ValueError as error:
+            raise ValueError(f"--method {method}: {error}") from error
 
 
 def measure(
@@ -450,6 +453,8 @@ def _prepare(
             f"none --student {options.teacher}), and name its file by --teacher-weights"
         )
     try_out(options, data[0], teacher, processes)
+    for method in options.method:
+        cache_for(method, options)  # whose folder may be none
     return data, teacher, untrained, lock if at_once else take_folder(options, processes)
 
 

@@ -25,7 +25,12 @@ def read_weights(path: Path) -> Any:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, OSError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to load it with weights_only=False
+        raise ValueError(
+            f"{path} is damaged, or holds more than weights: expected what torch.save writes of tensors in "
+            "dicts and lists, such as a detector's state_dict()"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged, cut off or no file of weights: {error}") from error
 
 

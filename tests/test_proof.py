@@ -395,14 +395,23 @@ def test_prove_false_switches_it_off():
     assert teacher == student == []
 
 
-def test_without_targets_the_student_is_proved_on_the_first_labelled_batch():
+def test_without_targets_the_student_is_proved_by_its_predictions():
     student = pair_with(tiny_retinanet, "student", with_residual_tower)["student"]
+    with pytest.raises(ValueError, match=r"student: RetinaNet.*They part at head\.classification_head"):
+        Distiller(tiny_retinanet(seed=1), student, CrossKD())(tiny_batch()[0])
+    assert student.training
+    assert all(module.training for module in student.modules())
+
+
+def test_by_its_losses_it_is_proved_on_the_first_labelled_batch():
+    student = pair_with(tiny_retinanet, "student", partial(with_extra_loss, base=RetinaNet))["student"]
     distiller = Distiller(tiny_retinanet(seed=1), student, CrossKD())
-    calls = forwards_of(distiller.teacher)
+    calls = forwards_of(distiller.teacher), forwards_of(student)
     images, targets = tiny_batch()
-    distiller(images)
-    assert calls == [1]
-    with pytest.raises(ValueError, match="student: RetinaNet"):
+    for _ in range(2):
+        distiller(images)
+    assert [len(of_side) for of_side in calls] == [1, 1]
+    with pytest.raises(ValueError, match=r"student: .*domain"):
         distiller(images, targets)
 
 
@@ -417,13 +426,21 @@ class Small(nn.Module):
         gain: its own forward multiplies the second loss by this.
         total: its own forward gives the sum of the losses.
         twice: its own forward runs the backbone twice.
+        behind: what its own forward runs on the predicted sides.
     """
 
     def __init__(
-        self, scale: float = 1.0, gain: float = 1.0, *, total: bool = False, twice: bool = False
+        self,
+        scale: float = 1.0,
+        gain: float = 1.0,
+        *,
+        total: bool = False,
+        twice: bool = False,
+        behind: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scale, self.gain, self.total, self.twice = scale, gain, total, twice
+        self.behind = behind
         norm = nn.BatchNorm2d(8, eps=1e-12)
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 8, 1, bias=False), norm)
         self.tower = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
@@ -436,7 +453,8 @@ class Small(nn.Module):
         if self.twice:
             self.backbone(images)
         features = self.tower(self.backbone(self.scale * images))
-        losses = self.losses(self.logits(features), self.sides(features))
+        sides = self.sides(features)
+        losses = self.losses(self.logits(features), sides if self.behind is None else self.behind(sides))
         losses["sides"] = self.gain * losses["sides"]
         if not self.training:
             return features
@@ -457,10 +475,51 @@ SMALL = generic(
 )
 
 
-def small_step(student: Small, teacher: Small | None = None) -> dict[str, Tensor]:
+def small_step(
+    student: Small, teacher: Small | None = None, targets: Any = (), **options: Any
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    distiller = Distiller(teacher or Small(), student, CrossKD(position=1), SMALL)
-    return distiller(torch.rand(2, 3, 32, 32), [])
+    distiller = Distiller(teacher or Small(), student, CrossKD(position=1), SMALL, **options)
+    return distiller(torch.rand(2, 3, 32, 32), targets)
+
+
+class Scale(nn.Module):
+    """One learned factor, as FCOS has for the sides of boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, sides: Tensor) -> Tensor:
+        return sides * self.value
+
+
+@every_side
+@pytest.mark.parametrize("behind", [Scale(), nn.Conv2d(4, 4, 1)])
+def test_a_layer_behind_a_predictor_that_no_piece_runs(side, behind):
+    """It is told by what it is given: of a teacher, and of a student without labels, there are no losses."""
+    detectors = {"teacher": Small(), "student": Small(), side: Small(behind=behind)}
+    message = rf"^{side}: Small's own forward runs behind on what sides predicts.*predict=.*prove=False"
+    with pytest.raises(ValueError, match=message):
+        small_step(**detectors, targets=None)
+    assert small_step(**detectors, targets=None, prove=False)["kd_reg"] > 0
+    if side == "student":
+        with pytest.raises(ValueError, match=r"sides is .* by its pieces.*No piece runs behind .*predict="):
+            small_step(**detectors)
+
+
+def test_other_layers_that_no_piece_runs_are_warned_of():
+    """A mask head is no part of the predictions; a factor behind an operation may be one."""
+
+    class Masks(Small):
+        def forward(self, images: Tensor, targets: Any = None) -> Any:
+            self.masks(self.backbone(images))
+            return super().forward(images, targets)
+
+    teacher = Masks()
+    teacher.masks = nn.Sequential(Scale(), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    with pytest.warns(UserWarning, match=r"teacher: Masks's own forward .*: masks\.0, masks\.2\. Right"):
+        small_step(copy.deepcopy(teacher), teacher)
 
 
 def test_a_student_with_equal_losses_and_other_layers():

@@ -330,3 +330,17 @@ def test_the_factor_of_the_sizes_may_be_given_where_strides_allow_several():
     for options in ({"view_scale": 2, "teacher_view": None}, {"view_scale": 0}):
         with pytest.raises(ValueError, match="view_scale is how many times as large"):
             look(teacher, student, images, targets, **options)
+
+
+@pytest.mark.parametrize(
+    ("view", "facts"),
+    [
+        (lambda images, targets: None, "teacher_view's images: .*NoneType"),
+        (lambda images, targets: [(255 * i).byte() for i in images], "teacher_view's images: .*uint8"),
+        (lambda images: images, r"teacher_view= failed on \(images, targets\): .*2 were given"),
+    ],
+)
+def test_what_is_wrong_with_a_view_is_said_of_the_view(view, facts):
+    distiller = Distiller(tiny_retinanet(), tiny_retinanet(seed=1), CrossKD(), teacher_view=view)
+    with pytest.raises((TypeError, ValueError), match=facts):
+        distiller(*tiny_batch())

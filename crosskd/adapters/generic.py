@@ -225,10 +225,15 @@ class GenericAdapter(Adapter):
 
     def _objects_of(self, targets: Any) -> tuple[Objects, ...] | None:
         if self.spec.objects is not None:
-            targets = [_object_dict(of_image) for of_image in self.spec.objects(targets)]
-        listed = targets if isinstance(targets, list | tuple) else ()
-        if not listed or not all(isinstance(t, Mapping) and {"boxes", "labels"} <= t.keys() for t in listed):
-            return None
+            listed = [_object_dict(of_image) for of_image in self.spec.objects(targets)]
+        else:
+            listed = list(targets) if isinstance(targets, list | tuple) else []
+            known = [isinstance(t, Mapping) and {"boxes", "labels"} <= t.keys() for t in listed]
+            if not listed or not all(known):
+                return None
+        for image, target in enumerate(listed):
+            if not bool(torch.as_tensor(target["boxes"]).isfinite().all()):
+                raise ValueError(f"targets[{image}] has boxes that are not finite: {target['boxes']}")
         return tuple(Objects(target["boxes"], target["labels"]) for target in listed)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:

@@ -764,8 +764,13 @@ def test_objects_are_read_off_dicts_or_given():
     objects = given(Shared()).prepare(pixels(), rows).objects
     assert [o.labels.tolist() for o in objects] == [[1], [2]]
     assert torch.equal(objects[1].boxes, targets[1]["boxes"])
+    with pytest.raises(ValueError, match="got 2 images, but targets for 0"):
+        adapter_for(objects=list)(Shared()).prepare(pixels(), [])
     with pytest.raises(ValueError, match="got 2 images, but targets for 1"):
         adapter.prepare(pixels(), targets[:1])
+    targets[1]["boxes"][0, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"targets\[1\] has boxes that are not finite.*nan"):
+        adapter.prepare(pixels(), targets)
 
 
 def test_a_teacher_at_other_places_assigns_labels_itself():

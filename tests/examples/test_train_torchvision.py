@@ -96,6 +96,10 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         (["--teacher-cache-dtype", "bfloat16"], "--teacher-cache-dtype needs --teacher-cache"),
         (["--teacher-labels", "0.5"], "--teacher-labels needs --unlabelled-images"),
         (
+            ["--teacher-labels", "0.5", "--unlabelled-images", "more", "--method", "none"],
+            "--teacher-labels 0.5: --method none distils nothing",
+        ),
+        (
             ["--student", "fasterrcnn_resnet18"],
             "fasterrcnn_resnet18 can't learn from retinanet_resnet18: take two of one family",
         ),
@@ -319,8 +323,11 @@ def test_what_cannot_work_fails_before_the_teacher_is_trained(tmp_path, monkeypa
 
     monkeypatch.setattr(train_torchvision, "train", fails)
     arguments = ["--output", str(tmp_path), *SMALL, "--method", "none", "pkd", "crosskd", "--position", "9"]
-    with pytest.raises(SystemExit, match="position.*9"):
+    with pytest.raises(SystemExit, match="--method crosskd: .*position.*9"):
         main(arguments)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"{tmp_path}/file"):
+        main([*arguments[:-1], "2", "--teacher-cache", str(tmp_path / "file")])
     with pytest.raises(ValueError, match="in training"):  # with its traceback
         main([*arguments[:-1], "2"])
 
