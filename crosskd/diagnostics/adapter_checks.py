@@ -383,6 +383,7 @@ class FreePredictions:
         candidates = [replace(start, regression=regression) for regression in starts]
         self.predictions = max(candidates, key=self._overlap).detach()
         self.scale = self._scale(self.predictions)
+        self.steps = steps
         self._fit(self.predictions, steps)
 
     def _overlap(self, predictions: Predictions) -> float:
@@ -440,7 +441,8 @@ class FreePredictions:
         ):
             if int(wrong.sum()) > (1 - _SHARE) * len(wrong):
                 count = f"{int(wrong.sum())} of {len(wrong)} positive anchors"
-                yield f"{what.replace('%', count)}, where the student's own losses are smallest"
+                found = f"{what.replace('%', count)}, where the student's own losses are smallest"
+                yield f"{found} after {self.steps} steps (if those are too few, raise steps=)"
 
 
 def _compared(boxes: Tensor, logits: Tensor, objects: Objects) -> tuple[Tensor, ...]:
