@@ -416,8 +416,8 @@ class Distiller(nn.Module):
         batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:
             prove_student(student, images, targets)
-            self._proved |= {"student", "student without labels"}
-        elif self.prove and "student without labels" not in self._proved:
+            self._proved.add("student")
+        elif self.prove and not self._proved & {"student", "student without labels"}:
             prove_unlabelled(student, batch)
             self._proved.add("student without labels")
         if not active:
