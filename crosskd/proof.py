@@ -13,8 +13,9 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -156,24 +157,17 @@ def _behind_predictors(adapter: Adapter) -> Iterator[dict[str, str]]:
     }
     found: dict[str, str] = {}
     made: list[tuple[ref[Tensor], str]] = []
-    handles = []
-    for path, module in adapter.detector.named_modules():
 
-        def record(module: nn.Module, given: tuple[Any, ...], output: Any, path: str = path) -> None:
-            for value in given:
-                for earlier, predictor in made:
-                    if earlier() is value:
-                        found[path] = predictor
-            if module in predictors and isinstance(output, Tensor):
-                made.append((ref(output), path))
+    def record(path: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        for value in given:
+            for earlier, predictor in made:
+                if earlier() is value:
+                    found[path] = predictor
+        if module in predictors and isinstance(output, Tensor):
+            made.append((ref(output), path))
 
-        if not any(True for _ in module.children()):
-            handles.append(module.register_forward_hook(record))
-    try:
+    with _watched(_layers(adapter.detector), record):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_missed(who: str, detector: nn.Module, missed: Set[str], behind: Mapping[str, str]) -> None:
@@ -338,23 +332,33 @@ def _copied(value: Any) -> Any:
 def _recorded(detector: nn.Module) -> Iterator[Outputs]:
     """Records the outputs of a detector's layers, those without children, while it runs."""
     outputs: Outputs = {}
-    handles = []
+
+    def record(path: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            # A few numbers tell outputs apart, and all of them would not fit into memory.
+            numbers = output.detach().double()
+            sums = torch.stack([numbers.sum(), numbers.abs().sum(), numbers.square().sum()])
+            outputs.setdefault(path, []).append((output.dtype, sums))
+
     # An activation that all blocks share stands at several places, and pieces call it in another order.
     places = Counter(id(module) for _, module in detector.named_modules(remove_duplicate=False))
-    for path, module in detector.named_modules():
-        if any(True for _ in module.children()) or places[id(module)] > 1:
-            continue
-
-        def record(_: nn.Module, given: Any, output: Any, path: str = path) -> None:
-            if isinstance(output, Tensor):
-                # A few numbers tell outputs apart, and all of them would not fit into memory.
-                numbers = output.detach().double()
-                sums = torch.stack([numbers.sum(), numbers.abs().sum(), numbers.square().sum()])
-                outputs.setdefault(path, []).append((output.dtype, sums))
-
-        handles.append(module.register_forward_hook(record))
-    try:
+    with _watched([layer for layer in _layers(detector) if places[id(layer[1])] == 1], record):
         yield outputs
+
+
+def _layers(detector: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules without children, with their paths."""
+    return [(path, m) for path, m in detector.named_modules() if not any(True for _ in m.children())]
+
+
+@contextmanager
+def _watched(
+    layers: Sequence[tuple[str, nn.Module]], note: Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+) -> Iterator[None]:
+    """Calls ``note(path, module, arguments, output)`` whenever one of the layers has run."""
+    handles = [module.register_forward_hook(partial(note, path)) for path, module in layers]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
