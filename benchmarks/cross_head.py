@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evidence import MAIN, PAIRS, begun, read_budgets, table_runs
+from evidence import MAIN, PAIRS, read_budgets, table_runs
 from evidence_data import coco_folder, load_images, whole_images
-from evidence_report import BEGUN, title
+from evidence_report import row_of, title
 from evidence_run import Run, adapter, finished_model, name_of, seen_folder
 from measure import mean_and_deviation, processor, table
 from pycocotools.coco import COCO
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     found: dict[str, list[Compared]] = {}
     for run in students:
         if (options.output / name_of(run) / "model.pt").exists():
-            label = BEGUN if run in begun(pair) else run.method
+            label = row_of(run, students)
             found.setdefault(label, []).append(compare(run, teacher, options))
             print(label, run.seed, found[label][-1][:2], flush=True)
     rows = []

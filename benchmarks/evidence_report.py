@@ -56,7 +56,6 @@ def read(runs: Sequence[Run], options: Namespace) -> dict[str, dict[int, Finishe
     truth = read_ground_truth(coco_folder(options.root, runs[0].data, "test").ground_truth())
     number = len(truth.imgs)
     counts = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=options.resamples)
-    students = any(run.teacher is not None for run in runs)
     for run in runs:
         folder = options.output / name_of(run)
         coco = read_detections(name_of(run), json.loads((folder / "detections_test.json").read_text()), truth)
@@ -70,15 +69,24 @@ def read(runs: Sequence[Run], options: Namespace) -> dict[str, dict[int, Finishe
             {key: over_classes(rows) for key, rows in of_class.items()},
             dict(zip(names, of_class["AP"].T, strict=True)),
         )
-        label = run.method
-        if students and any(run == other.teacher for other in runs):
-            label = TEACHER
-        elif any(run == other.begins for other in runs):
-            label = BEGUN
-        elif run.begins is None and any(other.begins is not None for other in runs):
-            label = f"{LONGER}, {run.steps} steps"
-        found.setdefault(label, {})[run.seed] = finished
+        found.setdefault(row_of(run, runs), {})[run.seed] = finished
     return found
+
+
+def row_of(run: Run, runs: Sequence[Run]) -> str:
+    """The row of a pair's tables in which a run stands: its method, unless it is no method's.
+
+    Args:
+        run: one of them.
+        runs: those of the pair.
+    """
+    if any(run == other.teacher for other in runs):
+        return TEACHER
+    if any(run == other.begins for other in runs):
+        return BEGUN
+    if run.begins is None and any(other.begins is not None for other in runs):
+        return f"{LONGER}, {run.steps} steps"
+    return run.method
 
 
 def difference(

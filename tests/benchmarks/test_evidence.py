@@ -446,3 +446,10 @@ def test_the_rehearsal(tmp_path, monkeypatch):
     assert len(before) == 4
     evidence.main([*arguments, "--report"])
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_each_run_of_a_pair_has_its_row():
+    runs = evidence.table_runs(evidence.PAIRS["cells_few"], 300, [0, 1], ["none", "crosskd"])
+    rows = [(report.row_of(a_run, runs), a_run.seed) for a_run in runs]
+    assert rows[:4] == [("teacher", 0), ("begun", 0), ("none", 0), ("crosskd", 0)]
+    assert rows[4:] == [("none", 1), ("crosskd", 1), ("alone from the beginning, 2400 steps", 0)]
