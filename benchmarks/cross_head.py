@@ -105,29 +105,29 @@ def compare(run: Run, teacher_run: Run, options: Namespace) -> Compared:
     if len(method.projections):
         raise ValueError(f"{name_of(run)} needs projections, which aren't kept: take a pair of equal widths")
     folder = coco_folder(options.root, run.data, "val")
-    cross: dict[int, float] = {}
+    own: list[dict[str, Any]] = []
+    of_teacher: list[dict[str, Any]] = []
+    taught: list[dict[str, Any]] = []
+    cross: dict[int, list[dict[str, Any]]] = {size: [] for size in options.batch_sizes}
     for size in options.batch_sizes:
-        results: dict[str, list[dict[str, Any]]] = {"own": [], "cross": [], "teacher": [], "taught": []}
         for begin in range(0, len(folder.ids), size):
             chosen = range(begin, min(begin + size, len(folder.ids)))
             given = whole_images(images, chosen, CPU, run.data.shown)
             view["teacher"] = whole_images(seen, chosen, CPU, run.data.shown * zoom)
             step = distiller.trace(given).steps["crosskd"]
-            found = {
-                "own": detections(step.student, step.student.predictions, given),
-                "cross": detections(step.teacher, method.cross_head(step), view["teacher"]),
-                "teacher": teacher(view["teacher"]),
-                "taught": detections(step.teacher, step.teacher.predictions, view["teacher"]),
-            }
-            for name, of_images in found.items():
-                scale = run.data.shown * (1 if name == "own" else zoom)
+            found = [(cross[size], detections(step.teacher, method.cross_head(step), view["teacher"]), zoom)]
+            if size == options.batch_sizes[-1]:  # by batches of any size the same
+                on_levels = detections(step.teacher, step.teacher.predictions, view["teacher"])
+                found.append((own, detections(step.student, step.student.predictions, given), 1))
+                found += [(of_teacher, teacher(view["teacher"]), zoom), (taught, on_levels, zoom)]
+            for results, of_images, times in found:
                 for index, of_image in zip(chosen, of_images, strict=True):
-                    boxes = of_image["boxes"] / (float(images.factors[index]) * scale)
-                    results[name] += coco_results(folder, folder.ids[index], {**of_image, "boxes": boxes})
-        cross[size] = coco_metrics(folder.ground_truth(), results["cross"])["AP"]
-    own = coco_metrics(folder.ground_truth(), results["own"])["AP"]  # by any size of batches the same
+                    boxes = of_image["boxes"] / (float(images.factors[index]) * run.data.shown * times)
+                    results.extend(coco_results(folder, folder.ids[index], {**of_image, "boxes": boxes}))
+    own_precision = coco_metrics(folder.ground_truth(), own)["AP"]
+    precision = {size: coco_metrics(folder.ground_truth(), kept)["AP"] for size, kept in cross.items()}
     truth = read_ground_truth(folder.ground_truth())
-    return Compared(own, cross, *(_by_class(truth, results[name]) for name in ("teacher", "taught")))
+    return Compared(own_precision, precision, _by_class(truth, of_teacher), _by_class(truth, taught))
 
 
 def _by_class(truth: COCO, found: list[dict[str, Any]]) -> dict[str, float]:

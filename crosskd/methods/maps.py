@@ -214,7 +214,7 @@ class MapMethod(Method):
             raise ValueError(
                 f"the maps of the student's level {level} differ in size: {sizes[0]} (teacher), {sizes[1]} "
                 f"(student) as (height, width), of images of {images[0]} (teacher), {images[1]} (student). "
-                f"Give both images of the same size, or have the teacher's maps resized: "
+                "Give both images of the same size, or have the teacher's maps resized: "
                 f"{type(self).__name__}(resize=True). Distiller(resize_levels=True) is for predictions"
             )
         return sample(maps[0], grid, mixes=not exact)
