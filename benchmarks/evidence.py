@@ -100,6 +100,8 @@ BOARDS_TEACHER = replace(BOARDS_ALONE, sees="pair")
 CELLS_TEACHER = Run(CELLS_SMALL, MOBILE, steps=600)
 ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
 ZOOMED_STRIDE16 = replace(ZOOMED, model=replace(ZOOMED.model, finest=16))
+# Larger in its backbone alone: heads of one width need no projection, as in the published pairs.
+ZOOMED_LITE2 = replace(ZOOMED_STRIDE16, model=replace(ZOOMED_STRIDE16.model, backbone="efficientnet_lite2"))
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -219,10 +221,19 @@ PAIRS: dict[str, Pair] = {
         ZOOMED_STRIDE16,
         (*MAIN, "crosskd+mimic", PSEUDO),
     ),
+    "cells_few_lite2": _cells_few(
+        "A larger teacher, an EfficientNet-Lite2, without the level that its student lacks",
+        MOBILE,
+        ZOOMED_LITE2,
+        (*MAIN, "crosskd+mimic"),
+    ),
     "cells_few_same": _cells_few("A teacher of the student's own network", MOBILE, CELLS_TEACHER, MAIN),
     "cells_few_small": _cells_few("A student of half the width, from scratch", HALF, ZOOMED, MAIN),
     "cells_few_resnet": _cells_few(
         "A ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED_STRIDE16, MAIN
+    ),
+    "cells_few_resnet_lite2": _cells_few(
+        "The larger teacher, and a ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED_LITE2, MAIN
     ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
