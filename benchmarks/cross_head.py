@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from evidence import MAIN, PAIRS, read_budgets, table_runs
+from evidence import MAIN, PAIRS, add_folders, read_budgets, table_runs
 from evidence_data import coco_folder, load_images, whole_images
 from evidence_report import row_of, title
 from evidence_run import Run, adapter, finished_model, name_of, seen_folder
@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from evaluation import coco_metrics, coco_results
 
-HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 CANDIDATES, LEAST, OVERLAP, MOST = 1000, 0.05, 0.6, 100
 Detections = list[dict[str, Tensor]]
@@ -141,12 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_folders(parser)
     add = parser.add_argument
-    add("--root", type=Path, required=True, help="folder of the data sets")
-    add("--output", type=Path, default=Path("runs/evidence"), help="folder of evidence.py's runs")
-    add("--cache", type=Path, help="folder of decoded images; in --output unless given")
-    add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
-    add("--nanodet", type=Path, help="file of NanoDet-g's weights")
     add("--pair", choices=PAIRS, default="cells_few")
     add("--methods", nargs="+", default=[*MAIN])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -465,17 +465,23 @@ def read_budgets(path: Path) -> dict[str, dict[str, object]]:
 # -- the command ----------------------------------------------------------------------------------
 
 
+def add_folders(parser: argparse.ArgumentParser, *, root_required: bool = True) -> None:
+    """Adds the options that say where data, runs and tables are."""
+    add = parser.add_argument
+    add("--root", type=Path, required=root_required, help="folder of the data sets")
+    add("--output", type=Path, default=Path("runs/evidence"), help="folder of all runs")
+    add("--cache", type=Path, help="folder of decoded images; in --output unless given")
+    add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
+    add("--nanodet", type=Path, help="file of NanoDet-g's weights")
+
+
 def parse(arguments: list[str] | None = None) -> Namespace:
     """The options, with ``until``, when the time is over, in seconds since 1970."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_folders(parser, root_required=False)
     add = parser.add_argument
-    add("--root", type=Path, help="folder of the data sets")
-    add("--output", type=Path, default=Path("runs/evidence"), help="folder of all runs")
-    add("--cache", type=Path, help="folder of decoded images; in --output unless given")
-    add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
-    add("--nanodet", type=Path, help="file of NanoDet-g's weights")
     add("--pairs", nargs="+", choices=PAIRS, default=["boards"], help="which pairs")
     add("--methods", nargs="+", help="some methods alone, or others than the table's")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -17,11 +17,10 @@ import statistics
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import PAIRS, alone_run, read_budgets, teacher_run
+from evidence import PAIRS, add_folders, alone_run, read_budgets, teacher_run
 from evidence_data import Images, coco_folder, load_images
 from evidence_report import title
 from evidence_run import Run, finished_model, measure, seen_folder, start
@@ -33,7 +32,6 @@ from measure import processor, table
 from crosskd.compare.data import read_detections, read_ground_truth
 from crosskd.compare.precision import evaluate
 
-HERE = Path(__file__).resolve().parent
 METHODS = ("crosskd", "mimic", "bckd", "ld", "pkd", "cwd", "ssim", "mgd", "fgd", "drkd")
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 
@@ -100,24 +98,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_folders(parser)
     add = parser.add_argument
-    add("--root", type=Path, required=True, help="folder of the data sets")
-    add("--output", type=Path, default=Path("runs/evidence"), help="folder of evidence.py's runs")
-    add("--results", type=Path, default=HERE / "results" / "evidence", help="folder of tables and budgets")
     add("--pair", choices=[name for name in PAIRS if PAIRS[name].student.begins], default="cells_few")
     add("--methods", nargs="+", default=METHODS)
     add("--batches", type=int, default=8)
     given = parser.parse_args(arguments)
-    folders = [
-        "--root",
-        str(given.root),
-        "--output",
-        str(given.output),
-        "--cache",
-        str(given.output / "cache"),
-    ]
-    options = Namespace(**vars(parse_run([str(given.output), *folders])), batches=given.batches)
-    options.bf16 = False
+    cache = given.cache or given.output / "cache"
+    folders = ["--root", str(given.root), "--output", str(given.output), "--cache", str(cache)]
+    options = parse_run([str(given.output), *folders])  # without --bf16: ratios of gradients, in float32
+    options.nanodet, options.batches = given.nanodet, given.batches
     pair = PAIRS[given.pair]
     steps = int(str(read_budgets(given.results / "budgets.json")[given.pair]["steps"]))
     teacher, alone = teacher_run(pair, steps), alone_run(pair, steps, 0)
