@@ -243,6 +243,13 @@ PAIRS: dict[str, Pair] = {
         MAIN,
         (300, 600, 1200),
     ),
+    "cells_scratch": Pair(
+        "All labels: a ResNet-18, from scratch, and the larger teacher from the beginning",
+        CELLS_ALONE,
+        ZOOMED_LITE2,
+        CONTROL,
+        (600, 1200, 2400, 4800),
+    ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
