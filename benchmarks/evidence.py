@@ -103,6 +103,7 @@ ZOOMED_STRIDE16 = replace(ZOOMED, model=replace(ZOOMED.model, finest=16))
 # Larger in its backbone alone: heads of one width need no projection, as in the published pairs.
 ZOOMED_LITE2 = replace(ZOOMED_STRIDE16, model=replace(ZOOMED_STRIDE16.model, backbone="efficientnet_lite2"))
 CELLS_ALONE = Run(CELLS_SMALL, Model("gfl", "resnet18"), steps=2400)
+AQUARIUM_FEW = Run(replace(AQUARIUM, crop=192), MOBILE, steps=1200, labelled=0.1)
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -243,18 +244,18 @@ PAIRS: dict[str, Pair] = {
         MAIN,
         (300, 600, 1200),
     ),
-    "cells_scratch": Pair(
-        "All labels: a ResNet-18, from scratch, and the larger teacher from the beginning",
-        CELLS_ALONE,
-        ZOOMED_LITE2,
-        CONTROL,
-        (600, 1200, 2400, 4800),
-    ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
     "cells_few_fcos": _cells_few(
         "The same teacher, a GFL, and an FCOS", replace(MOBILE, family="fcos"), ZOOMED, OTHER_FAMILY
+    ),
+    "aquarium_few": Pair(
+        "A larger pretrained teacher with all labels, and a finished student, 10 % of the labels",
+        replace(AQUARIUM_FEW, begins=AQUARIUM_FEW, learning_rate=3e-4),
+        Run(AQUARIUM_FEW.data, replace(LITE2, width=MOBILE.width), steps=1200),
+        (*MAIN, "crosskd+mimic", PSEUDO),
+        (300, 600, 1200),
     ),
     "aquarium": Pair(
         "A larger pretrained teacher", Run(AQUARIUM, replace(HALF, width=128)), Run(AQUARIUM, LITE2, steps=0)
