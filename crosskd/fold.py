@@ -28,7 +28,8 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
     In eval mode a batch norm multiplies each channel by one number and adds another, which the convolution
     in front of it can do by its own weights. Which ones belong together is seen while the copy runs: a norm
     whose every input is an output of one convolution. Afterwards the copy runs once more, and each of its
-    layers must give the numbers of before, but for rounding. Norms behind anything else stay.
+    layers must give the numbers of before, but for rounding. Norms behind anything else stay, and those
+    behind a convolution of a derived class that makes its weights anew on each call.
 
     The copy has weights of its own: what is loaded into the detector later doesn't reach it. For
     `crosskd.inherit` take the detector itself.
@@ -65,12 +66,13 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
     folded = copy.deepcopy(detector).eval().requires_grad_(False)
     with _without_tf32(), proving(folded) as before, _pairs(folded) as pairs_of:
         folded(*inputs, **keywords)
+    with _without_tf32():
         pairs = pairs_of()
     if not pairs:
         norms = sum(map(_is_batch_norm, folded.modules()))
         raise ValueError(
             f"nothing to fold: of the {name}'s {norms} batch norms none directly follows an nn.Conv2d of its "
-            "own when it runs. Distil with it as it is"
+            "own, which uses the weights that it holds, when it runs. Distil with it as it is"
         )
     for convolution, norm in pairs.items():
         _fold(convolution, norm)
@@ -113,12 +115,14 @@ def _without_tf32() -> Iterator[None]:
 def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
     """Watches a detector run; what it gives tells which norms took each output of one convolution alone."""
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # with the tensors, so that no other one gets their id
+    inputs: dict[nn.Conv2d, tuple[Any, ...]] = {}
     calls: Counter[nn.Module] = Counter()
     reads: Counter[tuple[nn.Conv2d, nn.Module]] = Counter()
 
-    def of_convolution(convolution: nn.Module, _: Any, output: Tensor) -> None:
+    def of_convolution(convolution: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)
         made[id(output)] = convolution, output
+        inputs[convolution] = arguments
         calls[convolution] += 1
 
     def of_norm(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -127,11 +131,12 @@ def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
             reads[made[id(arguments[0])][0], norm] += 1
 
     def found() -> Pairs:
-        return {c: norm for (c, norm), number in reads.items() if number == calls[c] == calls[norm]}
+        own = {c: norm for (c, norm), number in reads.items() if number == calls[c] == calls[norm]}
+        return {c: norm for c, norm in own.items() if type(c) is nn.Conv2d or _uses_its_own(c, inputs[c])}
 
     handles = []
     for module in detector.modules():
-        if type(module) is nn.Conv2d:  # one derived from it may make its weights anew on each call
+        if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(of_convolution))
         elif _is_batch_norm(module):
             handles.append(module.register_forward_pre_hook(of_norm))
@@ -140,6 +145,21 @@ def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uses_its_own(convolution: nn.Conv2d, arguments: tuple[Any, ...]) -> bool:
+    """Whether one of a derived class uses the weights that it holds: with twice those it gives twice as much.
+
+    One with a parametrization, or that standardizes its weights on each call, doesn't.
+    """
+    given = convolution(*arguments)
+    for parameter in convolution.parameters(recurse=False):
+        parameter.mul_(2)
+    doubled = convolution(*arguments)
+    for parameter in convolution.parameters(recurse=False):
+        parameter.div_(2)
+    # Not to the last bit: two calls on a GPU may sum in another order.
+    return float((doubled - 2 * given).abs().max()) <= 1e-3 * float(doubled.abs().max())
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -104,6 +104,35 @@ def test_norms_behind_anything_else_stay():
     torch.testing.assert_close(folded(pixels), backbone.eval()(pixels))
 
 
+class PadsItself(nn.Conv2d):
+    """As EfficientNet's convolutions do."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(pixels, (0, 1, 0, 1)))
+
+
+class Standardized(nn.Conv2d):
+    """Makes its weights anew on each call."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(pixels, self.weight / self.weight.std(), self.bias)
+
+
+def test_a_convolution_of_a_derived_class_folds_if_it_uses_the_weights_that_it_holds():
+    detector = nn.Sequential()
+    for kind in (PadsItself, Standardized):
+        detector.append(nn.Sequential(kind(3, 3, 3, padding=1), nn.BatchNorm2d(3)))
+    other = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3, padding=1))
+    detector.append(nn.Sequential(other, nn.BatchNorm2d(3)))
+    for norm in norms_of(detector):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    pixels, held = torch.rand(2, 3, 8, 8), copy.deepcopy(detector[0][0].state_dict())
+    folded = fold_batch_norm(detector, pixels)
+    assert [type(part[1]).__name__ for part in folded] == ["Identity", "BatchNorm2d", "BatchNorm2d"]
+    torch.testing.assert_close(folded(pixels), detector.eval()(pixels))
+    assert all(torch.equal(value, held[name]) for name, value in detector[0][0].state_dict().items())
+
+
 class ReadTwice(nn.Module):
     """Something else reads the convolution's output, too."""
 
