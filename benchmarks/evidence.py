@@ -102,7 +102,6 @@ ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
 ZOOMED_STRIDE16 = replace(ZOOMED, model=replace(ZOOMED.model, finest=16))
 # Larger in its backbone alone: heads of one width need no projection, as in the published pairs.
 ZOOMED_LITE2 = replace(ZOOMED_STRIDE16, model=replace(ZOOMED_STRIDE16.model, backbone="efficientnet_lite2"))
-CELLS_ALONE = Run(CELLS_SMALL, Model("gfl", "resnet18"), steps=2400)
 AQUARIUM_FEW = Run(replace(AQUARIUM, crop=192), MOBILE, steps=1200, labelled=0.1)
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
@@ -236,13 +235,6 @@ PAIRS: dict[str, Pair] = {
     ),
     "cells_few_resnet_lite2": _cells_few(
         "The larger teacher, and a ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED_LITE2, MAIN
-    ),
-    "cells_finished": Pair(
-        "All labels: a finished ResNet-18, from scratch, and the larger teacher",
-        replace(CELLS_ALONE, begins=CELLS_ALONE, learning_rate=3e-4),
-        ZOOMED_LITE2,
-        MAIN,
-        (300, 600, 1200),
     ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
