@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -46,8 +47,19 @@ def require_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., classes), got a tensor without dimensions")
 
 
+def require_numbers(**numbers: float | None) -> None:
+    """Raises ``TypeError`` for the first argument that is no number; ``None`` is not given."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real | Tensor | None):
+            raise TypeError(
+                f"{name} must be a number, got a {type(number).__name__}: what changes a method's weights "
+                "over the run is its schedule="
+            )
+
+
 def require_not_negative(**numbers: float | None) -> None:
     """Raises ``ValueError`` for the first argument that is below 0 or not finite; ``None`` is not given."""
+    require_numbers(**numbers)
     for name, number in numbers.items():
         if number is not None and not 0 <= number < math.inf:
             raise ValueError(f"{name} must be 0 or more, got {number}")

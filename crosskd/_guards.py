@@ -26,6 +26,7 @@ __all__ = [
     "check_sharding",
     "check_shared",
     "check_strides",
+    "check_trainable",
     "is_sharded",
 ]
 
@@ -129,6 +130,16 @@ def check_sharding(student: Adapter) -> None:
             )
 
 
+def check_trainable(student: nn.Module) -> None:
+    """Raises ``ValueError`` for a student that can't learn, though a method's own parameters could."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"none of the student's parameters is trainable: the {type(student).__name__} was frozen, or is "
+            "from a checkpoint that holds it so, as ultralytics' do. Call student.requires_grad_(True), or "
+            "freeze parts of it alone"
+        )
+
+
 def check_frozen(losses: Mapping[str, Mapping[str, Tensor]], checked: set[str]) -> None:
     """Raises ``ValueError`` for a method that had an effect and has none any more.
 
@@ -177,12 +188,10 @@ def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor], stud
     reached = [feature_map for feature_map in maps if feature_map.requires_grad]
     stuck = []
     for key, loss in losses.items():
-        if not reached or float(loss.detach()) == 0:
+        if float(loss.detach()) == 0 or any(bool(gradient.any()) for gradient in _gradients(loss, reached)):
             continue
-        found = _gradients(loss, reached)
-        if not found or any(bool(gradient.any()) for gradient in found):
-            continue
-        # Predictors of boxes that begin with zeros pass nothing on before they have moved themselves.
+        # Predictors of boxes that begin with zeros pass nothing on before they have moved themselves. And of
+        # frozen maps the layers behind them may be all that is trained.
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not any(bool(gradient.any()) for gradient in _gradients(loss, trained)):
             stuck.append(key)
@@ -191,6 +200,8 @@ def _without_gradient(losses: Mapping[str, Tensor], maps: Sequence[Tensor], stud
 
 def _gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of a loss at those tensors that it depends on."""
+    if not tensors:
+        return []
     # Enlarged as a GradScaler does it, or float16 would round what is small to 0.
     gradients = torch.autograd.grad(loss * 2.0**16, tensors, retain_graph=True, allow_unused=True)
     return [gradient for gradient in gradients if gradient is not None]
@@ -265,9 +276,12 @@ class TrainingWatch:
             name: [parameter.detach() for parameter in method.parameters() if parameter.requires_grad]
             for name, method in methods.items()
         }
-        # One number each, for all of the student's parameters would cost its memory again.
+        # One number each, for all of the student's parameters would cost its memory again. Not of biases: a
+        # warmup may begin with those alone, as ultralytics' does.
         now = [
-            parameter.detach().double().sum() for parameter in student.parameters() if parameter.requires_grad
+            parameter.detach().double().sum()
+            for parameter in student.parameters()
+            if parameter.requires_grad and parameter.ndim > 1
         ]
         if self.steps == 1:
             self.student = now

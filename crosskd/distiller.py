@@ -26,6 +26,7 @@ from crosskd._guards import (
     check_sharding,
     check_shared,
     check_strides,
+    check_trainable,
     is_sharded,
 )
 from crosskd.adapters import find_adapter
@@ -412,6 +413,8 @@ class Distiller(nn.Module):
     def _prepare(self, images: Any, targets: Any, active: Mapping[str, Method]) -> tuple[Batch, Batch]:
         """The batch as the student takes it and as the teacher does; on the first step the proofs."""
         self._check_unchanged()
+        if active and torch.is_grad_enabled():
+            check_trainable(self.student)
         teacher, student = self.pair.teacher, self.pair.student
         batch = student.prepare(images, targets)  # first: it refuses what the detector itself stumbles over
         if self.prove and targets is not None and "student" not in self._proved:

@@ -218,12 +218,15 @@ def require_all_levels(pair: Pair) -> None:
 
 def require_grid(pair: Pair) -> None:
     """Raises ``ValueError`` where a row of one head means nothing to the other: rows that are a set."""
+    made_for_queries = ""
+    if pair.student_head is not None and pair.student_head.rows == "queries":
+        made_for_queries = ", or one made for queries, such as crosskd.QueryDistillation()"
     for side, head in (("teacher", pair.teacher_head), ("student", pair.student_head)):
         if head is not None and head.rows == "queries":
             raise ValueError(
                 f"the {side}'s rows of predictions are a set of queries in no order, so comparing them row "
                 "by row with another detector's compares unrelated objects: choose a method of feature maps, "
-                "such as crosskd.PKD(), or one made for queries, such as crosskd.QueryDistillation()"
+                f"such as crosskd.PKD(){made_for_queries}"
             )
 
 
@@ -234,7 +237,7 @@ def require_decoders(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
         if not isinstance(head, DecoderHead):
             detector = type(getattr(pair, side).detector).__name__
             raise ValueError(
-                f"the {side}, a {detector}, has no decoder that can be run with shared queries: choose a "
+                f"the {side}, a {detector}, has no decoder of queries, which this method needs: choose a "
                 "method of feature maps, such as crosskd.PKD(), or a detection transformer that an adapter "
                 "knows as one (docs/transformers.md)"
             )
@@ -245,11 +248,13 @@ def require_shared_queries(pair: Pair) -> tuple[DecoderHead, DecoderHead]:
     """The (teacher's, student's) decoder; raises ``ValueError`` where the two can't share queries."""
     teacher, student = require_decoders(pair)
     if teacher.kind != student.kind:
+        matching = ""
+        if (teacher.background is None) == (student.background is None):
+            matching = ", or crosskd.MatchedQueries(), which matches predictions"
         raise ValueError(
             f"a decoder's queries are {teacher.kind} (teacher, {teacher.head_type}), {student.kind} "
             f"(student, {student.head_type}), so the two can't be run with the same ones. Take detectors of "
-            "one kind, a method of feature maps, such as crosskd.PKD(), or crosskd.MatchedQueries(), which "
-            "matches predictions"
+            f"one kind, or a method of feature maps, such as crosskd.PKD(){matching}"
         )
     if pair.teacher_dtype is not None:
         raise ValueError(
@@ -289,8 +294,9 @@ def require_branches(pair: Pair) -> None:
     if not set(theirs) <= set(ours):
         raise ValueError(
             f"the towers can't be joined: branches {theirs} (teacher), {ours} (student). Each of the "
-            "teacher's branches needs one of the student's with the same name: name them alike in the "
-            "adapters"
+            "teacher's branches needs one of the student's with the same name: take a student whose head has "
+            "them, as an end-to-end teacher needs an end-to-end student, or name them alike in the adapters "
+            "where they mean the same"
         )
 
 
@@ -336,7 +342,10 @@ def require_classes(pair: Pair) -> None:
 def require_predictions_alike(pair: Pair) -> None:
     """Raises ``ValueError`` where the two heads' numbers are of different kinds."""
     teacher, student = require_heads(pair)
-    other = "DecoderCrossKD" if isinstance(teacher, DecoderHead) else "CrossKD"
+    method = "DecoderCrossKD" if isinstance(teacher, DecoderHead) else "CrossKD"
+    other = f"crosskd.{method}(), where the teacher's head judges both sides"
+    if isinstance(teacher, DecoderHead) and teacher.kind != getattr(student, "kind", None):
+        other = "a method of feature maps, such as crosskd.PKD()"
     kinds = []
     for head in (teacher, student):
         objectness = ", times an objectness" if head.objectness else ""
@@ -348,14 +357,13 @@ def require_predictions_alike(pair: Pair) -> None:
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"the classes have {kinds[0]} (teacher), {kinds[1]} (student): probabilities of one kind can't "
-            f"be compared with those of the other. Build both heads alike, or choose crosskd.{other}(), "
-            "where the teacher's head judges both sides"
+            f"be compared with those of the other. Build both heads alike, or choose {other}"
         )
     if teacher.bins != student.bins:
         raise ValueError(
             f"the sides of boxes are predicted as distributions over {teacher.bins} (teacher), "
             f"{student.bins} (student) bins, 1 for plain numbers, which can't be compared. Build both heads "
-            f"alike, or choose crosskd.{other}(), where the teacher's head judges both sides"
+            f"alike, or choose {other}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from crosskd import LD, PKD, CrossKD, QueryDistillation, Schedule
 from crosskd._checks import (
     compute_dtype,
     require_floating,
@@ -23,6 +24,14 @@ def test_shape_text():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floating_point_passes(dtype):
     require_floating(a=torch.zeros(1, dtype=dtype), b=torch.zeros(2))
+
+
+@pytest.mark.parametrize(("method", "weight"), [
+    (PKD, "weight"), (CrossKD, "cls_weight"), (LD, "main_weight"), (QueryDistillation, "l1_weight"),
+])  # fmt: skip
+def test_a_weight_that_is_a_schedule_is_refused_and_says_where_it_belongs(method, weight):
+    with pytest.raises(TypeError, match=r"must be a number, got a Schedule: .* schedule="):
+        method(**{weight: Schedule(warmup=3)})
 
 
 def test_not_floating_point():

@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -350,7 +351,7 @@ def test_the_students_average_is_that_of_its_steps_and_holds_no_teacher(build):
     assert tensors_of(whole.teacher)[0].data_ptr() == tensors_of(distiller.teacher)[0].data_ptr()
 
 
-def warnings_of_steps(distiller: Distiller, trained: Iterable[nn.Parameter], every: int = 1) -> list[str]:
+def warnings_of_steps(distiller: Distiller, trained: Iterable[Any], every: int = 1) -> list[str]:
     """What five steps warn of, an optimizer's step after ``every`` batches."""
     optimizer = torch.optim.SGD(trained, lr=1e-3)
     with warnings.catch_warnings(record=True) as caught:
@@ -375,6 +376,16 @@ def test_projections_that_an_optimizer_holds_are_not_warned_of(build):
     assert warnings_of_steps(distiller, distiller.parameters()) == []
     without = Distiller(build(seed=1), build(seed=2), CrossKD())
     assert warnings_of_steps(without, without.student.parameters()) == []
+
+
+def test_a_warmup_that_begins_with_the_biases_is_not_warned_of(build):
+    """Ultralytics' first step has a learning rate of 0 for all but the biases; projections have none."""
+    distiller = distiller_of(build)
+    kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in distiller.parameters():
+        kinds[parameter.ndim > 1].append(parameter)
+    groups = [{"params": kinds[False], "lr": 0.01}, {"params": kinds[True], "lr": 0.0}]
+    assert warnings_of_steps(distiller, groups) == []
 
 
 def test_schedules_count_neither_forwards_without_gradients_nor_failed_ones(build):
@@ -719,9 +730,19 @@ def test_a_student_frozen_after_the_first_step_is_refused(build):
     distiller.student.backbone.requires_grad_(False)
     distiller(*tiny_batch())  # the towers train
     distiller.requires_grad_(False)
-    with pytest.raises(ValueError, match="crosskd: kd_cls, kd_reg depends on .* frozen since the last step"):
+    with pytest.raises(ValueError, match=r"none of the student's .* trainable.*requires_grad_\(True\)"):
         distiller(*tiny_batch())
     with torch.no_grad():
+        distiller(*tiny_batch())
+    distiller.student.head.classification_head.cls_logits.requires_grad_(True)
+    with pytest.raises(ValueError, match="crosskd: kd_cls, kd_reg depends on .* frozen since the last step"):
+        distiller(*tiny_batch())
+
+
+def test_a_student_without_a_trainable_parameter_is_refused_though_projections_train(build):
+    distiller = distiller_of(build)  # of two widths
+    distiller.student.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"none of the student's .* trainable.*requires_grad_\(True\)"):
         distiller(*tiny_batch())
 
 
@@ -809,6 +830,7 @@ def test_frozen_features_are_found_after_a_step_without_gradients(build):
     with torch.no_grad():
         distiller(*tiny_batch())
     distiller.student.requires_grad_(False)
+    distiller.student.head.classification_head.cls_logits.requires_grad_(True)
     with pytest.raises(ValueError, match="depends on no trainable parameter"):
         distiller(*tiny_batch())
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from crosskd._checks import require_numbers
 from crosskd.align import ChannelProjection
 from crosskd.methods.base import Method, Requirement
 from crosskd.pairing import Pair
@@ -77,6 +78,7 @@ class MapMethod(Method):
         name: str,
     ) -> None:
         super().__init__(schedule=schedule, name=name)
+        require_numbers(weight=weight)
         if weight is not None and not 0 < weight < math.inf:
             raise ValueError(f"weight must be above 0, got {weight}: choose a finite number")
         if levels is not None and not levels:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
-from crosskd._checks import compute_dtype
+from crosskd._checks import compute_dtype, require_numbers
 from crosskd.adapters.base import DecoderHead, DecoderLayer, Queries
 from crosskd.losses.boxes import giou_loss
 from crosskd.methods.base import Method, Requirement, Taught
@@ -60,9 +60,10 @@ class QueryMethod(Method):
         head: str | None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
+        self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), weights, strict=True))
+        require_numbers(**self.weights)
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(f"the weights must be 0 or more, one of them above 0; got {list(weights)}")
-        self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), weights, strict=True))
 
     def setup(self, pair: Pair) -> None:
         """Demands two decoders; with equal classes, predicted alike, where the student's own are compared."""

@@ -17,6 +17,7 @@ import torch
 
 from crosskd import (
     PKD,
+    CrossKD,
     DecoderCrossKD,
     Distiller,
     MatchedQueries,
@@ -74,6 +75,23 @@ def test_which_queries_are_shared(options, expected):
     step = distiller.trace(batch_of()["pixel_values"], None).steps["queries"]
     shared = distiller.methods["queries"].shared(step)
     assert [queries.content.shape[1] for queries in shared] == expected
+
+
+@pytest.mark.parametrize(("method", "teacher"), [
+    (QueryDistillation(general=5), "wider"),
+    (DecoderCrossKD(general=5), "wider"),
+    (QueryDistillation(), "dense"),
+])  # fmt: skip
+def test_a_student_whose_decoder_is_frozen_is_refused_though_queries_are_trained(method, teacher):
+    teachers = {"wider": detector_of("rt_detr", 64, seed=1), "dense": tiny_retinanet(CLASSES)}
+    distiller = Distiller(teachers[teacher], detector_of("rt_detr"), method).train()
+    distiller.student.requires_grad_(False)
+    distiller.student.model.enc_score_head.requires_grad_(True)  # which no decoder reads
+    with pytest.warns(UserWarning, match="gradient is 0"):
+        distiller(**batch_of())
+    distiller(**batch_of())
+    with pytest.raises(ValueError, match="kd_cls is .* gradient is 0 .* first 3 steps"):
+        distiller(**batch_of())
 
 
 def test_layers_are_counted_from_the_last():
@@ -145,8 +163,16 @@ def test_pairs_that_cannot_be_distilled():
     rt_detr, detr, conditional = (detector_of(kind) for kind in ("rt_detr", "detr", "conditional_detr"))
     with pytest.raises(ValueError, match=r"boxes \(teacher, RTDetr\), position embeddings \(student, Cond"):
         Distiller(rt_detr, conditional, QueryDistillation())
-    with pytest.raises(ValueError, match="sigmoid per class.*softmax.*DecoderCrossKD"):
+    # What a message recommends must serve the pair.
+    with pytest.raises(ValueError, match=r"sigmoid per class.*softmax.*crosskd\.PKD\(\)"):
         Distiller(rt_detr, detr, MatchedQueries())
+    with pytest.raises(ValueError, match=r"position embeddings \(student, Detr\)") as caught:
+        Distiller(rt_detr, detr, DecoderCrossKD())
+    assert "MatchedQueries" not in str(caught.value)
+    Distiller(rt_detr, detr, PKD())
+    with pytest.raises(ValueError, match=r"sigmoid per class.*softmax.*crosskd\.DecoderCrossKD\(\)"):
+        Distiller(conditional, detr, MatchedQueries())
+    Distiller(conditional, detr, DecoderCrossKD())
     with pytest.raises(ValueError, match="predicts 5 classes and the student 3"):
         Distiller(detector_of("rt_detr", num_labels=5), rt_detr, QueryDistillation())
     dense = tiny_retinanet(CLASSES)
@@ -154,6 +180,9 @@ def test_pairs_that_cannot_be_distilled():
         Distiller(dense, rt_detr, DecoderCrossKD())
     with pytest.raises(ValueError, match="the student, a RetinaNet, has no decoder"):
         Distiller(rt_detr, dense, MatchedQueries())
+    with pytest.raises(ValueError, match="teacher's rows .* queries") as caught:
+        Distiller(rt_detr, dense, CrossKD())
+    assert "QueryDistillation" not in str(caught.value)
     with pytest.raises(ValueError, match="can't be the queries of a ConditionalDetr"):
         Distiller(dense, conditional, QueryDistillation())
     with pytest.raises(ValueError, match="general=0"):

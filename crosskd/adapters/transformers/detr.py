@@ -94,6 +94,12 @@ class TransformersDetr(Adapter):
         if maps not in ("encoder", "backbone"):
             raise ValueError(f'maps must be "encoder" or "backbone", got {maps!r}')
         self.detector: Any = detector
+        config: Any = detector.config
+        if not config.return_dict:
+            raise ValueError(
+                f"the {type(detector).__name__} answers with tuples, whose entries have no names: set its "
+                "config.return_dict to True"
+            )
         self.which = maps
         plain = family in ("RTDetr", "RTDetrV2", "DFine")
         self.pixel_coding = pixel_coding or (_RGB if plain else _IMAGENET)
@@ -201,7 +207,8 @@ class _Decoder(DecoderHead):
         self.num_classes = run.output.logits.shape[-1]
         self.background = self.num_classes - 1 if self.num_classes > config.num_labels else None
         names = [str(config.id2label[column]) for column in range(config.num_labels)]
-        self.class_names = (*names, *["no object"] * (self.background is not None))
+        if names != [f"LABEL_{column}" for column in range(config.num_labels)]:  # which nobody has given
+            self.class_names = (*names, *["no object"] * (self.background is not None))
         layers = len(detector.model.decoder.layers)
         self.num_layers = layers if getattr(config, "auxiliary_loss", True) or self.from_boxes else 1
 
@@ -343,6 +350,11 @@ def _pixels(images: Any, targets: Any) -> tuple[Tensor, Tensor | None]:
 
 def _check_labels(labels: Any, images: int, classes: int) -> None:
     """Raises ``ValueError`` for labels that the detector itself would stumble over."""
+    if not isinstance(labels, Sequence):
+        raise ValueError(
+            f"labels must be a list of dicts with class_labels and boxes, one for each image, got a "
+            f"{type(labels).__name__}"
+        )
     if len(labels) != images:
         raise ValueError(f"there are {images} images but labels of {len(labels)}")
     for index, of_image in enumerate(labels):

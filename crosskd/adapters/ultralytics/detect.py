@@ -335,8 +335,9 @@ class UltralyticsDetect(Adapter):
         coarsest = int(max(self.strides))
         if any(side % coarsest for side in pixels.shape[2:]):
             raise ValueError(
-                f"images must have sides that are multiples of the coarsest stride, {coarsest}, got "
-                f"{tuple(pixels.shape[2:])}: pad them, as ultralytics' data loader does"
+                f"a {type(self.detector).__name__} takes images with sides that are multiples of its "
+                f"coarsest stride, {coarsest}, got {tuple(pixels.shape[2:])}: pad them, as ultralytics' data "
+                "loader does; a teacher can have images of its own by teacher_view="
             )
 
     def maps(self, pixels: Tensor) -> list[Tensor]:

@@ -22,6 +22,7 @@ from crosskd import (
     CrossKD,
     Distiller,
     FeatureImitation,
+    MatchedQueries,
     PredictionMimicking,
     ResponseDistillation,
 )
@@ -327,6 +328,8 @@ def strict() -> Distiller:
     ({"labels": [{"class_labels": torch.tensor([0]), "boxes": torch.rand(2, 4)}] * 2}, r"\(1, 4\).*\(2, 4\)"),
     ({"labels": [{"labels": torch.tensor([0]), "boxes": torch.rand(1, 4)}] * 2}, r"\['boxes', 'labels'\]"),
     ({"labels": batch_of()["labels"][:1]}, "2 images but labels of 1"),
+    ({"labels": batch_of()["labels"][0]}, "labels must be a list of dicts.*got a dict"),
+    ({"labels": torch.zeros(2)}, "labels must be a list of dicts.*got a Tensor"),
     ({"pixel_values": torch.rand(3, 64, 64)}, r"\(batch, channels, height, width\).* got \(3, 64, 64\)"),
     ({"pixel_values": torch.rand(0, 3, 64, 64), "labels": []}, r"an image or more, got \(0, 3, 64, 64\)"),
     ({"pixel_values": [1]}, "got list"),
@@ -363,6 +366,19 @@ def test_other_models_of_the_library():
         find_adapter(small)
     with pytest.raises(ValueError, match='"encoder" or "backbone", got \'neck\''):
         TransformersDetr(detector_of("detr"), maps="neck")
+
+
+def test_a_detector_that_answers_with_tuples_is_refused():
+    with pytest.raises(ValueError, match="return_dict"):
+        TransformersDetr(detector_of("detr", return_dict=False))
+
+
+def test_names_that_nobody_gave_are_none():
+    student = detector_of("rt_detr", id2label={0: "a", 1: "b", 2: "c"})
+    unnamed = detector_of("rt_detr", seed=1)
+    assert find_adapter(unnamed).heads[0].class_names is None
+    assert find_adapter(student).heads[0].class_names == ("a", "b", "c")
+    Distiller(unnamed, student, MatchedQueries())
 
 
 def test_plain_maps_need_no_batch():
