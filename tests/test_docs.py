@@ -344,6 +344,12 @@ def test_python_of_mmdets_page_runs(monkeypatch):
     assert len(shown["detections"]) == 2
 
 
+def val_loader() -> list[Any]:
+    """Two batches of images of two sizes, as docs/compare.md has them."""
+    sizes = {3: (64, 96), 7: (80, 64)}
+    return [([torch.rand(3, *size)], [{"image_id": image_id}]) for image_id, size in sizes.items()]
+
+
 @pytest.mark.ultralytics
 @pytest.mark.parametrize(
     ("name", "distilled"),
@@ -355,10 +361,12 @@ def test_python_of_mmdets_page_runs(monkeypatch):
 def test_python_of_yolos_pages_runs(name, distilled):
     images, targets = batch_of()
     page = ROOT / name
-    ((line, block),) = python_blocks(page)
     shown: dict[str, Any] = {"loader": [{"img": images, **targets}], "__name__": page.name}
-    exec(compile("\n" * line + block, str(page), "exec"), shown)
+    shown |= {"val_loader": val_loader(), "categories": {label: 10 + label for label in range(80)}}
+    for line, block in python_blocks(page):
+        exec(compile("\n" * line + block, str(page), "exec"), shown)
     assert sorted(shown["losses"]) == ["box_loss", "cls_loss", "dfl_loss", *distilled]
+    assert "found" not in shown or shown["found"].image_ids == (3, 7)
 
 
 TRANSFORMERS = sections(ROOT / "docs/transformers.md")
@@ -385,6 +393,11 @@ def test_python_of_transformers_page_runs(heading, monkeypatch, tmp_path, capsys
 
     shown: dict[str, Any] = {"__name__": "transformers_page", "loader": [inputs], "inputs": inputs}
     shown |= {"dataset": rows, "collate": collate}
+    if heading == "Is the student better?":
+        from transformers import RTDetrImageProcessor
+
+        RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained("folder/of/the/student")
+        shown |= {"val_loader": val_loader(), "categories": {label: 10 + label for label in range(3)}}
     page = ROOT / "docs/transformers.md"
     blocks = [*TRANSFORMERS["Ten lines"], *(TRANSFORMERS[heading] if heading != "Ten lines" else ())]
     for line, block in blocks:
@@ -395,6 +408,7 @@ def test_python_of_transformers_page_runs(heading, monkeypatch, tmp_path, capsys
     if heading in ("Ten lines", "Under the Trainer"):  # the others go on with the student
         result = detr.detector_of("rt_detr").from_pretrained("folder/of/the/result").state_dict()
         assert all(torch.equal(result[name], value) for name, value in shown["student"].state_dict().items())
+    assert "found" not in shown or (shown["found"].image_ids, len(shown["found"].results)) == ((3, 7), 20)
     distilled = {"A vision transformer as the teacher": {"kd_cosine"}, "Feature maps": QUERIES | {"kd_pkd"}}
     found = {name for name in shown["losses"] if name.startswith("kd_")}
     assert found == distilled.get(heading, QUERIES)

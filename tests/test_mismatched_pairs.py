@@ -435,5 +435,6 @@ def test_numbers_of_another_type():
 def test_a_frozen_student_of_another_width():
     distiller = Distiller(tiny_retinanet(width=16), tiny_retinanet(width=8, seed=1), CrossKD())
     distiller.student.requires_grad_(False)
+    distiller.student.head.regression_head.bbox_reg.requires_grad_(True)
     with pytest.raises(ValueError, match="tower, position 3 depend on no trainable parameter, so distilling"):
         distiller(*tiny_batch())

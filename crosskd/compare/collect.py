@@ -44,8 +44,9 @@ def collect_detections(
 
     Args:
         detector: a detector of torchvision's form, or any function of a list of images (of an exported
-            model, say). It answers with a dict for each image: ``boxes`` of shape (detections, 4), xyxy in
-            pixels of the image that it was given, ``scores`` and ``labels`` of shape (detections,).
+            model, say; docs/yolo.md and docs/transformers.md have those of their detectors). It answers with
+            a dict for each image: ``boxes`` of shape (detections, 4), xyxy in pixels of the image that it was
+            given, ``scores`` and ``labels`` of shape (detections,).
         loader: batches of images, each of shape (3, height, width) and of the size that the ground truth
             knows, and targets, dicts that hold ``image_id``.
         categories: label to category id. Without it labels are taken for category ids.

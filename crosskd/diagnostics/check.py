@@ -399,8 +399,8 @@ def _refuse(losses: Mapping[str, LossSize], distilled: Mapping[str, LossSize], f
     if not any(size.gradient for size in distilled.values()):
         raise ValueError(
             "the distillation has no gradient at the student's parameters, so nothing would be distilled: "
-            "the student equals its teacher, its features vanish before the split, its parameters are "
-            "frozen, or the teacher's head gives the same predictions for any features"
+            "the student equals its teacher, its features vanish before the split, or the teacher's head "
+            "gives the same predictions for any features"
         )
 
 

@@ -447,7 +447,7 @@ def test_channels_of_the_images():
 
 def test_images_too_small_for_a_coarser_level_of_the_teachers():
     distiller = Distiller(teacher_of("yolov8n-p6"), model_of("yolov8n"), CrossKD())
-    with pytest.raises(ValueError, match=r"multiples of the coarsest stride, 64, got \(96, 96\)"):
+    with pytest.raises(ValueError, match=r"multiples of its coarsest stride, 64, got \(96, 96\)"):
         distiller(*batch_of(side=96))
 
 
@@ -637,7 +637,7 @@ def test_splits_that_do_not_fit_are_refused(tap):
     [
         (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "divide what the data loader gives by 255"),
         ([torch.rand(3, 64, 64)], "got list"),
-        (torch.rand(2, 3, 64, 72), "multiples of the coarsest stride, 32"),
+        (torch.rand(2, 3, 64, 72), "multiples of its coarsest stride, 32"),
     ],
 )
 def test_images_that_it_cannot_take(images, message):
