@@ -102,7 +102,9 @@ ZOOMED = replace(CELLS_TEACHER, model=replace(MOBILE, levels=5), sees="zoom")
 ZOOMED_STRIDE16 = replace(ZOOMED, model=replace(ZOOMED.model, finest=16))
 # Larger in its backbone alone: heads of one width need no projection, as in the published pairs.
 ZOOMED_LITE2 = replace(ZOOMED_STRIDE16, model=replace(ZOOMED_STRIDE16.model, backbone="efficientnet_lite2"))
-AQUARIUM_FEW = Run(replace(AQUARIUM, crop=192), MOBILE, steps=1200, labelled=0.1)
+AQUARIUM_ALONE = Run(replace(AQUARIUM, crop=192), MOBILE, steps=1200)
+AQUARIUM_FEW = replace(AQUARIUM_ALONE, labelled=0.1)
+AQUARIUM_TEACHER = replace(AQUARIUM_ALONE, model=replace(LITE2, width=MOBILE.width))
 NANODET_G = Run(PERSONS, Model("nanodet_g"), steps=1)
 
 
@@ -245,8 +247,15 @@ PAIRS: dict[str, Pair] = {
     "aquarium_few": Pair(
         "A larger pretrained teacher with all labels, and a finished student, 10 % of the labels",
         replace(AQUARIUM_FEW, begins=AQUARIUM_FEW, learning_rate=3e-4),
-        Run(AQUARIUM_FEW.data, replace(LITE2, width=MOBILE.width), steps=1200),
+        AQUARIUM_TEACHER,
         (*MAIN, "crosskd+mimic", PSEUDO),
+        (300, 600, 1200),
+    ),
+    "aquarium_finished": Pair(
+        "The same teacher, and a finished student with all labels, too",
+        replace(AQUARIUM_ALONE, begins=AQUARIUM_ALONE, learning_rate=3e-4),
+        AQUARIUM_TEACHER,
+        (*MAIN, "crosskd+mimic"),
         (300, 600, 1200),
     ),
     "aquarium": Pair(
