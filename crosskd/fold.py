@@ -71,8 +71,8 @@ def fold_batch_norm(detector: ModuleT, *inputs: Any, **keywords: Any) -> ModuleT
     if not pairs:
         norms = sum(map(_is_batch_norm, folded.modules()))
         raise ValueError(
-            f"nothing to fold: of the {name}'s {norms} batch norms none directly follows an nn.Conv2d of its "
-            "own, which uses the weights that it holds, when it runs. Distil with it as it is"
+            f"nothing to fold: of the {name}'s {norms} batch norms none directly follows, when it runs, an "
+            "nn.Conv2d of its own that uses the weights it holds. Distil with it as it is"
         )
     for convolution, norm in pairs.items():
         _fold(convolution, norm)
@@ -122,7 +122,8 @@ def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
     def of_convolution(convolution: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(convolution, nn.Conv2d)
         made[id(output)] = convolution, output
-        inputs[convolution] = arguments
+        if type(convolution) is not nn.Conv2d:
+            inputs[convolution] = arguments
         calls[convolution] += 1
 
     def of_norm(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -132,7 +133,7 @@ def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
 
     def found() -> Pairs:
         own = {c: norm for (c, norm), number in reads.items() if number == calls[c] == calls[norm]}
-        return {c: norm for c, norm in own.items() if type(c) is nn.Conv2d or _uses_its_own(c, inputs[c])}
+        return {c: norm for c, norm in own.items() if c not in inputs or _uses_its_own(c, inputs[c])}
 
     handles = []
     for module in detector.modules():
