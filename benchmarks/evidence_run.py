@@ -193,6 +193,7 @@ def _names(run: Run) -> list[str]:
         model.family,
         model.backbone.replace("_", "-"),
         *(["imagenet"] if model.pretrained else []),
+        *([f"width{model.width}"] if model.width != Model.width else []),
         *([f"stride{model.finest}"] if model.finest != STRIDES[0] else []),
         *sees,
     ]
