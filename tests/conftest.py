@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import gc
+import multiprocessing
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import settings
 # What an example may take says nothing on a machine that other work keeps busy.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+# Imported once by the server that forks the processes which tests start, where they are installed.
+multiprocessing.set_forkserver_preload(["torchvision", "crosskd", "mmdet.apis", "lightning", "ultralytics"])
 
 
 @pytest.fixture

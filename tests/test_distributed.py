@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -67,7 +66,6 @@ def _in_process(rank: int, folder: str, job, *arguments: Any) -> None:
 def on_two_ranks(folder: Path, job, *arguments: Any) -> list[Any]:
     """Runs ``job(rank, *arguments)`` in two processes; what each returned."""
     # A server that has imported torch once hands out processes at once, and has no threads to lose.
-    multiprocessing.set_forkserver_preload(["torchvision", "tests.test_distributed", "crosskd"])
     arguments = (str(folder), job, *arguments)
     mp.start_processes(_in_process, args=arguments, nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]

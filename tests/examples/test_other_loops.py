@@ -33,14 +33,14 @@ ARGUMENTS = [
 ]
 
 
+def tiny_detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
+    return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Small detectors of random weights."""
-
-    def detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
-        return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
-
-    monkeypatch.setattr(train_torchvision, "new_detector", detector)
+    monkeypatch.setattr(train_torchvision, "new_detector", tiny_detector)
     monkeypatch.chdir(tmp_path)
 
 
@@ -84,7 +84,13 @@ def test_other_loops_take_threads_and_end_by_one_sentence(name, tiny, one_thread
         main([*ARGUMENTS, "--output", "other", "--position", "9"])
 
 
+def lightnings_loop(arguments: list[str]) -> None:
+    train_torchvision.new_detector = tiny_detector
+    import_module("with_lightning").main(arguments)
+
+
 def plain_loop(arguments: list[str]) -> None:
+    train_torchvision.new_detector = tiny_detector
     processes = start("cpu")
     options = parse(["--output", "plain", "--evaluate-every", "2", *arguments])
     model, _, data, _ = prepare_one(options, processes)
@@ -94,10 +100,9 @@ def plain_loop(arguments: list[str]) -> None:
 @pytest.mark.slow
 def test_two_processes_of_lightnings_train_as_two_of_torchruns(tiny):
     package("lightning")
-    main = import_module("with_lightning").main
     arguments = [*ARGUMENTS, "--batch-size", "1", "--clip", "0", "--optimizer", "sgd"]
     assert forked.on_ranks(plain_loop, arguments) == [0, 0]
     copytree("plain/data", "other/data")  # which Lightning's second process, started in fit(), finds there
-    assert forked.on_ranks(main, ["--output", "other", "--devices", "2", *arguments]) == [0, 0]
+    assert forked.on_ranks(lightnings_loop, ["--output", "other", "--devices", "2", *arguments]) == [0, 0]
     plain, other = (torch.load(f"{folder}/crosskd.pt", weights_only=True) for folder in ("plain", "other"))
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-6)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -625,41 +624,37 @@ def noted(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def one_of_two_machines(endpoint: str, train: Callable[[], None]) -> None:
+def train_twice() -> None:
+    """One rank's work: a run that is broken, and a whole one."""
+    train_torchvision.Trainer = Mortal
+    train_torchvision.write_report = lambda *_: None
+    train_torchvision.new_detector = tiny_detector
+    coco_data.read_annotations = partial(noted, "read_annotations", coco_data.read_annotations)
+    evaluation.coco_stats = partial(noted, "coco_stats", evaluation.coco_stats)
+    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", "teacher.pt", "--checkpoint-every", "1"]
+    arguments += ["--batch-size", "1", "--resume"]
+    processes = start("cpu")
+    for output in ("broken", "whole"):
+        train_torchvision.run(parse(["--output", output, *arguments]), processes)
+
+
+def one_of_two_machines(endpoint: str) -> None:
     """What torchrun does, but that it doesn't start Python anew: importing takes longer than all the rest."""
     command = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d"]
     command += [f"--rdzv-endpoint={endpoint}", "--start-method=fork", "train_torchvision.py"]
     config, *_ = torchrun.config_from_args(torchrun.parse_args(command))
-    elastic_launch(config, train)()
+    elastic_launch(config, train_twice)()
 
 
 @pytest.mark.slow
 def test_a_rank_lost_on_one_of_two_machines_changes_no_weight(tmp_path, monkeypatch):
     """And all ranks end with equal weights and count each image once."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_torchvision, "Trainer", Mortal)
-    monkeypatch.setattr(train_torchvision, "write_report", lambda *_: None)
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
-
-    for module, function in ((coco_data, "read_annotations"), (evaluation, "coco_stats")):
-        monkeypatch.setattr(module, function, partial(noted, function, getattr(module, function)))
-
-    monkeypatch.setattr(train_torchvision, "new_detector", tiny_detector)
-    arguments = [*SMALL, "--method", "crosskd", "--teacher-weights", "teacher.pt", "--checkpoint-every", "1"]
-    arguments += ["--batch-size", "1", "--resume"]
-
-    def train() -> None:
-        processes = start("cpu")
-        for output in ("broken", "whole"):
-            train_torchvision.run(parse(["--output", output, *arguments]), processes)
-
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    fork = multiprocessing.get_context("fork").Process
-    machines = [fork(target=one_of_two_machines, args=(endpoint, train)) for _ in range(2)]
-    for machine in machines:
-        machine.start()
+    machines = [forked.in_fork(one_of_two_machines, endpoint) for _ in range(2)]
     for machine in machines:
         machine.join(300)
         machine.kill()

@@ -1,6 +1,8 @@
-"""Python scripts in forks of the test's process, which has imported already what takes a new one seconds.
+"""Python scripts in forks of a server that has imported already what takes a new process seconds.
 
-The module stands for `subprocess` where a script starts others: ``setattr(script, "subprocess", forked)``.
+Not in forks of the test's own process: after a backward pass on a GPU, or a first one while `torch.compile`
+traces, autograd refuses to work in those. The module stands for `subprocess` where a script starts others:
+``setattr(script, "subprocess", forked)``.
 """
 
 from __future__ import annotations
@@ -16,33 +18,43 @@ from pathlib import Path
 from typing import Any
 
 
-def in_fork(work: Callable[..., None], *arguments: Any) -> Any:
-    """Starts a function in a fork; the process."""
-    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+def in_fork(work: Callable[..., None], *arguments: Any, environment: Mapping[str, str] = os.environ) -> Any:
+    """Starts a function of a module, without what the test has patched in it; the process."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_in_environment, args=(dict(environment), work, *arguments)
+    )
     process.start()
     return process
 
 
-def _script(command: Sequence[str], log: TextIOWrapper, environment: Mapping[str, str]) -> None:
-    """Does what ``python script arguments`` would, and writes what it prints to a file."""
-    _, script, *arguments = command
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    sys.stdout = sys.stderr = log
-    sys.argv, sys.path[:0] = [script, *arguments], [str(Path(script).parent)]
+def _in_environment(environment: Mapping[str, str], work: Callable[..., None], *arguments: Any) -> None:
+    os.environ.clear()  # of the server, which has that of the first test that used it
     os.environ.update(environment)
-    log.reconfigure(line_buffering=True)
+    work(*arguments)
+
+
+def _script(command: Sequence[str], log: str) -> None:
+    """Does what ``python script arguments`` would, and adds what it prints to a file."""
+    _, script, *arguments = command
+    with open(log, "a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.argv, sys.path[:0] = [script, *arguments], [str(Path(script).parent)]
     runpy.run_path(script, run_name="__main__")
-    os._exit(0)  # else a fork that a thread made would wait for that thread, which is itself
 
 
 class Popen:
     """Starts a script, as `subprocess.Popen` does."""
 
     def __init__(
-        self, command: Sequence[str], *, stdout: TextIOWrapper, stderr: TextIOWrapper, env: Any
+        self,
+        command: Sequence[str],
+        *,
+        stdout: TextIOWrapper,
+        stderr: TextIOWrapper,
+        env: Mapping[str, str] = os.environ,
     ) -> None:
-        self.process = in_fork(_script, command, stdout, env)
+        self.process = in_fork(_script, command, stdout.name, environment=env)
 
     def poll(self) -> int | None:
         return self.returncode
@@ -61,18 +73,17 @@ def run(command: Sequence[str], *, check: bool, **streams: Any) -> Popen:
 
 
 def on_ranks(work: Callable[..., None], *arguments: Any, ranks: int = 2) -> list[int]:
-    """Calls a function in forks with the environment that ``torchrun`` gives each rank; their exit codes."""
+    """Calls a function with the environment that ``torchrun`` gives each rank; their exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
-    def on_rank(rank: int) -> None:
+    processes = []
+    for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
-        work(*arguments)
-
-    processes = [in_fork(on_rank, rank) for rank in range(ranks)]
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        processes.append(in_fork(work, *arguments, environment=environment))
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -142,16 +139,10 @@ def tool(name: str, output: Path, *arguments: str) -> str:
     import mmdet
 
     script = Path(mmdet.__file__).parent / ".mim" / "tools" / name
-
-    def run() -> None:
-        sys.argv = [str(script), *arguments]
-        with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            runpy.run_path(str(script), run_name="__main__")
-
-    process = forked.in_fork(run)
-    process.join()
+    with output.open("w") as file:
+        ended = forked.run(["python", str(script), *arguments], check=False, stdout=file, stderr=file)
     printed = output.read_text()
-    assert process.exitcode == 0, printed[-6000:]
+    assert ended.returncode == 0, printed[-6000:]
     return printed
 
 
