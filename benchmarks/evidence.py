@@ -235,6 +235,9 @@ PAIRS: dict[str, Pair] = {
     "cells_few_resnet": _cells_few(
         "A ResNet-18, from scratch", Model("gfl", "resnet18"), ZOOMED_STRIDE16, MAIN
     ),
+    "cells_few_resnet_lite2": _cells_few(
+        "The same student, and the EfficientNet-Lite2", Model("gfl", "resnet18"), ZOOMED_LITE2, MAIN
+    ),
     "cells_few_retinanet": _cells_few(
         "The same teacher, a GFL, and a RetinaNet", replace(MOBILE, family="retinanet"), ZOOMED, OTHER_FAMILY
     ),
