@@ -398,7 +398,7 @@ class Distiller(nn.Module):
         if targets is not None or _needs_heads(active):
             head = student.heads[0]
             run = run_head(head, ours.maps, range(len(ours.maps)), points_of(head, active, 0), batch=batch)
-            ours.heads[head.name] = with_own_losses(run, batch, ours.maps, distilled=bool(active))
+            ours.heads[head.name] = with_own_losses(run, batch, ours.maps)
             if len(student.heads) > 1:
                 run_region_heads(pair, theirs, ours, active)
         steps = {} if theirs is None else self._steps(theirs, ours, active)

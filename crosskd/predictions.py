@@ -208,7 +208,8 @@ class Assignment:
             Heads whose own losses weight parts of them differently give their anchors these weights.
         positive: shape (batch, anchors), true where an anchor is responsible for an object.
         normalizer: shape (), the number of positives (RetinaNet, GFL, ATSS) or the sum of their
-            centerness targets (FCOS); at least 1, averaged over processes.
+            centerness targets (FCOS); at least 1. An adapter's is that of this process's images, a `Step`'s
+            is averaged over processes.
     """
 
     label_weights: Tensor | None
@@ -235,7 +236,7 @@ def positives_of_teacher(teacher: Predictions, threshold: float, *, sum_quality:
     amount = positive.float()
     if sum_quality and teacher.quality is not None:
         amount = amount * teacher.quality.float().sigmoid()
-    normalizer = mean_over_ranks(amount.sum(dim=1).clamp(min=1).sum())
+    normalizer = amount.sum(dim=1).clamp(min=1).sum()
     return Assignment(label_weights=None, positive=positive, normalizer=normalizer)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from crosskd.adapters.base import Adapter, Anchors, Batch, DecoderHead, Head, Objects, RegionHead
 from crosskd.methods.base import Method
 from crosskd.pairing import Pair, classes_agree
-from crosskd.predictions import Assignment, of_this_rank
+from crosskd.predictions import Assignment, mean_over_ranks
 from crosskd.step import (
     DetectorTrace,
     HeadTrace,
@@ -179,17 +179,13 @@ def _head_named(adapter: Adapter, name: str) -> Head | None:
 
 
 @outside_graph
-def with_own_losses(
-    run: HeadTrace, batch: Batch, maps: Sequence[Tensor], *, distilled: bool = True
-) -> HeadTrace:
+def with_own_losses(run: HeadTrace, batch: Batch, maps: Sequence[Tensor]) -> HeadTrace:
     """A run of one of the student's heads with its anchors, own losses and label assignment.
 
     Args:
         run: the head's run; of a `RegionHead` with its regions as anchors.
         batch: as the student takes it.
         maps: the student's.
-        distilled: whether methods are active; else the assignment's normalizer is this process's own, for
-            another's batch may have no targets, and no assignment.
     """
     anchors = run.head.anchors(batch, maps) if run.anchors is None else run.anchors
     run = replace(run, anchors=anchors, all_anchors=anchors)
@@ -197,8 +193,7 @@ def with_own_losses(
         return run
     if isinstance(run.head, DecoderHead):
         return replace(run, losses=run.head.own_losses(batch))
-    with nullcontext() if distilled else of_this_rank():
-        losses, assignment = run.head.losses(run.predictions, anchors, batch)
+    losses, assignment = run.head.losses(run.predictions, anchors, batch)
     return replace(run, losses=losses, assignment=assignment)
 
 
@@ -229,7 +224,7 @@ def run_region_heads(
             teacher.heads[head.name] = replace(observed, anchors=regions, all_anchors=regions)
         pooled = head.pool(student.maps, regions, student.batch)
         run = replace(run_head(head, [pooled], [0], points_of(head, methods, 0)), anchors=regions)
-        previous = with_own_losses(run, student.batch, student.maps, distilled=bool(methods))
+        previous = with_own_losses(run, student.batch, student.maps)
         student.heads[head.name] = previous
 
 
@@ -262,6 +257,7 @@ def steps_of(
     """
     steps = {}
     unlabelled: dict[str, Assignment] = {}  # one per head: an assigner that samples does so once
+    averaged: dict[str, Assignment] = {}
     placed: dict[str, tuple[HeadTrace, Placement | None]] = {}
     for name, method in methods.items():
         pair, theirs, ours = pairs[name], None, None
@@ -273,9 +269,14 @@ def steps_of(
                 placement = _placement(pair, teacher, student, teacher.heads[head])
                 placed[head] = _placed(pair, teacher, student, teacher.heads[head], placement), placement
             theirs, placement = placed[head]
-            if student.batch.targets is None and head not in unlabelled:
+            decoders = isinstance(ours.head, DecoderHead)
+            if student.batch.targets is None and head not in unlabelled and not decoders:
                 unlabelled[head] = theirs.head.assign_unlabelled(theirs.predictions, unlabelled_threshold)
             assignment = unlabelled.get(head, ours.assignment)
+            if assignment is not None and "predictions" in method.requires:
+                if head not in averaged:
+                    averaged[head] = _averaged(assignment)
+                assignment = averaged[head]
             assign = _teacher_assigner(
                 pair, teacher.heads[head], teacher, student, unlabelled.get(head), placement
             )
@@ -292,6 +293,15 @@ def steps_of(
             found_by_teacher=partial(_found_by_teacher, pair, teacher, student),
         )
     return steps
+
+
+def _averaged(assignment: Assignment) -> Assignment:
+    """With a normalizer that is the same on all processes.
+
+    The one place for it: adapters aren't asked as often in a process whose images have no targets, and each
+    process must take part in each mean.
+    """
+    return replace(assignment, normalizer=mean_over_ranks(assignment.normalizer))
 
 
 def _with_anchors(run: HeadTrace, teacher: DetectorTrace) -> HeadTrace:
@@ -406,7 +416,7 @@ def _teacher_assigner(
     @outside_graph
     def assign() -> Assignment:
         if unlabelled is not None:
-            return unlabelled
+            return _averaged(unlabelled)
         with torch.no_grad():
             batch = replace(teacher.batch, objects=_teacher_objects(pair, teacher, student))
             found = run.head.assign(run.predictions, run.all_anchors, batch)
@@ -414,7 +424,7 @@ def _teacher_assigner(
             rows = cast(Anchors, run.all_anchors).rows(run.levels).to(found.positive.device)
             weights = None if found.label_weights is None else found.label_weights[:, rows]
             found = Assignment(weights, found.positive[:, rows], found.normalizer)
-        return found if placement is None else placement.assignment(found)
+        return _averaged(found if placement is None else placement.assignment(found))
 
     return assign
 

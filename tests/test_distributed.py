@@ -254,6 +254,28 @@ def test_unlabelled_images(tmp_path):
     assert torch.equal(first, second)
 
 
+def one_without_targets_job(rank: int, teacher, method) -> Tensor:
+    """The first rank's images have targets, the second's don't."""
+    distiller = Distiller(teacher(seed=1), tiny_retinanet(seed=2), method)
+    parallel = DistributedDataParallel(distiller, find_unused_parameters=True)
+    for _ in range(2):
+        images, targets = tiny_batch(batch=2, seed=rank)
+        sum(parallel(images, None if rank else targets).values()).backward()
+        assert mean_over_ranks(torch.tensor(float(rank))) == 0.5  # nothing is left of another reduction
+    return distiller.student.backbone.laterals[0].weight.grad
+
+
+@pytest.mark.parametrize(
+    ("teacher", "method"),
+    [(tiny_retinanet, CrossKD()), (tiny_retinanet, PKD()), (tiny_fcos, CrossKD())],
+)
+def test_one_rank_may_have_images_without_targets(tmp_path, teacher, method):
+    """PKD reads no label assignment, CrossKD of another type's teacher reads two."""
+    first, second = on_two_ranks(tmp_path, one_without_targets_job, teacher, method)
+    assert first.abs().max() > 0
+    assert torch.equal(first, second)
+
+
 def faster_rcnns() -> Distiller:
     torch.manual_seed(3)
     teacher, student = (tiny_faster_rcnn(width=width, seed=width) for width in (24, 16))

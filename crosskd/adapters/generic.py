@@ -21,7 +21,7 @@ from crosskd.adapters.modules import (
     of_level,
     width_of,
 )
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.predictions import Assignment, Predictions
 from crosskd.towers import Branch, Tower
 
 __all__ = ["GenericAdapter", "GenericHead", "generic", "stacked_images"]
@@ -582,7 +582,7 @@ def _assignment(name: str, assigned: Any, wanted: tuple[int, ...]) -> Assignment
     if isinstance(assigned, Assignment):
         return assigned
     positives = mask.sum(dim=1).clamp(min=1).sum().float()
-    return Assignment(None, mask, mean_over_ranks(positives))
+    return Assignment(None, mask, positives)
 
 
 def _unknown_rows(what: str) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from crosskd._checks import compute_dtype
 from crosskd.adapters.base import Anchors, Batch, Head
 from crosskd.adapters.replacing import replaced
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks, positives_of_teacher
+from crosskd.predictions import Assignment, Predictions, positives_of_teacher
 from crosskd.towers import Block, Branch, Tower, split_tower
 
 __all__ = ["ATSS", "FCOS", "GFL", "HEADS", "MMDetHead", "RTMDet", "RetinaNet", "head_class_of"]
@@ -203,7 +203,7 @@ class MMDetHead(Head):
         )
         positive = self.positive(labels)
         positives = positive.sum(dim=1).clamp(min=1).sum().float()
-        return Assignment((weights > 0).float(), positive, mean_over_ranks(positives))
+        return Assignment((weights > 0).float(), positive, positives)
 
     def positive(self, labels: Tensor) -> Tensor:
         """Which labels are a class of objects."""
@@ -302,7 +302,7 @@ class FCOS(MMDetHead):
         at = self.positive(torch.cat(list(labels)))
         total = self.module.centerness_target(torch.cat(list(distances))[at]).sum()
         # At least 1: on a batch without objects the published 1e-6 makes the loss a million times larger.
-        return Assignment(None, positive, mean_over_ranks(total).clamp(min=1))
+        return Assignment(None, positive, total.clamp(min=1))
 
     def assign_unlabelled(self, predictions: Predictions, threshold: float) -> Assignment:
         """The teacher's confident points, whose predicted centerness is summed."""

@@ -19,7 +19,7 @@ from crosskd.adapters.torchvision.common import (
     targets_of,
     widened,
 )
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks, positives_of_teacher
+from crosskd.predictions import Assignment, Predictions, positives_of_teacher
 from crosskd.towers import Branch, Tower
 
 __all__ = ["TorchvisionFCOS", "TorchvisionRetinaNet"]
@@ -136,7 +136,7 @@ class _RetinaNetHead(_DenseHead):
         positive = matches >= 0
         label_weights = matches != self.detector.proposal_matcher.BETWEEN_THRESHOLDS
         positives = positive.sum(dim=1).clamp(min=1).sum().float()
-        return Assignment(label_weights.float(), positive, mean_over_ranks(positives))
+        return Assignment(label_weights.float(), positive, positives)
 
 
 class _FCOSHead(_DenseHead):
@@ -174,7 +174,7 @@ class _FCOSHead(_DenseHead):
             )  # (positives, 4), l t r b
             total = total + _centerness(sides).sum()
         # At least 1: on a batch without objects the published 1e-6 makes the loss a million times larger.
-        return Assignment(None, matches >= 0, mean_over_ranks(total).clamp(min=1))
+        return Assignment(None, matches >= 0, total.clamp(min=1))
 
     def assign_unlabelled(self, predictions: Predictions, threshold: float) -> Assignment:
         """The teacher's confident points, whose predicted centerness is summed."""

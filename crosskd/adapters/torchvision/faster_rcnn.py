@@ -22,7 +22,7 @@ from crosskd.adapters.torchvision.common import (
     targets_of,
     widened,
 )
-from crosskd.predictions import Assignment, Predictions, join_levels, mean_over_ranks
+from crosskd.predictions import Assignment, Predictions, join_levels
 from crosskd.towers import Block, Branch, Tower
 
 __all__ = ["Regions", "TorchvisionFasterRCNN"]
@@ -296,11 +296,10 @@ def _of_sample(labels: Tensor, positive: Sequence[Tensor], negative: Sequence[Te
         negative: likewise, the others.
     """
     sampled = torch.stack([a.bool() | b.bool() for a, b in zip(positive, negative, strict=True)])
-    normalizer = mean_over_ranks(sampled.sum().clamp(min=1).float())
-    return Assignment(sampled.float(), labels > 0, normalizer)
+    return Assignment(sampled.float(), labels > 0, sampled.sum().clamp(min=1).float())
 
 
 def _of_regions(positive: Tensor) -> Assignment:
     """The assignment behind losses that are means over regions, of which these (regions,) hold an object."""
     amount = torch.tensor(float(max(len(positive), 1)), device=positive.device)
-    return Assignment(None, positive[None], mean_over_ranks(amount))
+    return Assignment(None, positive[None], amount)

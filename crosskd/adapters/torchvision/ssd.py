@@ -20,7 +20,7 @@ from crosskd.adapters.torchvision.common import (
     predictors_of,
     targets_of,
 )
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.predictions import Assignment, Predictions
 from crosskd.towers import Branch, Tower
 
 __all__ = ["TorchvisionSSD"]
@@ -133,8 +133,7 @@ class _SSDHead(Head):
                 "label assignment can't be shared: write an adapter for this detector (docs/adapters.md)"
             )
         positive = torch.stack(matches) >= 0
-        normalizer = mean_over_ranks(positive.sum().clamp(min=1).float())
-        return losses, Assignment(None, positive, normalizer)
+        return losses, Assignment(None, positive, positive.sum().clamp(min=1).float())
 
 
 class TorchvisionSSD(TorchvisionAdapter):

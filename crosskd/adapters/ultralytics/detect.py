@@ -24,7 +24,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 from crosskd._checks import compute_dtype
 from crosskd.adapters.base import Adapter, Anchors, Batch, Head, Objects, OwnOutput, PixelCoding
 from crosskd.adapters.replacing import replaced
-from crosskd.predictions import Assignment, Predictions, mean_over_ranks
+from crosskd.predictions import Assignment, Predictions
 from crosskd.towers import Block, Branch, Tower
 
 __all__ = ["Criterion", "DetectHead", "UltralyticsDetect"]
@@ -251,7 +251,7 @@ class DetectHead(Head):
         """
         counts = [height * width for height, width in anchors.sizes]
         positive = _joined([mask.bool() for _, mask in calls], counts)
-        sums = [mean_over_ranks(scores.sum().float().clamp(min=1)) for scores, _ in calls]
+        sums = [scores.sum().float().clamp(min=1) for scores, _ in calls]
         normalizer = torch.stack(sums).sum()
         if len(calls) == 1:
             return Assignment(None, positive, normalizer)
