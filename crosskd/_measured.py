@@ -99,9 +99,9 @@ def ending_activation(
 
 
 def _features(width: int, channels_last: bool = False) -> Tensor:
-    """Numbers between -3 and 3, without drawing any."""
+    """Numbers between -8 and 8, where activations that are clipped are bent, without drawing any."""
     shape = (1, _SIDE, _SIDE, width) if channels_last else (1, width, _SIDE, _SIDE)
-    return 3 * (1.7 * torch.arange(1, 1 + width * _SIDE**2, dtype=torch.float64)).sin().view(shape)
+    return 8 * (1.7 * torch.arange(1, 1 + width * _SIDE**2, dtype=torch.float64)).sin().view(shape)
 
 
 def _outputs(module: nn.Module, inputs: Sequence[Tensor], hooks: Hooks | None = None) -> list[Tensor] | None:

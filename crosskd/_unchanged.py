@@ -85,9 +85,12 @@ def _restore(value: Any, content: Any) -> None:
     if isinstance(value, Tensor):
         # Not by its version, which batch norm doesn't count up. Nor is all of it written without need, for a
         # graph that was recorded before may hold it.
-        if value.shape != content.shape or not (value.is_meta or torch.equal(value, content)):
+        if value.shape != content.shape:
             with torch.no_grad():
-                value.resize_(content.shape).copy_(content)
+                value.resize_(content.shape)
+        if not (value.is_meta or torch.equal(value, content)):
+            # By .data, which doesn't count the version up: a graph may hold it with this very content.
+            value.data.copy_(content)
         return
     value.clear()
     if isinstance(value, dict | set):

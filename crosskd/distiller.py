@@ -351,6 +351,7 @@ class Distiller(nn.Module):
                 "distilling: call distiller.train(), or distiller.student.eval() for detections"
             )
         if not self.training:
+            self._check_student()
             return self.student_adapter.detect(images, targets)
         if not self.student.training:
             raise ValueError(
@@ -469,14 +470,18 @@ class Distiller(nn.Module):
                 "there: let it do without targets, or give it what it needs in the images"
             ) from error
 
-    def _check_unchanged(self) -> None:
-        """Raises ``ValueError`` where something has changed that the methods were set up by."""
+    def _check_student(self) -> None:
+        """Raises ``ValueError`` where the student isn't the detector that the adapter was made for."""
         made_for = self.student_adapter.detector
         if self.student is not made_for:
             raise ValueError(
                 f"distiller.student, a {type(made_for).__name__}, was replaced by a "
                 f"{type(self.student).__name__}: make a new Distiller for it"
             )
+
+    def _check_unchanged(self) -> None:
+        """Raises ``ValueError`` where something has changed that the methods were set up by."""
+        self._check_student()
         if self._given is not None:
             teacher, before = self._given[0](), self._given[1]
             if teacher is not None and [id(parameter) for parameter in teacher.parameters()] != before:

@@ -178,7 +178,8 @@ def class_columns(
     if theirs is not None and ours is not None and columns[ours] != theirs:
         raise ValueError(
             f"class {theirs} of the teacher and class {ours} of the student mean no object, so class_map "
-            f"must have class_map[{ours}] = {theirs}; got {columns}"
+            f"must have class_map[{ours}] = {theirs}; got {columns}. Where one of the two is a class of "
+            "objects, its adapter's background is wrong"
         )
     return tuple(columns)
 
@@ -389,16 +390,24 @@ def anchors_agree(step: Step) -> bool:
 
     The student's own label assignment says then which of the teacher's anchors count.
     """
+    return _same_type(step) and _same_places(step)
+
+
+def _same_type(step: Step) -> bool:
+    teacher, student = step.teacher.head, step.student.head
+    return teacher.rows == student.rows == "regions" or teacher.head_type == student.head_type
+
+
+def _same_places(step: Step) -> bool:
+    """Whether the two heads stand at the same anchors; of heads that don't tell, those of one type do."""
     teacher, student = step.teacher, step.student
     if teacher.head.rows == "regions" and student.head.rows == "regions":
         return True
-    if teacher.head.head_type != student.head.head_type:
-        return False
     theirs, ours = teacher.anchors, student.anchors
     if theirs.per_level != ours.per_level:
         return False
     if theirs.boxes is None or ours.boxes is None or step.resized:
-        return True
+        return _same_type(step)
     scaled = step.scale * ours.boxes.to(theirs.boxes)
     # Anchors may be rounded to whole pixels, which a factor enlarges.
     rounding = 1e-3 if step.scale == 1 else max(step.scale, 1.0)
@@ -409,7 +418,7 @@ def anchors_agree(step: Step) -> bool:
 
 def require_same_anchors(step: Step) -> None:
     """Raises ``ValueError`` where teacher and student predict boxes at different anchors."""
-    if anchors_agree(step):
+    if _same_places(step):
         return
     texts = []
     for side in (step.teacher, step.student):

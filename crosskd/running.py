@@ -120,7 +120,7 @@ def run_teacher(pair: Pair, batch: Batch, methods: Methods, *, each_image: bool 
         head = first_head(pair, methods)
         if head is not None:
             levels = list(range(len(maps)))
-            if pair.levels is not None and not isinstance(pair.student_head, DecoderHead):
+            if pair.levels is not None and not isinstance(pair.student.heads[0], DecoderHead):
                 levels = [level for _, level in pair.levels]
             fed = [maps[level] for level in levels]
             heads[head.name] = _observed(pair, head, fed, levels, methods, batch, each_image=each_image)

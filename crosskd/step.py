@@ -378,11 +378,12 @@ def space(feature_map: Tensor, *, channels_last: bool) -> tuple[int, ...]:
 def resized_boxes(boxes: Tensor, size: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
     """Boxes (objects, 4), xyxy in pixels, of an image of one (height, width) as they are at another."""
     (height, width), (wanted_height, wanted_width) = size, wanted
+    boxes = boxes if boxes.is_floating_point() else boxes.float()
     return boxes * boxes.new_tensor([wanted_width / width, wanted_height / height] * 2)
 
 
 def distinct_objects(boxes: Tensor, scores: Tensor, labels: Tensor, size: tuple[int, int]) -> Objects:
-    """What is left of an image's boxes where of those of a class that overlap by half the surest are kept.
+    """An image's boxes after non-maximum suppression within each class, at an IoU of 0.5.
 
     Args:
         boxes: shape (boxes, 4), xyxy in pixels, cut to the image first.

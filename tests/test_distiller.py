@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 
-from crosskd import CrossKD, Distiller, Method, PredictionMimicking, Schedule
+from crosskd import PKD, CrossKD, Distiller, Method, PredictionMimicking, Schedule
 from crosskd.adapters import TorchvisionRetinaNet
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
 from tests.helpers.two_stages import tiny_faster_rcnn
@@ -743,6 +743,30 @@ def test_a_student_without_a_trainable_parameter_is_refused_though_projections_t
     distiller = distiller_of(build)  # of two widths
     distiller.student.requires_grad_(False)
     with pytest.raises(ValueError, match=r"none of the student's .* trainable.*requires_grad_\(True\)"):
+        distiller(*tiny_batch())
+
+
+def test_images_with_targets_and_without_have_one_backward_on_the_first_step():
+    """Proving the student by its own forward leaves the graph of what ran before as it was."""
+    options = {"batch_norm": True, "norm": "none"}
+    found = []
+    for prove in (True, False):
+        torch.manual_seed(0)
+        distiller = Distiller(
+            tiny_retinanet(seed=1, **options), tiny_retinanet(seed=2, **options), PKD(), prove=prove
+        )
+        images, targets = tiny_batch()
+        unlabelled = sum(distiller([image.flip(-1) for image in images]).values())
+        (unlabelled + sum(distiller(images, targets).values())).backward()
+        found.append([p.grad for p in distiller.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_student_that_is_replaced_is_refused(training):
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), CrossKD()).train(training)
+    distiller.student = tiny_retinanet(seed=3).train(training)
+    with pytest.raises(ValueError, match="was replaced by a RetinaNet"):
         distiller(*tiny_batch())
 
 

@@ -26,6 +26,13 @@ class Bounded(nn.Module):
         return features.tanh()
 
 
+class Clipped(nn.Module):
+    """A hard sigmoid, which is straight from -3 to 3."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return ((features + 3) / 6).clamp(0, 1)
+
+
 class PerChannel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +89,7 @@ class Residual(Lora):
         return features + super().forward(features)
 
 
-ACTIVATIONS = [Swish(), Bounded(), PerChannel(), nn.Threshold(0.1, 0.0), nn.Hardshrink()]
+ACTIVATIONS = [Swish(), Bounded(), Clipped(), PerChannel(), nn.Threshold(0.1, 0.0), nn.Hardshrink()]
 OTHERS = [OwnNorm(), FrozenBatchNorm2d(WIDTH), nn.Softmax(dim=1), nn.Identity(), nn.Dropout()]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from crosskd import Distiller, Method
 from crosskd.adapters import Objects
 from crosskd.predictions import Predictions
-from crosskd.step import Step, run_head, shape_only, space
+from crosskd.step import Step, resized_boxes, run_head, shape_only, space
 from crosskd.towers import Branch, Tapped, TapPoint, Tower
 from tests.helpers.steps import PlainHead, make_predictions, make_side, make_step
 from tests.helpers.tiny import tiny_batch, tiny_fcos, tiny_retinanet
@@ -139,6 +139,11 @@ def test_the_teachers_side_is_a_constant_and_the_students_is_not():
         assert side.predictions.regression.requires_grad is grad
     assert not any(t.requires_grad for taps in step.teacher.taps.values() for t in taps)
     assert all(t.read().requires_grad for taps in step.student.taps.values() for t in taps)
+
+
+def test_boxes_of_whole_numbers_are_resized():
+    boxes = torch.tensor([[2, 4, 6, 8]])
+    assert resized_boxes(boxes, (8, 8), (4, 12)).tolist() == [[3.0, 2.0, 9.0, 4.0]]
 
 
 def test_a_step_can_be_made_by_hand():

@@ -71,7 +71,8 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
         num_classes: classes that the detector predicts, or a function of it. Read off the predictors' widths
             unless given.
         bins: of the distribution that each side of a box is predicted as; 1 for plain numbers.
-        background: the column of the logits that means no object, where the classes share a softmax.
+        background: the column of the logits that means no object, where the classes share a softmax, or a
+            function of the detector, where teacher and student have other numbers of classes.
         objectness: what the ``"quality"`` predictor predicts is whether there is an object at all, and the
             classes are trained where there is one alone: a class's probability is the product of both (YOLOX,
             YOLOv3 to v7).
@@ -89,7 +90,8 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
             in train mode, or their sum, which the first step compares with those of its pieces. Unless given,
             those of ``detector(images, targets)``; where it takes or returns something else, the outputs of
             its layers are compared.
-        pixel_coding: how its pixels are coded, where the other detector's are coded in another way.
+        pixel_coding: how its pixels are coded, where the other detector's are coded in another way, or a
+            function of the detector.
         head_type: by which methods look up published settings: ``"GFL"``, ``"RetinaNet"``, ``"ATSS"``,
             ``"FCOS"``. Unless given, the general ones hold.
         rows: ``"grid"`` where the rows of predictions are places, ``"queries"`` where they are a set in no
@@ -137,14 +139,14 @@ class generic:  # noqa: N801  # called as a function is, like functools.partial
     predict: Callable[[Any, int, Mapping[str, Tensor]], Predictions] | None = None
     num_classes: int | Callable[[Any], int] | None = None
     bins: int = 1
-    background: int | None = None
+    background: int | Callable[[Any], int | None] | None = None
     objectness: bool = False
     prepare: Callable[[Any, Any, Any], Batch] | None = None
     objects: Callable[[Any], Iterable[Any]] | None = None
     assign: Callable[[Any, Predictions, Any, Any], Assigned] | None = None
     detect: Callable[[Any, Any], Any] | None = None
     own_losses: Callable[[Any, Any, Any], Mapping[str, Tensor] | Tensor | None] | None = None
-    pixel_coding: PixelCoding | None = None
+    pixel_coding: PixelCoding | Callable[[Any], PixelCoding | None] | None = None
     head_type: str | None = None
     rows: Literal["grid", "queries"] | None = None
     queries: Callable[[Any, Sequence[Tensor]], Any] | None = None
@@ -198,7 +200,7 @@ class GenericAdapter(Adapter):
         self.strides = None if strides is None else tuple(map(float, strides))
         self.head = GenericHead(detector, spec, self.strides)
         self.heads = (self.head,)
-        self.pixel_coding = spec.pixel_coding
+        self.pixel_coding = spec.pixel_coding(detector) if callable(spec.pixel_coding) else spec.pixel_coding
         widths = spec.widths(detector) if callable(spec.widths) else spec.widths
         if widths is None and self.strides is not None and self.head.rows == "grid":
             branch = self.head.branches[0]
@@ -218,12 +220,12 @@ class GenericAdapter(Adapter):
             pixels = stacked_images(images, "prepare=")
             batch = Batch(pixels, sizes_of(pixels), targets=targets)
         if batch.objects is None and batch.targets is not None:
-            batch = replace(batch, objects=self._objects_of(batch.targets))
+            batch = replace(batch, objects=self._objects_of(batch.targets, batch.pixels.device))
         if batch.objects is not None and len(batch.objects) != len(batch.pixels):
             raise ValueError(f"got {len(batch.pixels)} images, but targets for {len(batch.objects)}")
         return batch
 
-    def _objects_of(self, targets: Any) -> tuple[Objects, ...] | None:
+    def _objects_of(self, targets: Any, device: torch.device) -> tuple[Objects, ...] | None:
         if self.spec.objects is not None:
             listed = [_object_dict(of_image) for of_image in self.spec.objects(targets)]
         else:
@@ -231,10 +233,16 @@ class GenericAdapter(Adapter):
             known = [isinstance(t, Mapping) and {"boxes", "labels"} <= t.keys() for t in listed]
             if not listed or not all(known):
                 return None
+        objects = []
         for image, target in enumerate(listed):
-            if not bool(torch.as_tensor(target["boxes"]).isfinite().all()):
-                raise ValueError(f"targets[{image}] has boxes that are not finite: {target['boxes']}")
-        return tuple(Objects(target["boxes"], target["labels"]) for target in listed)
+            boxes, labels = target["boxes"], target["labels"]
+            if not isinstance(boxes, Tensor):
+                boxes = torch.as_tensor(boxes, dtype=torch.float32, device=device).reshape(-1, 4)
+            if not bool(boxes.isfinite().all()):
+                raise ValueError(f"targets[{image}] has boxes that are not finite: {boxes}")
+            labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device=device).long()
+            objects.append(Objects(boxes, labels))
+        return tuple(objects)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The feature extractor's maps.
@@ -309,7 +317,8 @@ class GenericHead(Head):
         self.detector, self.spec = detector, spec
         # With the module's name, so that a class that happens to be called FCOS gets no published settings.
         self.head_type = spec.head_type or f"{type(detector).__module__}.{type(detector).__qualname__}"
-        self.bins, self.background, self.decodes = spec.bins, spec.background, spec.decode is not None
+        self.bins, self.decodes = spec.bins, spec.decode is not None
+        self.background = spec.background(detector) if callable(spec.background) else spec.background
         self.objectness = spec.objectness
         self.predictors: dict[str, tuple[nn.Module, ...]] = {}
         for name, behind in spec.predictors.items():
@@ -516,10 +525,18 @@ class GenericHead(Head):
         # Targets of another form, or predictions of some levels alone, are nothing for losses=.
         if self.spec.losses is None or self.spec.objects or predictions.logits.shape[1] != rows:
             raise ValueError(
-                f"the teacher, a {type(self.detector).__name__}, has other anchors than the student, and its "
-                "losses= can't be called for its label assignment: pass generic() assign="
+                f"the teacher, a {type(self.detector).__name__}, has other anchors than the student or is of "
+                "another type, and its losses= can't be called for its label assignment: pass generic() "
+                "assign=, or one head_type= for both where they assign labels alike"
             )
-        return self.losses(predictions, anchors, replace(batch, targets=targets))[1]
+        try:
+            return self.losses(predictions, anchors, replace(batch, targets=targets))[1]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"losses= failed on targets of the form [{{boxes, labels}}], which the teacher, a "
+                f"{type(self.detector).__name__}, is given for its label assignment "
+                f"({type(error).__name__}: {error}): pass generic() assign="
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

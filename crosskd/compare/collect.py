@@ -114,6 +114,8 @@ def _image_id(target: Any) -> int:
 
 
 def _array(values: Any) -> NDArray[Any]:
+    if isinstance(values, Tensor) and values.dtype == torch.bfloat16:  # which NumPy doesn't have
+        values = values.float()
     return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 

@@ -41,7 +41,7 @@ def named_methods(
     """
     if configs is None:
         return [CrossKD()]
-    listed = [configs] if isinstance(configs, Method | str | Mapping) else configs
+    listed = configs if isinstance(configs, Sequence) and not isinstance(configs, str) else [configs]
     return [_method(config, find, register) for config in listed]
 
 

@@ -57,13 +57,14 @@ class GraphReasoning(nn.Module):
         Args:
             features: shape (batch, channels, locations).
         """
-        scale = (features.square().mean(dim=(1, 2), keepdim=True) + _EPSILON).rsqrt()
-        shares = self.project(features.mT).mT * scale  # (batch, nodes, locations)
+        wide = features.to(self.project.weight.dtype)
+        scale = (wide.square().mean(dim=(1, 2), keepdim=True) + _EPSILON).rsqrt()
+        shares = self.project(wide.mT).mT * scale  # (batch, nodes, locations)
         # S and E are applied to the nodes, of which there are few, and not to the locations.
-        nodes = self.state(shares @ features.mT / features.shape[2])  # (batch, nodes, states)
+        nodes = self.state(shares @ wide.mT / features.shape[2])  # (batch, nodes, states)
         nodes = self.update(nodes - self.adjacency(nodes.mT).mT)
         added: Tensor = self.extend(nodes).mT @ shares
-        return added
+        return added.to(features.dtype)
 
 
 class PixelRelation(nn.Module):
@@ -215,9 +216,10 @@ class InstanceRelation(nn.Module):
         dtype = compute_dtype(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
             ours, theirs = _unit(student.to(dtype)), _unit(teacher.detach().to(dtype))
-            of_first, of_second = self.filter(ours).unbind(dim=1)
+            learned = ours.to(self.filter.weight.dtype)
+            of_first, of_second = self.filter(learned).to(dtype).unbind(dim=1)
             weight = 2 * (of_first[:, None] + of_second).sigmoid()
-            similar = weight * (self.first(ours) @ self.second(ours).mT)
+            similar = weight * (self.first(learned).to(dtype) @ self.second(learned).to(dtype).mT)
             found = self._normalized(similar, apart)
             return (found - self._normalized(theirs @ theirs.mT, apart)).square().sum()
 

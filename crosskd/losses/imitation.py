@@ -65,7 +65,7 @@ def imitation_loss(
     if active_above is None:
         return weighted(rows, None, None)
     magnitude = teacher.abs().mean(dim=1)
-    largest = magnitude.flatten(1).amax(dim=1).reshape(-1, *[1] * (magnitude.ndim - 1))
+    largest = magnitude[:, None].flatten(1).amax(dim=1).reshape(-1, *[1] * (magnitude.ndim - 1))
     active = magnitude > active_above * largest
     return weighted(rows, torch.where(active, 1.0, inactive_weight), None)
 

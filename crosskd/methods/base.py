@@ -61,6 +61,9 @@ class Method(nn.Module, ABC):
         super().__init__()
         if isinstance(self.requires, str):
             raise TypeError(f'requires must be a set such as frozenset({{"maps"}}), got {self.requires!r}')
+        if not isinstance(schedule, Schedule | None):
+            given = type(schedule).__name__
+            raise TypeError(f"schedule must be a Schedule, such as Schedule(stop=1000), got a {given}")
         self.schedule = schedule
         self.name = name
         self.head = head

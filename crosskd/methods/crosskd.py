@@ -128,7 +128,7 @@ class CrossKD(Method):
         )
         self.projections = nn.ModuleDict()
         self.class_map: tuple[int, ...] | None = None
-        self.idle: frozenset[str] = frozenset()
+        self.joined: frozenset[str] = frozenset()
         self.anchors_agree = False
 
     def extra_repr(self) -> str:
@@ -155,12 +155,10 @@ class CrossKD(Method):
         require_all_levels(pair)
         self.class_map = pair.class_map
         self.comparison = self.comparison.settled(teacher)
-        self.idle = _idle_branches(pair.teacher.detector, teacher, self.comparison)
-        branches = [
-            (branch, _named(student, branch.name))
-            for branch in teacher.branches
-            if branch.name not in self.idle
-        ]
+        idle = _idle_branches(pair.teacher.detector, teacher, self.comparison)
+        joined = [branch for branch in teacher.branches if branch.name not in idle]
+        branches = [(branch, _named(student, branch.name)) for branch in joined]
+        self.joined = frozenset(branch.name for branch in joined)
         unless_given = ""
         if self.position is None:
             self.position = settings_for(teacher).position
@@ -211,8 +209,9 @@ class CrossKD(Method):
         self.anchors_agree = anchors_agree(step)
 
     def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
-        """The split, on either side; ``None`` for a branch that no loss reads."""
-        return None if branch in self.idle else self.split
+        """The split, on either side; ``None`` for a branch that no loss reads or the teacher doesn't have."""
+        split = self.split
+        return split if branch in self.joined else None
 
     def keep_of_teacher(self, tapped: Tapped) -> FeatureStatistics:
         """Alignment needs the teacher's statistics only, so its features need not be kept."""
@@ -234,13 +233,13 @@ class CrossKD(Method):
         for place, level in enumerate(step.teacher.levels):
             towers: dict[str, Tensor] = {}
             for branch in head.branches:
-                if branch.name in self.idle:
+                if branch.name not in self.joined:
                     continue
                 features = self._projected(step.student.taps[branch.name][place], branch.name, place)
                 aligned = align_statistics(features, step.teacher.taps[branch.name][place])
                 towers[branch.name] = branch.tower(level).tail(aligned, self.split[1])
             for branch in head.branches:
-                if branch.name in self.idle:
+                if branch.name not in self.joined:
                     towers[branch.name] = _blank(branch.tower(level), next(iter(towers.values())))
             levels.append(head.predict(level, towers).of_classes(self.class_map))
         return join_levels(levels)
@@ -273,7 +272,8 @@ def _idle_branches(detector: nn.Module, head: Head, comparison: Comparison) -> f
     wanted = [output for name, output in known.items() if name in comparison.names]
     if head.objectness and "kd_cls" in comparison.names:  # the product of the two
         wanted.append("quality")
-    if len(head.branches) == 1 or {"logits", "regression"} <= set(wanted):
+    # Classes and boxes have a branch each, but where a third is theirs alone.
+    if len(head.branches) < 2 or (len(head.branches) == 2 and {"logits", "regression"} <= set(wanted)):
         return frozenset()
     like, towers = next(detector.parameters()), {}
     for branch in head.branches:

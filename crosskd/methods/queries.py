@@ -60,8 +60,8 @@ class QueryMethod(Method):
         head: str | None,
     ) -> None:
         super().__init__(schedule=schedule, name=name, head=head)
+        require_numbers(**dict(zip(("cls_weight", "l1_weight", "giou_weight"), weights, strict=True)))
         self.weights = dict(zip(("kd_cls", "kd_l1", "kd_giou"), weights, strict=True))
-        require_numbers(**self.weights)
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(f"the weights must be 0 or more, one of them above 0; got {list(weights)}")
 
@@ -213,7 +213,7 @@ class QueryDistillation(QueryMethod):
         else:
             wanted = self.detections(step)
             content = self.content.expand(*wanted.logits.shape[:2], -1)
-            ours = step.student.decoded(Queries(content, boxes=wanted.regression))
+            ours = step.student.decoded(Queries(content, boxes=wanted.regression.to(content.dtype)))
             answers = [(ours, [DecoderLayer(content, wanted)] * len(ours))]
         assert self.layers is not None
         losses: dict[str, list[Tensor]] = {name: [] for name in self.loss_names()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,15 @@ from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 
 from crosskd import BCKD, PKD, CrossKD, Distiller, Method, PredictionMimicking, ResponseDistillation
-from crosskd.adapters import Anchors, Batch, PixelCoding, TorchvisionFCOS, TorchvisionRetinaNet, generic
+from crosskd.adapters import (
+    Anchors,
+    Batch,
+    Objects,
+    PixelCoding,
+    TorchvisionFCOS,
+    TorchvisionRetinaNet,
+    generic,
+)
 from crosskd.adapters.generic import GenericAdapter
 from crosskd.adapters.torchvision.common import grid_anchors
 from crosskd.align import align_statistics
@@ -714,6 +724,27 @@ def test_pixels_are_recoded():
         losses_of(teacher, student, adapter_for(), teacher_adapter=specs[0])
 
 
+def test_what_the_sides_differ_in_may_be_a_function_of_the_detector():
+    """The coding of the pixels, and the column that means no object."""
+    codings = {"teacher": PixelCoding((0.0,) * 3, (0.5,) * 3), "student": PixelCoding((0.0,) * 3, (1.0,) * 3)}
+    teacher, student = Shared(classes=5), Shared(seed=1)
+    teacher.side, student.side = "teacher", "student"
+    both = adapter_for(
+        pixel_coding=lambda detector: codings[detector.side],
+        background=lambda detector: detector.head.cls.out_channels - 1,
+    )
+    apart = {
+        name: adapter_for(pixel_coding=codings[name], background=column)
+        for name, column in (("teacher", 4), ("student", 2))
+    }
+    expected = losses_of(
+        teacher, student, apart["student"], teacher_adapter=apart["teacher"], class_map=[1, 0, 4]
+    )
+    assert_close(losses_of(teacher, student, both, class_map=[1, 0, 4]), expected)
+    with pytest.raises(ValueError, match=r"class_map\[2\] = 2.*background is wrong"):
+        losses_of(teacher, student, adapter_for(background=2), class_map=[1, 0, 4])
+
+
 # -- objects and label assignment -------------------------------------------------------------------
 
 
@@ -771,6 +802,95 @@ def test_objects_are_read_off_dicts_or_given():
     targets[1]["boxes"][0, 2] = float("nan")
     with pytest.raises(ValueError, match=r"targets\[1\] has boxes that are not finite.*nan"):
         adapter.prepare(pixels(), targets)
+
+
+def test_objects_may_be_lists():
+    lists = [{name: part.tolist() for name, part in target.items()} for target in two_targets()]
+    lists[1] = {"boxes": [], "labels": []}
+    first, second = adapter_for()(Shared()).prepare(pixels(), lists).objects
+    assert torch.equal(first.boxes, two_targets()[0]["boxes"])
+    assert (first.labels.tolist(), second.boxes.shape, second.labels.dtype) == ([1], (0, 4), torch.int64)
+
+
+def test_a_derived_class_stands_at_the_same_places():
+    """Its predictions can be compared row by row; labels are assigned alike where the user says so."""
+
+    class Derived(Shared):
+        """Of another class than its teacher, and nothing else."""
+
+    options = {"anchors": located, "losses": inside_losses}
+    teacher, student, plain = Shared(), Derived(seed=1), Shared(seed=1)
+    found, expected = (
+        Distiller(teacher, one, PredictionMimicking(), adapter_for(**options))(pixels(), two_targets())
+        for one in (student, plain)
+    )
+    assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"\[64, 16\] per level of .*Shared head .*Derived head"):
+        losses_of(teacher, student, adapter_for(), PredictionMimicking())  # neither tells its places
+    given = adapter_for(**options, objects=lambda targets: targets)
+    with pytest.raises(ValueError, match=r"is of another type.*assign=.*head_type="):
+        Distiller(teacher, student, CrossKD(), given)(pixels(), two_targets())
+    named = adapter_for(**options, objects=lambda targets: targets, head_type="mine")
+    assert Distiller(teacher, student, CrossKD(), named)(pixels(), two_targets())["kd_cls"] > 0
+
+
+def test_error_losses_that_cannot_be_asked_for_the_teachers_assignment():
+    def losses(detector, predictions, anchors, targets):
+        return inside_losses(detector, predictions, anchors, [target.found for target in targets])
+
+    def prepare(detector, images, targets):
+        objects = None if targets is None else tuple(Objects(**target.found) for target in targets)
+        return Batch(images, ((16, 16),) * len(images), targets=targets, objects=objects)
+
+    teacher, student = Shared(), Shared(seed=1)
+    teacher.offset = 4.0
+    adapter = adapter_for(anchors=located, losses=losses, prepare=prepare)
+    targets = [SimpleNamespace(found=target) for target in two_targets()]
+    with pytest.raises(ValueError, match=r"teacher, a Shared, .*\(AttributeError: 'dict' .*found.*assign="):
+        Distiller(teacher, student, CrossKD(), adapter)(pixels(), targets)
+
+
+class Judged(Shared):
+    """With a branch of its own for how well a box fits."""
+
+    def __init__(self, width: int = 8, seed: int = 0) -> None:
+        super().__init__(width, seed=seed)
+        self.fit_tower = nn.Sequential(block(width), block(width))
+        self.fit = nn.Conv2d(width, 1, 1)
+
+    def forward(self, images: Tensor) -> Any:
+        maps = self.backbone(images)
+        return [(*self.head(level), self.fit(self.fit_tower(level))) for level in maps]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_branch_of_quality_alone_is_tapped_where_quality_is_compared(weight):
+    spec = adapter_for()
+    adapter = replace(
+        spec,
+        towers={**spec.towers, "fit": "fit_tower"},
+        predictors={**spec.predictors, "fit": {"quality": "fit"}},
+    )
+    method = CrossKD(position=1, quality_weight=weight)
+    distiller = Distiller(Judged(12), Judged(8, seed=1), method, adapter)
+    sum(distiller(pixels(), []).values()).backward()
+    projections = distiller.methods["crosskd"].projections
+    assert set(projections) == {"cls", "box", *["fit"] * (weight > 0)}
+    assert all(parameter.grad is not None for parameter in projections.parameters())
+
+
+def test_a_student_may_have_a_further_branch_without_a_tower():
+    spec = adapter_for()
+    further = replace(
+        spec,
+        towers={**spec.towers, "fit": None},
+        predictors={**spec.predictors, "fit": {"quality": "fit"}},
+    )
+    student = Judged(seed=1)
+    student.fit_tower = nn.Sequential()
+    options = {"method": CrossKD(position=1), "teacher_adapter": spec}
+    losses = losses_of(Judged(), student, further, **options)
+    assert_close(losses, losses_of(Judged(), Judged(seed=1), spec, CrossKD(position=1)))
 
 
 def test_a_teacher_at_other_places_assigns_labels_itself():

@@ -52,6 +52,15 @@ def test_functions_and_arrays_are_taken():
     assert found.parameters is None
 
 
+def test_boxes_may_be_bfloat16():
+    def detector(images):
+        box = torch.tensor([[1, 2, 4, 8]], dtype=torch.bfloat16)
+        return [{"boxes": box, "scores": box[0, :1] / 2, "labels": torch.tensor([2])} for _ in images]
+
+    (found,) = collect_detections(detector, loader_of(4)).results
+    assert found == {"image_id": 4, "category_id": 2, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.5}
+
+
 def test_what_was_measured_is_a_cost():
     truth = {
         "images": [{"id": 4, "width": 64, "height": 64}],

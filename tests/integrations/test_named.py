@@ -53,6 +53,7 @@ def test_a_name_may_stand_elsewhere_too():
         ({"position": 3}, ValueError, "type None is no method"),
         ({"type": "PKD", "mass": 3}, TypeError, "mass"),
         ([3], TypeError, "expected a method, the name of one, or a dict .*, got 3"),
+        (crosskd.PKD, TypeError, "expected a method, .*PKD"),
     ],
 )
 def test_what_is_no_method_is_refused(config, error, message):

@@ -63,6 +63,11 @@ def test_a_share_is_of_each_images_largest_magnitude():
     assert gradient(loss, student).flatten().tolist() == [0.5, 0.5, 0.5, 0.0]
 
 
+def test_vectors_have_one_place():
+    assert imitation_loss(torch.ones(3, 2), torch.zeros(3, 2) + 2, active_above=0.5).item() == 1
+    assert imitation_loss(torch.ones(3, 2), torch.zeros(3, 2), active_above=0.5).item() == pytest.approx(0.05)
+
+
 def test_a_teacher_without_any_activity_is_inactive_everywhere():
     student = torch.ones(1, 2, 2, 2)
     assert imitation_loss(student, torch.zeros(1, 2, 2, 2), active_above=0.0).item() == pytest.approx(0.05)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosskd import CrossKD, Distiller, Method
+from crosskd import PKD, CrossKD, Distiller, Method
 from crosskd.methods import MapMethod, Step
 from crosskd.towers import Tapped, TapPoint
 from tests.helpers.tiny import tiny_batch, tiny_retinanet
@@ -46,6 +46,12 @@ def test_its_defaults():
     assert method.schedule is None
     features = torch.randn(1, 2, 3, 3)
     assert method.keep_of_teacher(Tapped.at("here", features)) is features
+
+
+@pytest.mark.parametrize("given", [0.5, {"stop": 100}])
+def test_error_something_else_than_a_schedule(given):
+    with pytest.raises(TypeError, match=rf"Schedule\(stop=1000\), got a {type(given).__name__}"):
+        PKD(schedule=given)
 
 
 class FeatureDistance(LogitDistance):

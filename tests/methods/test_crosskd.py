@@ -194,7 +194,7 @@ def test_settings_are_those_of_the_teachers_head_type_unless_given(head_type):
     teacher, student = PlainHead(head_type=head_type, bins=5), PlainHead()
     published, method = SETTINGS[head_type], CrossKD()
     method.setup(make_pair(teacher, student))
-    assert method.tap_points("any") == method.split == (TapPoint(published.position, "post"),) * 2
+    assert method.split == (TapPoint(published.position, "post"),) * 2
     settled = method.comparison
     assert (settled.cls_weight, settled.reg_weight) == (published.cls_weight, published.reg_weight)
     assert (settled.quality_weight, settled.regression) == (published.quality_weight, published.regression)
@@ -328,7 +328,7 @@ def test_a_branch_whose_quality_alone_is_distilled_is_tapped():
     """FCOS's centerness is predicted by the tower of the boxes."""
     method = CrossKD(1, cls_weight=1, reg_weight=0, quality_weight=1)
     distiller = Distiller(tiny_fcos(seed=1), tiny_fcos(seed=2), method)
-    assert distiller.methods["crosskd"].idle == frozenset()
+    assert distiller.methods["crosskd"].joined == {"classification", "regression"}
     assert {"kd_cls", "kd_quality"} <= set(distiller(*tiny_batch()))
 
 

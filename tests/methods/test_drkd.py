@@ -154,6 +154,16 @@ def test_own_teacher_has_no_loss():
     assert all(losses[name].item() == pytest.approx(0, abs=1e-6) for name in NAMES)
 
 
+def test_it_trains_in_bfloat16():
+    distiller = Distiller(tiny_retinanet(seed=1), tiny_retinanet(seed=2), DRKD(), prove=False)
+    distiller.bfloat16()
+    images, targets = tiny_batch()
+    losses = distiller([image.bfloat16() for image in images], targets)
+    sum(losses.values()).backward()
+    assert all(losses[name].isfinite() and losses[name] > 0 for name in NAMES)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.methods.parameters())
+
+
 def test_the_teacher_may_see_the_images_at_another_size():
     """Of twice the side: the boxes are twice as far."""
 

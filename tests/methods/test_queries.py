@@ -144,6 +144,22 @@ def test_a_dense_teachers_detections_are_queries():
     assert distiller.methods["queries"].content.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_all_levels_of_a_dense_teacher_count_in_any_type(dtype):
+    """The student's maps have strides of 8 and 16, the teacher's of 8, 16 and 32."""
+    distiller = Distiller(
+        tiny_retinanet(CLASSES), detector_of("rt_detr"), QueryDistillation(general=6), prove=False
+    )
+    distiller.train().to(dtype)
+    inputs = {**batch_of(), "pixel_values": batch_of()["pixel_values"].to(dtype)}
+    step = distiller.trace(inputs["pixel_values"], None).steps["queries"]
+    assert step.teacher.levels == (0, 1, 2)
+    assert step.teacher.predictions.logits.shape[1] == 3 * (8 * 8 + 4 * 4 + 2 * 2)
+    losses = distiller(inputs["pixel_values"])
+    sum(losses.values()).backward()
+    assert all(losses[name].isfinite() for name in NAMES)
+
+
 def test_an_objectness_counts_once_in_a_dense_teachers_detections():
     """Of two places far from each other the first is surer: 0.9 * 0.5 against 0.5 * 0.8."""
     classes, objectness = torch.tensor([[[0.9], [0.5]]]), torch.tensor([[0.5, 0.8]])
