@@ -1,4 +1,4 @@
-"""The one place that refuses tensors: every message names the argument, its shape and what was expected."""
+"""Checks of tensors and numbers: every message names the argument, what it is and what was expected."""
 
 from __future__ import annotations
 

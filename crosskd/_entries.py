@@ -1,4 +1,4 @@
-"""What a teacher's run has left of one image, as a file can hold it, and a batch's run made of such."""
+"""One image's part of a teacher's run, as it is saved to a file, and a batch's run made of such parts."""
 
 from __future__ import annotations
 

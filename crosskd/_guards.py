@@ -157,7 +157,7 @@ def check_frozen(losses: Mapping[str, Mapping[str, Tensor]], checked: set[str]) 
 
 
 def check_effect(name: str, losses: Mapping[str, Tensor]) -> None:
-    """Raises ``ValueError`` for losses that are none, warns for one that is zero."""
+    """Raises ``ValueError`` for anything but finite scalars with a gradient; warns of a loss of exactly 0."""
     if not losses:
         raise ValueError(f"{name} returned no loss at all: give one of its weights a value above 0")
     for key, loss in losses.items():

@@ -1,4 +1,4 @@
-"""What a layer does, measured on a small input, for types and attributes don't tell."""
+"""What a layer does, measured on a small input, because types and attributes don't tell."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def is_elementwise(module: nn.Module, width: int) -> bool:
 def bends(module: nn.Module, width: int, *, channels_last: bool = False) -> bool | None:
     """Whether a module is no straight line, as an activation isn't; ``None`` where that can't be measured.
 
-    A normalisation counts as straight: it mirrors its input's sign, which of activations those alone do that
-    are odd, and these are found because they work by element.
+    A normalisation counts as straight: negating its input negates its output. Odd activations do that, too,
+    but those are known by working element by element.
 
     Args:
         module: a single layer.

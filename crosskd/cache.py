@@ -46,9 +46,9 @@ class TeacherCache:
     that never gives the same pixels twice makes the cache useless, but not wrong; ``hits`` and ``misses``
     count.
 
-    The folder belongs to one teacher and one set of methods, by a fingerprint in ``cache.json``. What that
-    can't show, such as what the adapter does, is compared: the first entry that a distiller finds with what
-    the teacher answers now. An entry is
+    The folder belongs to one teacher and one set of methods, by a fingerprint in ``cache.json``. A change
+    that it can't show, such as one in the adapter, is found by a comparison: the first entry that a distiller
+    reads must equal what the teacher answers now. An entry is
     a file of its own that is renamed when it is whole and read by memory map, so several processes can write
     and read one folder at once. One that is unfinished, damaged or of another fingerprint is calculated and
     written again.

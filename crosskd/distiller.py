@@ -65,9 +65,9 @@ class Distiller(nn.Module):
     its own (``kd_rpn_cls``, ``kd_box_cls``).
 
     The student is trained in place and stays the plain detector that it was. The teacher is never
-    changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory. What
-    is loaded into the teacher later is followed, but not by ``load_state_dict(assign=True)``, which gives it
-    other memory, and is warned of: load before the distiller is made.
+    changed: the distiller works on a frozen copy, always in eval mode, that shares its weights' memory.
+    Weights that are loaded into the teacher later take effect, except by ``load_state_dict(assign=True)``,
+    which replaces its tensors; the distiller warns of that.
     ``parameters()`` and ``state_dict()`` hold the student and what the methods train, never the teacher;
     ``to()``, ``DistributedDataParallel``, ``copy.deepcopy`` and pickling work as for any module; a deep copy
     shares the teacher's weights' memory too, a pickle holds them.
@@ -750,8 +750,10 @@ def _flat(
     student: nn.Module,
     own_names: set[str],
 ) -> dict[str, Tensor]:
-    """All losses of a step by name, the methods' times their factors, with their names in front where names
-    clash: with each other's, or with the student's own, which images without targets have none of.
+    """All losses of a step by name, the methods' multiplied by their factors.
+
+    A method's name stands in front of a loss whose name another method or the student uses, too; the
+    student's are remembered, for on images without targets it has none.
     """
     own = trace.own_losses
     named: list[tuple[str, str, Tensor]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -135,17 +135,13 @@ def _pairs(detector: nn.Module) -> Iterator[Callable[[], Pairs]]:
         own = {c: norm for (c, norm), number in reads.items() if number == calls[c] == calls[norm]}
         return {c: norm for c, norm in own.items() if c not in inputs or _uses_its_own(c, inputs[c])}
 
-    handles = []
-    for module in detector.modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(of_convolution))
-        elif _is_batch_norm(module):
-            handles.append(module.register_forward_pre_hook(of_norm))
-    try:
+    with ExitStack() as hooks:
+        for module in detector.modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(of_convolution))
+            elif _is_batch_norm(module):
+                hooks.enter_context(module.register_forward_pre_hook(of_norm))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _uses_its_own(convolution: nn.Conv2d, arguments: tuple[Any, ...]) -> bool:

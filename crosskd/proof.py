@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -294,8 +294,8 @@ def _own_forward(name: str) -> Iterator[None]:
     except Exception as error:
         raise ValueError(
             f"{name}'s own forward, which the first step compares with its pieces, failed with "
-            f"{type(error).__name__}: {error}. Look at what it was given first: alone it would fail, too. If "
-            "it takes something else than images and targets, say how it is called (generic() takes "
+            f"{type(error).__name__}: {error}. It fails on this batch without distillation, too: check the "
+            "batch first. If it takes something else than images and targets, say how it is called (generic() takes "
             "own_losses= and detect=), or pass prove=False to the Distiller"
         ) from error
 
@@ -356,12 +356,10 @@ def _watched(
     layers: Sequence[tuple[str, nn.Module]], note: Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 ) -> Iterator[None]:
     """Calls ``note(path, module, arguments, output)`` whenever one of the layers has run."""
-    handles = [module.register_forward_hook(partial(note, path)) for path, module in layers]
-    try:
+    with ExitStack() as hooks:
+        for path, module in layers:
+            hooks.enter_context(module.register_forward_hook(partial(note, path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def paired(own: Predictions, pieces: Predictions) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -206,7 +206,7 @@ def _is_activation(layer: nn.Module, width: int) -> bool:
 
 
 def _hides(layer: nn.Module, width: int) -> bool:
-    """Whether a layer that is no activation may run one as a function, in a forward of its own."""
+    """Whether a layer that isn't an activation may apply one inside its own forward."""
     if _is_torchs(layer) or any(True for _ in layer.children()):
         return False
     given = _first_integer(layer, "in_channels", "in_features") or width

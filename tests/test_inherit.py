@@ -136,7 +136,7 @@ def test_a_student_that_has_inherited_is_distilled():
         (
             {"prefixes": ["head.logits"]},
             ValueError,
-            r"no name and shape agree outside of nothing. The student has head.logits.weight, ",
+            r"no name and shape agree. The student has head.logits.weight, ",
         ),
     ],
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ class backbone:  # noqa: N801  # called as a function is, like functools.partial
     Args:
         layers: paths of the layers to take, ``("layer2", "layer3")``; what the module itself returns without
             them.
-        image_size: (height, width) in pixels, or both in one number, of an image to read the levels off, of
-            which each stride must be a divisor. Unless given, the size that timm knows for a model of fixed
-            size, else 256.
+        image_size: (height, width) in pixels, or both in one number, of the image by which strides and
+            widths are measured; a multiple of every stride. Unless given, the size that timm knows
+            for a model of fixed size, else 256.
         resize_input: resize the images to ``image_size``, for a model that takes no other size. The strides
             are those at that size.
         prefix_tokens: how many tokens stand in front of the patches': class token, registers. Unless given,
@@ -206,18 +207,12 @@ def _tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tappe
         )
     outputs: dict[str, Tapped] = {}
 
-    def keep(path: str, output: Any) -> None:
+    def keep(path: str, _: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             raise ValueError(f"layer {path} gives a {type(output).__name__}, no tensor: name another")
         outputs[path] = Tapped.at(f"layer {path}", output)
 
-    handles = []
-    for layer in layers:
-        handles.append(
-            modules[layer].register_forward_hook(lambda _, __, output, path=layer: keep(path, output))
-        )
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(modules[layer].register_forward_hook(partial(keep, layer)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

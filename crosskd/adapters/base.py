@@ -209,7 +209,8 @@ class Head(ABC):
 
         Args:
             level: whose outputs they are, counted as in `Adapter.maps`.
-            towers: by branch name, the tower's output (batch, channels, height, width).
+            towers: by branch name, the tower's output (batch, channels, height, width); vectors or channels
+                last where the tower's layers make such.
 
         Returns:
             The level's predictions, its locations row by row, a location's anchors one behind the other.
@@ -470,7 +471,7 @@ class Adapter(ABC):
         """
         raise TypeError(
             f"a {type(self.detector).__name__} is called with images and targets, got the keywords "
-            f"{sorted(inputs)}: hand in pairs of those two"
+            f"{sorted(inputs)}: call distiller(images, targets)"
         )
 
     def take(self, batch: Batch) -> Batch:
@@ -506,7 +507,8 @@ class Adapter(ABC):
     def own_outputs(self, batch: Batch) -> list[OwnOutput]:
         """What the detector's own forward in eval mode computes for a batch, head by head.
 
-        Called on the frozen teacher. May replace parts of the detector while it runs, if it puts them back.
+        Called on the frozen teacher, and on a student whose first images have no targets. May replace parts
+        of the detector while it runs, if it puts them back.
 
         Args:
             batch: as `prepare` or `take` gave it.

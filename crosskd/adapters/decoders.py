@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +49,11 @@ def layer_states(
     """
     given: list[Tensor] = []
 
-    def keep(index: int, state: Tensor) -> Tensor:
+    def keep(index: int, _: nn.Module, __: Any, state: Tensor) -> Tensor:
         given.append(states.get(index, state))
         return given[-1]
 
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, index=index: keep(index, output))
-        for index, layer in enumerate(layers[-count:])
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers[-count:]):
+            hooks.enter_context(layer.register_forward_hook(partial(keep, index)))
         yield given
-    finally:
-        for handle in handles:
-            handle.remove()

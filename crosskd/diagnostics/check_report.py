@@ -60,7 +60,7 @@ class Fit:
         ap50: the same at 0.5.
         duplicates: per image, such detections over an object that another one found.
         false_alarms: per image, those over no object.
-        taken: by class, for which one its objects are taken by the surest prediction over each, and how many.
+        taken: for each true class, how many of its objects the surest prediction assigns to each class.
         classless: classes can't be compared, and any counts as right.
     """
 

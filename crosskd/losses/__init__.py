@@ -1,6 +1,6 @@
 """Distillation losses: typed functions on tensors, one idea a file.
 
-All of them share three conventions.
+Losses of predictions share three conventions; those of feature maps take maps as they are, and the last.
 
 * **Rows.** A loss is first one number per row: the last dimension (classes, bins, box coordinates) is
   used up, whatever stands before it are rows, in any order and any number of dimensions.

@@ -16,7 +16,7 @@ __all__ = ["check_beta", "check_logits", "has_kernel", "is_followed", "power", "
 
 
 def weighted(row_losses: Tensor, weight: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
-    """Turns one loss per row into a scalar: the only place that weights and normalises.
+    """Turns one loss per row into a scalar, weighted and normalised.
 
     Args:
         row_losses: one loss per row, any shape.

@@ -77,10 +77,9 @@ class PixelRelation(nn.Module):
     ``teacher``, and both are trained, as the relations of FGD and FBKD are. Dividing by the variance of the
     teacher's map, a constant, is ours: a weight then means the same for maps of any scale.
 
-    How the teacher's unit is trained is not known of DRKD. Were the units' outputs compared alone, both would
-    learn to answer nothing. So the maps themselves pass beside them: what a unit adds is a sum of C/4
-    patterns and can't take a map of C channels away, and comparing becomes easier for the units by saying of
-    either map what the other shows.
+    How the teacher's unit is trained is not known of DRKD. If only the units' outputs were compared, both
+    would learn to output 0. So the maps are added: a unit adds a sum of C/4 patterns, which can't cancel a
+    map of C channels, and the loss falls where a unit adds to its map what the other one shows.
 
     Args:
         channels: of both maps.
@@ -160,9 +159,8 @@ class InstanceRelation(nn.Module):
     ``second``) are linear maps, the identity at first; w is the relation filter (``filter``), two linear
     functions of i and of j, summed and squashed to between 0 and 2, 1 at first.
 
-    The embedded Gaussian and the filter inside it are DRKD's. Ours is their form, and that only the student
-    has them: learned on both sides, they would make all relations equal, and the loss 0, by learning to
-    answer nothing.
+    The embedded Gaussian and the filter inside it are DRKD's. Their exact form is ours, and so is leaving
+    them out of the teacher: learned on both sides, they would make all relations equal, and the loss 0.
 
     Args:
         channels: of the vectors.

@@ -28,7 +28,7 @@ def pkd_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         A scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, less than two dimensions, no element.
         TypeError: features that are not floating point.
 
     References:

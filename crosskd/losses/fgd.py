@@ -61,12 +61,16 @@ class GlobalContext(nn.Module):
         self.channel_add_conv_t = _bottleneck(channels)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The sum of squared differences over the number of images, a scalar.
+        """The sum of squared differences over the number of images, a scalar, float32 (float64 for float64).
 
         Args:
             student: shape (batch, channels, height, width).
             teacher: of the same shape, a constant.
+
+        Raises:
+            ValueError: shapes that differ.
         """
+        require_same_shape(student=student, teacher=teacher)
         dtype = compute_dtype(student, teacher)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
         with torch.autocast(student.device.type, enabled=False):

@@ -44,7 +44,8 @@ class PKD(MapMethod):
         name: what stands in front of the loss's name where two methods' would clash.
 
     Raises:
-        ValueError: a negative weight, no levels.
+        ValueError: a weight of 0 or less, no levels.
+        TypeError: a weight that is no number.
 
     References:
         PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient (Cao et

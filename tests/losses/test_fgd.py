@@ -231,3 +231,8 @@ def test_error_maps_without_space():
     maps = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"\(batch, channels, height, width\), got \(2, 3\)"):
         fgd_loss(maps, maps, [torch.zeros(0, 4)] * 2, stride=8, temperature=0.5, **WEIGHTS)
+
+
+def test_error_contexts_of_other_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 8, 4, 4\).*\(2, 8, 1, 1\)"):
+        GlobalContext(8)(torch.ones(2, 8, 4, 4), torch.ones(2, 8, 1, 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -110,20 +111,16 @@ class TorchvisionAdapter(Adapter):
         would have resized them.
         """
         seen: dict[int, tuple[Any, Any]] = {}
-        handles = []
-        for module in modules:
-            handles.append(
-                module.register_forward_hook(
-                    lambda m, given, output: seen.__setitem__(id(m), (given, output))
-                )
-            )
-        images = list(batch.pixels.unbind())
-        try:
-            with replaced(self.detector, transform=AsGiven(self.detector.transform, image_list(batch))):
-                self.detector(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def keep(module: nn.Module, given: Any, output: Any) -> None:
+            seen[id(module)] = given, output
+
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_hook(keep))
+            as_given = AsGiven(self.detector.transform, image_list(batch))
+            hooks.enter_context(replaced(self.detector, transform=as_given))
+            self.detector(list(batch.pixels.unbind()))
         missing = [type(module).__name__ for module in modules if id(module) not in seen]
         if missing:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -51,44 +51,35 @@ class _DenseHead(Head):
         self, predictions: Predictions, anchors: Anchors, batch: Batch
     ) -> tuple[dict[str, Tensor], Assignment]:
         """The detector's own ``compute_loss``, and the matches that it hands to its head."""
-        matches: list[Tensor] = []
-        head_loss = self.detector.head.compute_loss
-
-        def keep(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
-            matches.extend(matched)
-            losses: dict[str, Tensor] = head_loss(targets, outputs, of_images, matched)
-            return losses
-
-        losses = self._compute_loss(keep, self.outputs(predictions), anchors, batch.targets)
-        if len(matches) != len(batch.targets):
-            raise ValueError(
-                f"student: {type(self.detector).__name__}.compute_loss did not call head.compute_loss once "
-                "with its matches, so the label assignment can't be shared: write an adapter for this "
-                "detector (docs/adapters.md)"
-            )
-        return losses, self.assignment(torch.stack(matches), anchors, batch.targets)
+        return self._run_compute_loss(predictions, anchors, batch.targets, self.detector.head.compute_loss)
 
     def assign(self, predictions: Predictions, anchors: Anchors, batch: Batch) -> Assignment:
         """The matches of the detector's own ``compute_loss``, which looks at places alone."""
+        targets = targets_of(batch, first_label=0)
+        return self._run_compute_loss(predictions, anchors, targets, lambda *_: {})[1]
+
+    def _run_compute_loss(
+        self, predictions: Predictions, anchors: Anchors, targets: Any, head_loss: Callable[..., Any]
+    ) -> tuple[dict[str, Tensor], Assignment]:
+        """The detector's own ``compute_loss`` with another one of its head, and the matches given to that."""
         matches: list[Tensor] = []
 
-        def keep(targets: Any, outputs: Any, of_images: Any, matched: list[Tensor]) -> dict[str, Tensor]:
-            matches.extend(matched)
-            return {}
+        def with_matches(*arguments: Any) -> dict[str, Tensor]:
+            matches.extend(arguments[-1])
+            losses: dict[str, Tensor] = head_loss(*arguments)
+            return losses
 
-        targets = targets_of(batch, first_label=0)
-        self._compute_loss(keep, self.outputs(predictions), anchors, targets)
-        return self.assignment(torch.stack(matches), anchors, targets)
-
-    def _compute_loss(
-        self, head_loss: Any, outputs: dict[str, Tensor], anchors: Anchors, targets: Any
-    ) -> dict[str, Tensor]:
-        """The detector's own ``compute_loss`` with another one of its head."""
-        with replaced(self.detector.head, compute_loss=head_loss):
-            losses: dict[str, Tensor] = self.detector.compute_loss(
-                targets, outputs, [anchors.boxes] * len(targets), *self.further_arguments(anchors)
+        further = self.further_arguments(anchors)
+        boxes = [anchors.boxes] * len(targets)
+        with replaced(self.detector.head, compute_loss=with_matches):
+            losses = self.detector.compute_loss(targets, self.outputs(predictions), boxes, *further)
+        if len(matches) != len(targets):
+            raise ValueError(
+                f"{type(self.detector).__name__}.compute_loss did not call head.compute_loss once with its "
+                "matches, so the label assignment can't be shared: write an adapter for this detector "
+                "(docs/adapters.md)"
             )
-        return losses
+        return losses, self.assignment(torch.stack(matches), anchors, targets)
 
     def outputs(self, predictions: Predictions) -> dict[str, Tensor]:
         """Predictions under the names that torchvision's ``compute_loss`` reads."""

@@ -417,15 +417,11 @@ def _forward(detector: Any, batch: Batch) -> _OwnForward:
     def of_model(_: nn.Module, __: Any, output: Any) -> None:
         run.model_output = output
 
-    handles = [
+    with (
         model.backbone.register_forward_hook(of_backbone),
         model.encoder.register_forward_hook(of_encoder, with_kwargs=True),
         model.decoder.register_forward_pre_hook(of_decoder, with_kwargs=True),
         model.register_forward_hook(of_model),
-    ]
-    try:
+    ):
         run.output = detector(pixel_values=batch.pixels, pixel_mask=run.mask, labels=batch.targets)
-    finally:
-        for handle in handles:
-            handle.remove()
     return run

@@ -492,11 +492,8 @@ def _assigner_calls(criterion: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
         _, _, target_scores, positive, _ = result
         calls.append((target_scores, positive))
 
-    handle = assigner.register_forward_hook(record)
-    try:
+    with assigner.register_forward_hook(record):
         yield calls
-    finally:
-        handle.remove()
     if len(calls) != 1:
         raise ValueError(
             f"the model's criterion, a {type(criterion).__name__}, called its assigner {len(calls)} times "

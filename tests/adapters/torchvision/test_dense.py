@@ -287,7 +287,7 @@ def test_a_loss_that_does_not_share_its_assignment_once(build, times):
         return [{}, *(kind.compute_loss(self, *arguments) for _ in range(times))][-1]
 
     student.__class__ = type("Other", (kind,), {"compute_loss": compute_loss})
-    refused(build(seed=1), student, "student: Other.compute_loss did not call head.compute_loss once")
+    refused(build(seed=1), student, "Other.compute_loss did not call head.compute_loss once")
 
 
 # -- strides, pixels --------------------------------------------------------------------------------
