@@ -123,8 +123,8 @@ def inherit(
     if not taken:
         wanted = [*other_shape, *absent]
         raise ValueError(
-            f"there is nothing to inherit: no name and shape agree"
-            f"{' outside of ' if skip else ''}{', '.join(skip)}. The student has {_some(wanted)}; the teacher has "
+            f"there is nothing to inherit: no name and shape agree{' outside of ' if skip else ''}"
+            f"{', '.join(skip)}. The student has {_some(wanted)}; the teacher has "
             f"{_some([name for name in theirs if not _under(name, skip)])}. Take a teacher of the same type "
             "and width, or say by prefixes= or skip= what to take"
         )

@@ -80,8 +80,8 @@ class Comparison:
             "\n".join(f"- {self._verdict(name)}" for name in others),
             _table(["", *self.names, *differences], self._rows(self.metrics, self.differences)),
             f"In brackets: the 95 % bootstrap interval over {self.resamples:,} resamplings of the images, "
-            "the same ones for every student. That is how much depends on the choice of images, not how much another "
-            'training run would differ. "-": the ground truth has no such objects.',
+            "the same ones for every student. That is how much depends on the choice of images, not how much "
+            'another training run would differ. "-": the ground truth has no such objects.',
             "## AP of each class",
             _table(["class", "objects", *self.names, *differences], self._class_rows()),
             "## Image by image",

@@ -51,8 +51,8 @@ class CosineAlignment(MapMethod):
         f \leftarrow f \, \frac{r}{1 - r} \, \frac{\|g_\mathrm{other}\|}{\|g_\mathrm{own}\|}
 
     so that the share of its own, in the sum of both norms, becomes r. Each step moves the factor a tenth of
-    the way there, on a logarithmic scale; it stays between 1/1000 and 1000. The norms are averaged over processes, so the factor is the
-    same on all of them. It is published that the weight follows the ratio of gradient norms; the formula is
+    the way there, on a logarithmic scale; it stays between 1/1000 and 1000. The norms are averaged over
+    processes, so the factor is the same on all of them. It is published that the weight follows the ratio of gradient norms; the formula is
     ours.
 
     Args:

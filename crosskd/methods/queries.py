@@ -119,8 +119,8 @@ class QueryDistillation(QueryMethod):
     Ours: the normalizer Z, the sum of all w but 1 at least; the number of random queries, and what they are
     drawn from (embeddings from a normal distribution, centres uniformly, sides as squares of uniform
     numbers); that a student's layer is compared with the teacher's at the same distance from the last; that
-    sides of less than a pixel count as one in GIoU. The weights are from third parties' notes on the paper. With a
-    sigmoid a class the divergence is the sum of those of all classes.
+    sides of less than a pixel count as one in GIoU. The weights are from third parties' notes on the paper.
+    With a sigmoid a class the divergence is the sum of those of all classes.
 
     Args:
         general: how many random queries; 0 for none. Of a dense teacher how many detections.
