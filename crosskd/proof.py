@@ -295,8 +295,8 @@ def _own_forward(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name}'s own forward, which the first step compares with its pieces, failed with "
             f"{type(error).__name__}: {error}. It fails on this batch without distillation, too: check the "
-            "batch first. If it takes something else than images and targets, say how it is called (generic() "
-            "takes own_losses= and detect=), or pass prove=False to the Distiller"
+            "batch first. If it takes something else than images and targets, say how it is called "
+            "(generic() takes own_losses= and detect=), or pass prove=False to the Distiller"
         ) from error
 
 

@@ -52,8 +52,8 @@ class CosineAlignment(MapMethod):
 
     so that the share of its own, in the sum of both norms, becomes r. Each step moves the factor a tenth of
     the way there, on a logarithmic scale; it stays between 1/1000 and 1000. The norms are averaged over
-    processes, so the factor is the same on all of them. It is published that the weight follows the ratio of gradient norms; the formula is
-    ours.
+    processes, so the factor is the same on all of them. It is published that the weight follows the ratio of
+    gradient norms; the formula is ours.
 
     Args:
         weight: of ``kd_cosine``; 10 unless given. Where the gradient is balanced, the weight to begin with.
