@@ -46,6 +46,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import crosskd
 from crosskd import Distiller, Schedule
+from crosskd.methods import MapMethod
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -67,7 +68,7 @@ class Variant(NamedTuple):
         label: what tables call it.
         name: of `methods_table`.
         settings: of CrossKD, that are others.
-        weight: instead of its own.
+        weight: of the method of feature maps, instead of its own.
         half: stops after half of the steps.
     """
 
@@ -87,6 +88,8 @@ VARIANTS = {
     "mimic-half": Variant("prediction mimicking, until half of the steps", "mimic", half=True),
     # With these the gradients at the maps are about as large as CrossKD's, on the cells.
     "pkd-weak": Variant("PKD, weight 0.25", "pkd", weight=0.25),
+    "crosskd+pkd-weak": Variant("CrossKD + PKD, weight 0.25", "crosskd+pkd", weight=0.25),
+    "mimic+pkd-weak": Variant("prediction mimicking + PKD, weight 0.25", "mimic+pkd", weight=0.25),
     "cwd-weak": Variant("CWD, weight 0.13", "cwd", weight=0.13),
     "drkd-weak": Variant("DRKD, weight 0.005", "drkd", weight=0.005),
 }
@@ -404,7 +407,7 @@ def _distiller(
     for method in methods:
         if variant.half:
             method.schedule = Schedule(stop=forwards * run.steps // 2)
-        if variant.weight is not None:
+        if variant.weight is not None and isinstance(method, MapMethod):
             method.weight = variant.weight
     more: dict[str, Any] = {}
     if of_teacher.sees != "images":
