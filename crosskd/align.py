@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,12 +173,6 @@ class ChannelProjection(nn.Module):
         self.student_width = student_width
         self.teacher_width = teacher_width
         self.convolution = nn.Conv2d(student_width, teacher_width, kernel_size=1, bias=bias)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Leaves out a bias that was saved when every projection had one."""
-        if self.convolution.bias is None:
-            state_dict.pop(f"{prefix}convolution.bias", None)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, features: Tensor) -> Tensor:
         r"""Projects features of shape (batch, student_width, \*space)."""

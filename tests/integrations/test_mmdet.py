@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from torch import nn
 
 from crosskd import CrossKD, Method, Schedule
-from tests.helpers.imports import forgotten
 from tests.helpers.mmdet_detr import settings_of
 from tests.helpers.mmdet_heads import GFL, TESTING, batch_of, head_settings
 
@@ -241,19 +238,6 @@ def test_a_schedule_in_epochs_follows_the_runner():
 
 
 # -- configs --------------------------------------------------------------------------------------
-
-
-def test_the_adapters_module_registers_it(monkeypatch):
-    """Configs and code of earlier versions name it."""
-    from mmdet.registry import MODELS
-
-    import crosskd.integrations.mmdet  # noqa: F401
-
-    monkeypatch.delitem(MODELS.module_dict, "CrossKDDetector")
-    with forgotten("crosskd.adapters.mmdet", "crosskd.integrations.mmdet"):
-        adapters = importlib.import_module("crosskd.adapters.mmdet")
-        integration = sys.modules["crosskd.integrations.mmdet"]
-        assert MODELS.get("CrossKDDetector") is adapters.CrossKDDetector is integration.CrossKDDetector
 
 
 def test_settings_reach_the_method():

@@ -164,7 +164,7 @@ def test_mmdets_tools_train_resume_and_test_by_options_alone(bccd, tmp_path):
     plain = tmp_path / "plain.py"
     plain.write_text(
         '_base_ = "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py"\n'
-        'custom_imports = dict(imports=["crosskd.adapters.mmdet"], allow_failed_imports=False)\n'
+        'custom_imports = dict(imports=["crosskd.integrations.mmdet"], allow_failed_imports=False)\n'
     )
     tested = tool(
         *("test.py", log, str(plain), str(tmp_path / "epoch_2.pth"), "--work-dir", str(tmp_path / "plain")),

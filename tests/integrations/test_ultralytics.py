@@ -300,16 +300,6 @@ def test_the_first_step_compares_it_with_its_own_forward_once(monkeypatch, kind,
     assert compared == ["_DistilledModel"]
 
 
-def test_the_old_place_of_the_trainer():
-    from crosskd.adapters import ultralytics as adapters
-    from crosskd.integrations import ultralytics as integrations
-
-    assert adapters.trainer is integrations.trainer
-    assert adapters.CrossKDTrainer is integrations.CrossKDTrainer
-    with pytest.raises(AttributeError, match="has no attribute 'train'"):
-        adapters.train  # noqa: B018
-
-
 def test_its_extras_come_back():
     student = distilled(CrossKD(schedule=Schedule(warmup=5)))
     student.distiller.progress[0] = 7

@@ -6,9 +6,6 @@ mmdet's detectors only.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 try:
     import mmdet.models  # noqa: F401
 except ImportError as error:
@@ -23,17 +20,3 @@ from crosskd.adapters.mmdet.single_stage import MMDetSingleStage
 from crosskd.adapters.mmdet.transformer import MMDetTransformer
 
 __all__ = ["MMDetHead", "MMDetSingleStage", "MMDetTransformer"]
-
-_INTEGRATION = "crosskd.integrations.mmdet"
-
-
-def __getattr__(name: str) -> Any:
-    """``CrossKDDetector``, which has moved to `crosskd.integrations.mmdet`."""
-    if name == "CrossKDDetector":
-        return importlib.import_module(_INTEGRATION).CrossKDDetector
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# Configs that name this module in custom_imports expect it to register CrossKDDetector with mmdet. By its
-# name, for nothing here depends on it: it stands above.
-importlib.import_module(_INTEGRATION)

@@ -1,4 +1,4 @@
-"""Adapter for ultralytics' YOLO detectors, and `trainer` to distil them from ultralytics' own training.
+"""Adapter for ultralytics' YOLO detectors.
 
 Importing this needs ``ultralytics`` 8.4.190 or newer, whose licence is the AGPL-3.0 unless you have bought
 another one: using it is your choice, and nothing of it is part of this package. `find_adapter` imports this
@@ -6,9 +6,6 @@ module for ultralytics' models only.
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import Any
 
 try:
     from crosskd.adapters.ultralytics.detect import DetectHead, UltralyticsDetect
@@ -19,13 +16,3 @@ except ImportError as error:
     ) from error
 
 __all__ = ["DetectHead", "UltralyticsDetect"]
-
-_INTEGRATION = "crosskd.integrations.ultralytics"
-
-
-def __getattr__(name: str) -> Any:
-    """``trainer`` and its class, which have moved to `crosskd.integrations.ultralytics`."""
-    if name in ("CrossKDTrainer", "trainer"):
-        # By its name, for nothing here depends on it: it stands above.
-        return getattr(importlib.import_module(_INTEGRATION), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
