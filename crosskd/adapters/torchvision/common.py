@@ -118,7 +118,7 @@ class TorchvisionAdapter(Adapter):
         with ExitStack() as hooks:
             for module in modules:
                 hooks.enter_context(module.register_forward_hook(keep))
-            as_given = AsGiven(self.detector.transform, image_list(batch))
+            as_given = AsGiven(self.detector.transform, batch.image_sizes)
             hooks.enter_context(replaced(self.detector, transform=as_given))
             self.detector(list(batch.pixels.unbind()))
         missing = [type(module).__name__ for module in modules if id(module) not in seen]
@@ -131,13 +131,16 @@ class TorchvisionAdapter(Adapter):
 
 
 class AsGiven:
-    """Stands in for a detector's transform: gives a batch as it is."""
+    """Stands in for a detector's transform: a batch of the images that it is given, as they are.
 
-    def __init__(self, transform: Any, images: ImageList) -> None:
-        self._transform, self._images = transform, images
+    Where the detector's own forward has changed them before, the proof sees it.
+    """
+
+    def __init__(self, transform: Any, sizes: Sequence[tuple[int, int]]) -> None:
+        self._transform, self._sizes = transform, sizes
 
     def __call__(self, images: Any, targets: Any = None) -> tuple[ImageList, Any]:
-        return self._images, targets
+        return ImageList(torch.stack(list(images)), list(self._sizes)), targets
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transform, name)

@@ -16,7 +16,6 @@ from crosskd.adapters.torchvision.common import (
     TorchvisionAdapter,
     decode_deltas,
     grid_anchors,
-    image_list,
     predictors_of,
     targets_of,
 )
@@ -120,7 +119,7 @@ class _SSDHead(Head):
         with replaced(
             detector,
             training=True,  # a teacher, too, is to make matches, and its parts are replaced anyway
-            transform=AsGiven(detector.transform, image_list(batch)),
+            transform=AsGiven(detector.transform, batch.image_sizes),
             backbone=lambda pixels: {},
             head=lambda maps: outputs,
             anchor_generator=lambda images, maps: [anchors.boxes] * len(targets),

@@ -290,6 +290,17 @@ def test_a_loss_that_does_not_share_its_assignment_once(build, times):
     refused(build(seed=1), student, "Other.compute_loss did not call head.compute_loss once")
 
 
+def test_a_teacher_whose_own_forward_changes_the_images(build):
+    teacher = build(seed=1)
+    kind = type(teacher)
+
+    def forward(self, images, targets=None):
+        return kind.forward(self, [image.flip(0) for image in images], targets)
+
+    teacher.__class__ = type("Flipping", (kind,), {"forward": forward})
+    refused(teacher, build(), "teacher: Flipping's own forward.* part at backbone")
+
+
 # -- strides, pixels --------------------------------------------------------------------------------
 
 
