@@ -272,7 +272,7 @@ def _idle_branches(detector: nn.Module, head: Head, comparison: Comparison) -> f
     wanted = [output for name, output in known.items() if name in comparison.names]
     if head.objectness and "kd_cls" in comparison.names:  # the product of the two
         wanted.append("quality")
-    # Classes and boxes have a branch each, but where a third is theirs alone.
+    # Of two branches one has the classes and the other the boxes, so that neither is idle.
     if len(head.branches) < 2 or (len(head.branches) == 2 and {"logits", "regression"} <= set(wanted)):
         return frozenset()
     like, towers = next(detector.parameters()), {}

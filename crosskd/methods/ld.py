@@ -271,7 +271,7 @@ def _anchor_boxes(step: Step, size: float) -> Tensor:
     if anchors.boxes is None:
         raise ValueError(
             "LD's valuable region is made of anchors, which the student's adapter doesn't tell: give "
-            "generic() anchors=, boxes or points in pixels, or set region_weight=0"
+            "generic() anchors=, boxes (anchors, 4) or points (anchors, 2) in pixels, or set region_weight=0"
         )
     boxes = _floating(anchors.boxes)
     if boxes.shape[1] == 4:
