@@ -332,15 +332,6 @@ def test_a_branch_whose_quality_alone_is_distilled_is_tapped():
     assert {"kd_cls", "kd_quality"} <= set(distiller(*tiny_batch()))
 
 
-@every_family
-def test_a_checkpoint_with_the_biases_of_old_projections_loads(build):
-    distiller = Distiller(build(width=64, seed=1), build(width=32, seed=2), CrossKD())
-    state = distiller.state_dict()
-    for branch in IDLE.values():
-        state[f"methods.crosskd.projections.{branch}.convolution.bias"] = torch.ones(64)
-    distiller.load_state_dict(state)
-
-
 def test_an_activation_that_cannot_be_told_is_told_of(caplog):
     class Functional(nn.Conv2d):
         def forward(self, features: Tensor) -> Tensor:
