@@ -128,7 +128,7 @@ class CrossKD(Method):
         )
         self.projections = nn.ModuleDict()
         self.class_map: tuple[int, ...] | None = None
-        self.joined: frozenset[str] = frozenset()
+        self.idle: frozenset[str] = frozenset()
         self.anchors_agree = False
 
     def extra_repr(self) -> str:
@@ -156,9 +156,9 @@ class CrossKD(Method):
         self.class_map = pair.class_map
         self.comparison = self.comparison.settled(teacher)
         idle = _idle_branches(pair.teacher.detector, teacher, self.comparison)
-        joined = [branch for branch in teacher.branches if branch.name not in idle]
-        branches = [(branch, _named(student, branch.name)) for branch in joined]
-        self.joined = frozenset(branch.name for branch in joined)
+        branches = [(b, _named(student, b.name)) for b in teacher.branches if b.name not in idle]
+        further = {branch.name for branch in student.branches} - {branch.name for branch in teacher.branches}
+        self.idle = idle | further
         unless_given = ""
         if self.position is None:
             self.position = settings_for(teacher).position
@@ -210,8 +210,7 @@ class CrossKD(Method):
 
     def tap_points(self, branch: str) -> tuple[TapPoint, TapPoint] | None:
         """The split, on either side; ``None`` for a branch that no loss reads or the teacher doesn't have."""
-        split = self.split
-        return split if branch in self.joined else None
+        return None if branch in self.idle else self.split
 
     def keep_of_teacher(self, tapped: Tapped) -> FeatureStatistics:
         """Alignment needs the teacher's statistics only, so its features need not be kept."""
@@ -233,13 +232,13 @@ class CrossKD(Method):
         for place, level in enumerate(step.teacher.levels):
             towers: dict[str, Tensor] = {}
             for branch in head.branches:
-                if branch.name not in self.joined:
+                if branch.name in self.idle:
                     continue
                 features = self._projected(step.student.taps[branch.name][place], branch.name, place)
                 aligned = align_statistics(features, step.teacher.taps[branch.name][place])
                 towers[branch.name] = branch.tower(level).tail(aligned, self.split[1])
             for branch in head.branches:
-                if branch.name not in self.joined:
+                if branch.name in self.idle:
                     towers[branch.name] = _blank(branch.tower(level), next(iter(towers.values())))
             levels.append(head.predict(level, towers).of_classes(self.class_map))
         return join_levels(levels)
