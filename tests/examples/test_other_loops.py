@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 from shutil import copytree
@@ -11,12 +10,11 @@ import pytest
 import torch
 import train_torchvision
 from processes import Processes, start
-from torchvision.models.detection import RetinaNet
 from train_torchvision import parse, prepare_one, train
 
 from tests.helpers import forked
 from tests.helpers.packages import package
-from tests.helpers.tiny import tiny_retinanet
+from tests.helpers.tiny import tiny_detector
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SCRIPTS = pytest.mark.parametrize("name", ["accelerate", "lightning"])
@@ -31,10 +29,6 @@ ARGUMENTS = [
         "2",
     ),
 ]
-
-
-def tiny_detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
-    return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ from crosskd import Distiller
 from tests.examples.coco_files import write_coco
 from tests.examples.mmdet_state import mmdet_state
 from tests.helpers import forked
-from tests.helpers.tiny import tiny_retinanet
+from tests.helpers.tiny import tiny_detector, tiny_retinanet
 
 SMALL = [
     *("--shapes-train", "8", "--shapes-val", "3", "--width", "32", "--short-side", "64", "--batch-size", "4"),
@@ -613,10 +613,6 @@ class Mortal(Trainer):
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         super()._step()
-
-
-def tiny_detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
-    return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
 
 
 def noted(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
@@ -111,6 +113,11 @@ def tiny_retinanet(
             head=head,
             **options,
         )
+
+
+def tiny_detector(name: str, options: Namespace, classes: int, weights: Path | None = None) -> RetinaNet:
+    """Stands for ``new_detector`` of the training script: a student where there are no weights."""
+    return tiny_retinanet(classes, seed=weights is None, batch_norm=True)
 
 
 def tiny_fcos(
