@@ -137,6 +137,12 @@ def _persons(student: Model, labelled: float = 1.0, ladder: tuple[int, ...] = Pa
     return Pair(question, run, NANODET_G, methods, ladder)
 
 
+def _persons_finished(question: str, student: Model) -> Pair:
+    begins = Run(PERSONS, student, steps=2400, person_only=True)
+    run = replace(begins, begins=begins, learning_rate=3e-4)
+    return Pair(question, run, NANODET_G, (*MAIN, "crosskd+mimic"), (300, 600, 1200), longer=(4800,))
+
+
 def _cells_few(
     question: str, student: Model, teacher: Run, methods: tuple[str, ...], before: int = 1200, **more: Any
 ) -> Pair:
@@ -185,6 +191,14 @@ PAIRS: dict[str, Pair] = {
     # 120 images with labels are learned soon.
     "persons_few": _persons(
         of_nanodet("mobilenet_v2", pretrained=True), 0.1, (150, 300, 600, 1200, 2400, 4800)
+    ),
+    "persons_finished": _persons_finished(
+        "A COCO detector as it is, and a finished student with all labels",
+        of_nanodet("mobilenet_v2", pretrained=True),
+    ),
+    "persons_scratch_finished": _persons_finished(
+        "The same teacher, and a student of half the width, from scratch",
+        of_nanodet("mobilenet_v2_half", pretrained=False),
     ),
     "cells": Pair(
         "A pretrained teacher at twice the size",
