@@ -399,7 +399,7 @@ def _same_type(step: Step) -> bool:
 
 
 def _same_places(step: Step) -> bool:
-    """Whether the two heads stand at the same anchors; of heads that don't tell, those of one type do."""
+    """Whether the two heads stand at the same anchors; where they are unknown, heads of one type do."""
     teacher, student = step.teacher, step.student
     if teacher.head.rows == "regions" and student.head.rows == "regions":
         return True

@@ -32,12 +32,12 @@ def folded(memory: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
 def layer_states(
     layers: Sequence[nn.Module], count: int, states: Mapping[int, Tensor]
 ) -> Iterator[list[Tensor]]:
-    """Takes down what the last layers give while the body runs; some give what they are told instead.
+    """Records the outputs of the last layers while the body runs, some replaced by states.
 
     Args:
         layers: a decoder's.
         count: how many of them, the last ones, are meant.
-        states: by a layer's index among those, what it gives.
+        states: outputs to use instead, by a layer's index among those.
 
     Example:
         >>> import torch

@@ -308,8 +308,7 @@ class GenericHead(Head):
 
     Attributes:
         predictors: by what they predict, one for all levels or one per level.
-        per_location: anchors per location, one number for all levels or one per level; ``None`` where the
-            predictors don't tell.
+        per_location: anchors per location, one number for all levels or one per level; ``None`` if unknown.
         levels: how many levels there are; ``None`` if unknown.
     """
 
@@ -359,7 +358,7 @@ class GenericHead(Head):
         return self.spec.rows or "grid"
 
     def _read_levels(self, strides: Sequence[float] | None) -> int | None:
-        """How many levels there are, where strides or modules per level tell."""
+        """How many levels there are, by the strides or by modules per level; ``None`` if unknown."""
         if self.rows == "queries":
             return None
         counts = {} if strides is None else {"strides": len(strides)}
@@ -373,7 +372,7 @@ class GenericHead(Head):
         return next(iter(counts.values()), None)
 
     def _read_predictors(self) -> tuple[int, tuple[int, ...] | None]:
-        """The classes, and the anchors per location where the predictors' widths tell them."""
+        """The classes, and the anchors per location where the predictors' widths determine them."""
         given, name = self.spec.num_classes, type(self.detector).__name__
         given = given(self.detector) if callable(given) else given
         modules = [module for found in self.predictors.values() for module in found]
@@ -604,7 +603,7 @@ def _assignment(name: str, assigned: Any, wanted: tuple[int, ...]) -> Assignment
 
 def _unknown_rows(what: str) -> str:
     return (
-        f"{what}, and nothing tells what a row of predictions stands for: a place, the same for teacher and "
+        f"{what}, and it isn't known what a row of predictions stands for: a place, the same for teacher and "
         "student, or one of a set of queries in no order, which can't be compared row by row. Pass "
         'rows="grid" for a flattened map or pooled features, rows="queries" for a set, such as a detection '
         "transformer's"

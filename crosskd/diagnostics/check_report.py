@@ -142,7 +142,7 @@ class CheckReport:
         if self.remarks:
             return f"look at {len(self.remarks)} thing{'s' * (len(self.remarks) > 1)} before a long run"
         if self.fit is None:
-            return "no fault found, but without objects nothing tells how well the teacher detects"
+            return "no fault found, but without objects the teacher's detections can't be judged"
         return "ready: no fault found"
 
     def __repr__(self) -> str:

@@ -31,7 +31,7 @@ _MAPS = 10.0
 _LOGITS = 5.0
 # RTMDet's own recipe, temperature 1.
 _NORMALIZED = 1.0
-# Nothing tells them apart by the student's type: that they hold for every one is ours.
+# The paper has one student for each; we take them for all students.
 
 
 class CWD(MapMethod):
@@ -194,7 +194,7 @@ def _per_location(side: Side) -> list[int]:
     anchors = side.anchors
     if not anchors.sizes:
         raise ValueError(
-            f"the {side.head.head_type} head's adapter doesn't tell the size of its levels, so its logits "
+            f"the {side.head.head_type} head's adapter doesn't give the size of its levels, so its logits "
             "can't be laid out as maps: give its Anchors sizes=, (height, width) of each level"
         )
     levels = zip(anchors.per_level, anchors.sizes, strict=True)

@@ -270,7 +270,7 @@ def _anchor_boxes(step: Step, size: float) -> Tensor:
     anchors = step.student.anchors
     if anchors.boxes is None:
         raise ValueError(
-            "LD's valuable region is made of anchors, which the student's adapter doesn't tell: give "
+            "LD's valuable region is made of anchors, which the student's adapter doesn't give: pass "
             "generic() anchors=, boxes (anchors, 4) or points (anchors, 2) in pixels, or set region_weight=0"
         )
     boxes = _floating(anchors.boxes)
@@ -281,7 +281,7 @@ def _anchor_boxes(step: Step, size: float) -> Tensor:
         if step.student.strides is None:
             raise ValueError(
                 "LD's valuable region takes squares of some strides around the student's points, but its "
-                "adapter tells no strides: give generic() strides=, or set region_weight=0"
+                "adapter gives no strides: pass generic() strides=, or set region_weight=0"
             )
         of_levels = boxes.new_tensor([step.student.strides[level] for level in step.student.levels])
         strides = of_levels.repeat_interleave(boxes.new_tensor(anchors.per_level).long())

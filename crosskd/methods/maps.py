@@ -121,7 +121,7 @@ class MapMethod(Method):
         """(level, the student's channels, the teacher's) of each level that is compared.
 
         Raises:
-            ValueError: an adapter doesn't tell them.
+            ValueError: an adapter doesn't give them.
         """
         if pair.teacher.widths is None or pair.student.widths is None:
             side = "teacher" if pair.teacher.widths is None else "student"
@@ -138,7 +138,7 @@ class MapMethod(Method):
         strides, theirs = pair.student.strides, pair.teacher.strides
         if pair.levels is None or strides is None or theirs is None:
             raise ValueError(
-                f"{self.name} matches levels by their strides, which one of the adapters doesn't tell: give "
+                f"{self.name} matches levels by their strides, which one of the adapters doesn't give: pass "
                 "it strides=, one number per level"
             )
         chosen = range(len(strides)) if self.levels is None else self.levels

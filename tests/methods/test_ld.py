@@ -255,7 +255,7 @@ def test_points_that_stand_twice_are_counted_once():
 def test_error_unknown_anchors_or_strides():
     with pytest.raises(ValueError, match="made of anchors, which .* anchors=, .* region_weight=0"):
         settled().check(step_of(anchors=Anchors(None, PER_LEVEL)))
-    with pytest.raises(ValueError, match="its adapter tells no strides: give .* strides="):
+    with pytest.raises(ValueError, match="its adapter gives no strides: .* strides="):
         settled().check(step_of(anchors=Anchors(POINTS, PER_LEVEL), strides=None))
     settled(region_weight=0).check(step_of(anchors=Anchors(None, PER_LEVEL)))
 

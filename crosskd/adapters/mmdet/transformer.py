@@ -92,7 +92,7 @@ class MMDetTransformer(MMDetSingleStage):
         return batch if targets is None else replace(batch, extra=_OwnForward(batch.extra))
 
     def take(self, batch: Batch) -> Batch:
-        """A batch with image metas, by which mmdet tells padding from images."""
+        """A batch with image metas, by which mmdet distinguishes padding from images."""
         batch = super().take(batch)
         return replace(batch, extra=_OwnForward(batch.extra))
 

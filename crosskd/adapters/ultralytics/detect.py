@@ -169,7 +169,7 @@ class DetectHead(Head):
         if any(bool((of_image.labels < 0).any()) for of_image in batch.objects):
             raise ValueError(
                 f"the {self.head_type} head's label assignment compares what it predicts for each object's "
-                f"class, but nothing tells which of its {self.num_classes} classes the objects are: give "
+                f"class, but it isn't known which of its {self.num_classes} classes the objects are: give "
                 "class_map=, the teacher's class index for each of the student's"
             )
         rows, needed = predictions.logits.shape[1], sum(anchors.per_level)
