@@ -36,12 +36,12 @@ from typing import Any
 import torch
 from evidence_data import DataSet, load_images
 from evidence_report import write_report
-from evidence_run import PSEUDO, VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
+from evidence_run import VARIANTS, Model, Run, as_json, name_of, run_of, seen_folder
 from evidence_toy import make_toy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from methods_table import check_name
+from methods_table import PSEUDO, check_name
 
 HERE = Path(__file__).resolve().parent
 FLAT = 1.0  # AP on the validation split
@@ -524,8 +524,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
         parser.error("--root: the folder of the data sets is needed")
     try:
         for method in options.methods or ():
-            if method not in (*VARIANTS, PSEUDO):
-                check_name(method.removeprefix(f"{PSEUDO}+"))
+            if method not in VARIANTS:
+                check_name(method)
     except ValueError as error:
         parser.error(f"--methods: {error}")
     options.pair_table = {"toy": TOY_PAIR} if options.toy else PAIRS

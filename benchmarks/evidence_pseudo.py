@@ -8,10 +8,6 @@ from pathlib import Path
 from evidence_data import SMALLEST, Target
 from torch import Tensor, nn
 
-from crosskd.compare.data import read_detections, read_ground_truth
-from crosskd.compare.images import look_at_images
-from crosskd.compare.precision import evaluate
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from training import detected
@@ -52,15 +48,3 @@ class PseudoLabelled(nn.Module):
         seen = self.view.get("teacher", images)
         found = detected(teacher, seen, self.threshold, SMALLEST * self.scale)
         return [{**target, "boxes": target["boxes"] / self.scale} for target in found]
-
-
-def best_threshold(truth: dict[str, object], results: list[dict[str, object]]) -> float:
-    """The score from which on a detector's F1 is best, at an IoU of 0.5, all classes together.
-
-    Args:
-        truth: of the validation images, in COCO form.
-        results: its detections there, in COCO's result form.
-    """
-    ground_truth = read_ground_truth(truth)
-    evaluation = evaluate(ground_truth, read_detections("teacher", results, ground_truth))
-    return look_at_images(evaluation).threshold

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from evidence_data import coco_folder
-from evidence_run import PSEUDO, STRIDES, VARIANTS, Run, name_of
+from evidence_run import STRIDES, VARIANTS, Run, name_of
 from measure import mean_and_deviation, processor, table
 from numpy.typing import NDArray
 
@@ -163,10 +163,6 @@ def title(method: str) -> str:
         return VARIANTS[method].label
     if method == BEGUN:
         return "the finished student"
-    if method == PSEUDO:
-        return "the teacher's detections as labels"
-    if method.startswith(f"{PSEUDO}+"):
-        return f"{label_of(method.removeprefix(f'{PSEUDO}+'))}, and detections as labels"
     return method if method.startswith(LONGER) else label_of(method)
 
 

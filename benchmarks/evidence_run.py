@@ -35,7 +35,7 @@ from evidence_data import (
     load_images,
     whole_images,
 )
-from evidence_pseudo import PseudoLabelled, best_threshold
+from evidence_pseudo import PseudoLabelled
 from measure import versions
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -52,8 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from backbones import build_backbone
 from dense_heads import ATSS, GFL, adapter_of
-from evaluation import coco_metrics, coco_results
-from methods_table import inherits, make_methods
+from evaluation import best_score, coco_metrics, coco_results
+from methods_table import PSEUDO, inherits, is_pseudo_labelled, make_methods
 from nanodet import NANODET, NanoDet, load_nanodet
 from run_folder import locked
 from training import save_atomically
@@ -93,7 +93,6 @@ VARIANTS = {
     "cwd-weak": Variant("CWD, weight 0.13", "cwd", weight=0.13),
     "drkd-weak": Variant("DRKD, weight 0.005", "drkd", weight=0.005),
 }
-PSEUDO = "pseudo"  # no method, but what they are up against; or beside them, as in "pseudo+mimic"
 REG_MAX = 10  # of every GFL, as NanoDet-g has it: LD compares the distributions
 
 
@@ -342,7 +341,7 @@ def start(run: Run, options: Namespace) -> Training:
         teacher = _teacher(run, run.teacher, student, options)
         if run.method != PSEUDO:
             trained = _distiller(run, run.teacher, teacher, student, view).train()
-        if PSEUDO in run.method.split("+"):
+        if is_pseudo_labelled(run.method):
             trained = _pseudo_labelled(run, run.teacher, teacher, trained, view, options).train()
     if options.channels_last:
         trained.to(memory_format=torch.channels_last)
@@ -390,7 +389,7 @@ def _pseudo_labelled(
     images = load_images(options.root, run.data, "val", options.cache, seen_folder(of_teacher))
     _, results = measure(teacher, of_teacher, images, "val", options)
     truth = coco_folder(options.root, run.data, "val").ground_truth()
-    threshold = best_threshold(truth, results)
+    threshold = best_score(truth, results)
     print(f"the teacher's detections are labels from a score of {threshold:.3f} on", flush=True)
     scale = 2.0 if of_teacher.sees == "zoom" else 1.0
     return PseudoLabelled(trained, teacher, threshold, view, scale)

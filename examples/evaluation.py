@@ -12,6 +12,11 @@ from coco_data import CocoFolder, keep_pages_shared
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from crosskd.compare import Detections
+from crosskd.compare.data import read_detections, read_ground_truth
+from crosskd.compare.images import look_at_images
+from crosskd.compare.precision import evaluate as evaluate_matches
+
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -85,24 +90,53 @@ def evaluate(
         device: what the detector is on.
         workers: processes that read images.
     """
+    results, numbers = detect_together(
+        detector, dataset, batch_size=batch_size, device=device, workers=workers
+    )
+    metrics: list[Any] = [None]
+    if numbers:
+        metrics = [{**coco_metrics(dataset.ground_truth(), results), **numbers}]
+    if dist.is_initialized():
+        dist.broadcast_object_list(metrics, 0)
+    measured: dict[str, float] = metrics[0]
+    return measured
+
+
+def detect_together(
+    detector: nn.Module, dataset: CocoFolder, *, batch_size: int, device: torch.device, workers: int = 0
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Detections in COCO's result form, each process's in its share of the images, for the first process.
+
+    Returns:
+        The detections, and the numbers of images and of those that can't be read; nothing in the others.
+    """
     before = dataset.broken
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = {"rank": rank, "ranks": ranks, "workers": workers}
     found = detect(detector, dataset, batch_size=batch_size, device=device, **share)
     shares: list[Any] = [(found, dataset.broken - before)] * ranks
-    if ranks > 1:  # the first process alone needs the detections and makes the ground truth
-        dist.gather_object(shares[0], shares if rank == 0 else None)
-    metrics: list[Any] = [None]
-    if rank == 0:
-        found = {image_id: results for share, _ in shares for image_id, results in share.items()}
-        results = [result for image_id in sorted(found) for result in found[image_id]]
-        unreadable = sum(count for _, count in shares)
-        numbers = {"images": len(found), "unreadable_images": unreadable}
-        metrics = [{**coco_metrics(dataset.ground_truth(), results), **numbers}]
     if ranks > 1:
-        dist.broadcast_object_list(metrics, 0)
-    measured: dict[str, float] = metrics[0]
-    return measured
+        dist.gather_object(shares[0], shares if rank == 0 else None)
+    if rank > 0:
+        return [], {}
+    found = {image_id: results for share, _ in shares for image_id, results in share.items()}
+    results = [result for image_id in sorted(found) for result in found[image_id]]
+    return results, {"images": len(found), "unreadable_images": sum(count for _, count in shares)}
+
+
+def best_score(truth: dict[str, Any], results: list[dict[str, Any]]) -> float:
+    """The score from which on a detector's F1 is best, at an IoU of 0.5; infinite without detections.
+
+    All classes count together.
+
+    Args:
+        truth: of the validation images, in COCO form.
+        results: its detections there, in COCO's result form.
+    """
+    ground_truth = read_ground_truth(truth)
+    found = Detections(results, tuple(ground_truth.imgs), None, None)
+    matches = evaluate_matches(ground_truth, read_detections("teacher", found, ground_truth))
+    return look_at_images(matches).threshold
 
 
 def coco_metrics(truth: dict[str, Any], results: Any) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The methods of the training script, by the names that ``--method`` takes.
 
 A method of your own is one more line in ``METHODS``. ``none`` stands for the student alone, ``a+b`` for
-methods together, and ``inherit`` among them starts the student's neck and head from the teacher's weights.
+methods together. ``inherit`` among them starts the student's neck and head from the teacher's weights, and by
+``pseudo``, alone or among them, the teacher's detections are labels of the images that have none.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from crosskd import (
     StructuralKD,
 )
 
-ALONE, INHERIT, TEACHER = "none", "inherit", "teacher"
+ALONE, INHERIT, PSEUDO, TEACHER = "none", "inherit", "pseudo", "teacher"
 
 
 class Entry(NamedTuple):
@@ -75,18 +76,18 @@ METHODS: dict[str, Entry] = {
 def check_name(name: str) -> None:
     """Raises ``ValueError`` for a name that is neither a method's nor made of them."""
     parts = name.split("+")
-    unknown = [part for part in parts if part not in {ALONE, INHERIT, *METHODS}]
+    unknown = [part for part in parts if part not in {ALONE, INHERIT, PSEUDO, *METHODS}]
     if unknown:
         raise ValueError(
-            f"unknown method {unknown[0]!r}: choose from {', '.join((ALONE, *METHODS))}, or several joined "
-            f"by +, as crosskd+pkd; +{INHERIT} starts the student's neck and head from the teacher's"
+            f"unknown method {unknown[0]!r}: choose from {', '.join((ALONE, *METHODS, PSEUDO))}, or several "
+            f"joined by +, as crosskd+pkd; +{INHERIT} starts the student's neck and head from the teacher's"
         )
     if len(set(parts)) < len(parts):
         raise ValueError(f"{name} names a part twice")
     if name == INHERIT:
         raise ValueError(f"{INHERIT} alone names no method: {ALONE}+{INHERIT} trains the student on labels")
-    if ALONE in parts and set(parts) & METHODS.keys():
-        raise ValueError(f"{name}: {ALONE} is the student alone, which is distilled by no method")
+    if ALONE in parts and set(parts) & {PSEUDO, *METHODS}:
+        raise ValueError(f"{name}: {ALONE} is the student alone, which learns nothing from a teacher")
 
 
 def inherits(name: str) -> bool:
@@ -94,8 +95,13 @@ def inherits(name: str) -> bool:
     return INHERIT in name.split("+")
 
 
+def is_pseudo_labelled(name: str) -> bool:
+    """Whether the teacher's detections are labels of the images that have none."""
+    return PSEUDO in name.split("+")
+
+
 def make_methods(name: str, options: Namespace) -> list[Method]:
-    """The methods of a name such as ``"crosskd+pkd"``; none of the student alone."""
+    """The methods of a name such as ``"crosskd+pkd"``; none for ``"none"`` and ``"pseudo"``."""
     return [METHODS[part].make(options) for part in name.split("+") if part in METHODS]
 
 
@@ -103,5 +109,7 @@ def label_of(name: str) -> str:
     """What tables and pictures call a student that was trained so, or the teacher."""
     if name == TEACHER:
         return TEACHER
-    labels = [METHODS[part].label for part in name.split("+") if part in METHODS]
-    return (" + ".join(labels) or "student alone") + (", inherited" if inherits(name) else "")
+    label = " + ".join(METHODS[part].label for part in name.split("+") if part in METHODS)
+    if is_pseudo_labelled(name):
+        label = f"{label}, and detections as labels" if label else "the teacher's detections as labels"
+    return (label or "student alone") + (", inherited" if inherits(name) else "")

@@ -11,7 +11,7 @@ import torch
 from augmentations import AUGMENTATIONS
 from coco_data import require
 from loggers import LOGGERS
-from methods_table import ALONE, METHODS, make_methods
+from methods_table import ALONE, METHODS, PSEUDO, is_pseudo_labelled, make_methods
 from models import MODEL_NAMES
 from training import AMP_TYPES
 
@@ -76,15 +76,23 @@ def check_data(options: Namespace) -> None:
 
 def check_companions(options: Namespace) -> None:
     """Raises ``ValueError`` for an option that does nothing without another one that isn't given."""
-    if options.teacher_labels is not None and options.unlabelled_images is None:
-        raise ValueError("--teacher-labels needs --unlabelled-images, whose labels they are to be")
+    methods = " ".join(options.method)
+    pseudo = [method for method in options.method if is_pseudo_labelled(method)]
+    if pseudo and options.unlabelled_images is None:
+        raise ValueError(f"--method {pseudo[0]} needs --unlabelled-images, for the teacher to label")
+    if options.teacher_labels is not None and not pseudo:
+        raise ValueError(
+            f"--teacher-labels {options.teacher_labels} is for the method {PSEUDO}, alone or beside others "
+            f"({PSEUDO}+crosskd), got --method {methods}"
+        )
     if options.teacher_cache_dtype != "none" and options.teacher_cache is None:
         raise ValueError("--teacher-cache-dtype needs --teacher-cache, the folder whose entries are kept so")
-    for name in ("teacher_images", "teacher_short_side", "teacher_labels"):
+    taught = pseudo or any(make_methods(method, options) for method in options.method)
+    for name in ("teacher_images", "teacher_short_side"):
         given = getattr(options, name)
-        if given is not None and not any(make_methods(method, options) for method in options.method):
+        if given is not None and not taught:
             option = f"--{name.replace('_', '-')} {given}"
-            raise ValueError(f"{option}: --method {' '.join(options.method)} distils nothing by a teacher")
+            raise ValueError(f"{option}: --method {methods} learns nothing from a teacher")
 
 
 def check_teacher_images(options: Namespace) -> None:
@@ -126,13 +134,14 @@ def _add_data_options(group: Any) -> None:
         "--unlabelled-images",
         type=Path,
         metavar="FOLDER",
-        help="further images, which distilled students learn from without labels: as many a step as labelled",
+        help="further images without labels, for all methods but none: as many a step as labelled",
     )
     group.add_argument(
         "--teacher-labels",
         type=float,
         metavar="SCORE",
-        help="what the teacher detects in the unlabelled images, from this score on, are their labels",
+        help="from which score on the teacher's detections are labels, with pseudo among --method; unless "
+        "given, where its F1 is best on the validation images",
     )
     group.add_argument(
         "--teacher-images",
@@ -186,7 +195,8 @@ def _add_distillation_options(group: Any) -> None:
         nargs="+",
         metavar="METHOD",
         default=[ALONE, "crosskd"],
-        help=f"one student each: {ALONE} (the student alone), {', '.join(METHODS)}, or several joined by +",
+        help=f"one student each: {ALONE} (the student alone), {', '.join(METHODS)}, {PSEUDO} (the teacher's "
+        "detections are labels of --unlabelled-images), or several joined by +",
     )
     group.add_argument(
         "--inherit",

@@ -22,11 +22,13 @@ The published headline, GFL-R50 from mmdet's GFL-R101 (its file, or the address 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +37,7 @@ import torchvision
 from augmentations import AUGMENTATIONS
 from coco_data import CocoFolder, collate, same_images, teacher_images, training_loader
 from dense_heads import adapter_of
-from evaluation import METRICS, evaluate
+from evaluation import METRICS, best_score, detect_together, evaluate
 from loggers import LOGGERS, Log
 from methods_table import (
     ALONE,
@@ -43,6 +45,7 @@ from methods_table import (
     TEACHER,
     check_name,
     inherits,
+    is_pseudo_labelled,
     label_of,
     make_methods,
 )
@@ -71,8 +74,8 @@ from processes import Processes, start, stop
 from report import write_comparison
 from run_folder import claim, fingerprint, save_atomically
 from shapes_data import write_shapes
-from torch import nn
-from training import AMP_TYPES, History, Trainer, memory_format, share_buffers
+from torch import Tensor, nn
+from training import AMP_TYPES, History, Trainer, detected, memory_format, share_buffers
 
 import crosskd
 from crosskd import Distiller, TeacherCache
@@ -234,7 +237,7 @@ def new_detector(
     """A detector with the weights of a file, or those that the seed gives."""
     fixed_norm = options.pretrained_backbone
     if weights is not None:  # batch norm that doesn't count its batches is fixed, as published detectors' is
-        fixed_norm |= not any(key.endswith("num_batches_tracked") for key in read_state(weights))
+        fixed_norm = not any(key.endswith("num_batches_tracked") for key in read_state(weights))
     torch.manual_seed(options.seed)
     detector = build_detector(
         name,
@@ -345,7 +348,7 @@ def with_method(
 
 def cache_for(name: str, options: argparse.Namespace) -> TeacherCache | None:
     """The folder in ``--teacher-cache`` that all runs of a method share; ``None`` without the option."""
-    if options.teacher_cache is None or name == ALONE:
+    if options.teacher_cache is None or not make_methods(name, options):
         return None
     return TeacherCache(options.teacher_cache / name, dtype=AMP_TYPES[options.teacher_cache_dtype])
 
@@ -358,10 +361,12 @@ def train(
     data: tuple[CocoFolder, CocoFolder],
     processes: Processes,
     log: Log,
+    label: Callable[[list[Tensor]], list[dict[str, Tensor]]] | None = None,
 ) -> tuple[nn.Module, History]:
     """Trains one model and writes its weights, as the plain detector's, to ``OUTPUT/NAME.pt``."""
     train_data, val_data = data
-    train_data.draws_unlabelled = bool(train_data.unlabelled) and isinstance(model, Distiller)
+    is_taught = isinstance(model, Distiller) or label is not None
+    train_data.draws_unlabelled = bool(train_data.unlabelled) and is_taught
     folder = options.output / name
     if processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -373,7 +378,7 @@ def train(
         rank=processes.rank,
         ranks=processes.ranks,
     )
-    trainer = Trainer(model, loader, folder, options, epochs, processes, log)
+    trainer = Trainer(model, loader, folder, options, epochs, processes, log, label)
     history = trainer.run(lambda detector: measure(detector, val_data, options, processes))
     if processes.is_first:
         save_atomically(trainer.detector.state_dict(), options.output / f"{name}.pt")
@@ -411,6 +416,23 @@ def measure(
     """COCO's metrics on the validation data."""
     size, workers = options.eval_batch_size, options.workers
     return evaluate(detector, data, batch_size=size, device=processes.device, workers=workers)
+
+
+def labels_of(
+    teacher: nn.Module, data: CocoFolder, options: argparse.Namespace, processes: Processes
+) -> Callable[[list[Tensor]], list[dict[str, Tensor]]]:
+    """Makes targets of what the teacher detects, from the score of ``--teacher-labels`` on."""
+    score = options.teacher_labels
+    if score is None:
+        size, workers = options.eval_batch_size, options.workers
+        results, _ = detect_together(teacher, data, batch_size=size, device=processes.device, workers=workers)
+        score = processes.from_first(lambda: best_score(data.ground_truth(), results))
+        if math.isinf(score):
+            raise ValueError(
+                "the teacher detects nothing on the validation images: there are no labels to take"
+            )
+        processes.say(f"the teacher's F1 on the validation images is best from a score of {score:.3f} on")
+    return partial(detected, teacher, score=score)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -486,12 +508,18 @@ def run(options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
         else:
             models["teacher"] = teacher
             results["teacher"] = _final(histories["teacher"]) or measure(teacher, data[1], options, processes)
+    label = None
+    if teacher is not None and any(is_pseudo_labelled(method) for method in options.method):
+        label = labels_of(teacher.eval(), data[1], options, processes)
     for method in options.method:
         student = make_student(options, data[0].num_classes)
         if inherits(method) and teacher is not None:
             processes.say(f"{method}: {crosskd.inherit(student, teacher)}")
         model = with_method(method, student, teacher, options, cache_for(method, options))
-        trained, histories[method] = train(model, method, options.epochs, options, data, processes, log)
+        trained, histories[method] = train(
+            *(model, method, options.epochs, options, data, processes, log),
+            label if is_pseudo_labelled(method) else None,
+        )
         models[method] = trained
         results[method] = _final(histories[method])
     metrics = {

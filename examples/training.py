@@ -106,7 +106,8 @@ class Trainer:
         options: the script's options.
         epochs: how long to train.
         processes: one or several.
-        log: is told each epoch's entry of the history, and whose it is.
+        log: is called with each epoch's entry of the history, and whose it is.
+        label: makes targets for images that have none; without it they are distilled without labels.
     """
 
     def __init__(
@@ -118,8 +119,9 @@ class Trainer:
         epochs: int,
         processes: Processes,
         log: Callable[[str, dict[str, Any]], None] = lambda name, entry: None,
+        label: Callable[[list[Tensor]], list[dict[str, Tensor]]] | None = None,
     ) -> None:
-        self.log = log
+        self.log, self.label = log, label
         self.loader, self.folder, self.options = loader, folder, options
         self.epochs, self.processes = epochs, processes
         self.model = model.to(processes.device, memory_format=memory_format(options))
@@ -243,9 +245,9 @@ class Trainer:
         """Forward and backward, of unlabelled images and of labelled ones; returns the losses as numbers."""
         others = [target.pop("unlabelled_image") for target in targets if "unlabelled_image" in target]
         found = None
-        if others and self.options.teacher_labels is not None:
+        if others and self.label is not None:
             others = [image.to(self.processes.device, non_blocking=True) for image in others]
-            found = detected(self.model.teacher, others, self.options.teacher_labels)
+            found = self.label(others)
         # Not the other way round: all weights have a gradient in the pass that DDP synchronises, the last.
         further = self._backward_of(others, found, parts, last=False) if others else {}
         losses = self._backward_of(images, targets, parts, last)

@@ -273,17 +273,6 @@ def test_detections_are_labels_in_the_students_pixels_from_a_score_on():
     assert not list(student.parameters())
 
 
-def test_the_threshold_is_the_score_of_the_best_f1():
-    box = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40]}
-    truth = {
-        "images": [{"id": 1, "width": 100, "height": 100}],
-        "annotations": [{"id": 1, "area": 1600, "iscrowd": 0, **box}],
-        "categories": [{"id": 1, "name": "cell"}],
-    }
-    false = {**box, "bbox": [60, 60, 20, 20]}
-    assert pseudo.best_threshold(truth, [{**box, "score": 0.7}, {**false, "score": 0.3}]) == 0.7
-
-
 def test_two_processes_do_a_run_once(root, tmp_path):
     """The second waits for the first, and finds what it left."""
     one = small_run()

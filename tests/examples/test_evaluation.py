@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
 import pytest
 import torch
 from coco_data import CocoFolder
-from evaluation import METRICS, coco_metrics, coco_results, coco_stats, evaluate
+from evaluation import METRICS, best_score, coco_metrics, coco_results, coco_stats, evaluate
 from torch import nn
 
 from tests.examples.coco_files import write_coco
@@ -67,6 +68,18 @@ def test_no_detections_at_all_are_zero_and_sizes_that_no_object_has_are_left_out
     assert metrics.keys() == set(METRICS) - {"AP_medium", "AP_large"}
     # A checkpoint with NumPy's numbers is not loaded with weights_only=True.
     assert (metrics["AP"] > 0, {type(value) for value in metrics.values()}) == (True, {float})
+
+
+def test_the_best_score_is_that_of_the_best_f1():
+    box = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40]}
+    truth = {
+        "images": [{"id": 1, "width": 100, "height": 100}],
+        "annotations": [{"id": 1, "area": 1600, "iscrowd": 0, **box}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    false = {**box, "bbox": [60, 60, 20, 20]}
+    assert best_score(truth, [{**box, "score": 0.7}, {**false, "score": 0.3}]) == 0.7
+    assert best_score(truth, []) == math.inf
 
 
 def test_results_are_in_cocos_form_and_foreign_labels_are_left_out(dataset):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from methods_table import METHODS, check_name, inherits, label_of, make_methods
+from methods_table import METHODS, check_name, inherits, is_pseudo_labelled, label_of, make_methods
 from train_torchvision import parse
 
 import crosskd
@@ -37,20 +37,27 @@ def test_maps_are_resized_for_a_teacher_that_sees_images_of_another_size():
             assert (method.resize, other.resize) == (False, True)
 
 
-def test_none_and_inherit_are_no_methods():
-    assert make_methods("none", parse([])) == make_methods("none+inherit", parse([])) == []
+def test_none_pseudo_and_inherit_are_no_methods():
+    for name in ("none", "none+inherit", "pseudo", "pseudo+inherit"):
+        assert make_methods(name, parse([])) == []
+    assert [name for name in ("none", "pkd", "pseudo", "pseudo+pkd") if is_pseudo_labelled(name)] == [
+        "pseudo",
+        "pseudo+pkd",
+    ]
     assert [type(method) for method in make_methods("pkd+inherit", parse([]))] == [crosskd.PKD]
     assert [name for name in ("none", "pkd", "pkd+inherit") if inherits(name)] == ["pkd+inherit"]
 
 
 def test_a_student_is_called_by_what_trained_it():
-    names = ("teacher", "none", "crosskd+pkd", "none+inherit", "mimic+inherit")
+    names = ("teacher", "none", "crosskd+pkd", "none+inherit", "mimic+inherit", "pseudo", "pseudo+mimic")
     assert [label_of(name) for name in names] == [
         "teacher",
         "student alone",
         "CrossKD + PKD",
         "student alone, inherited",
         "prediction mimicking, inherited",
+        "the teacher's detections as labels",
+        "prediction mimicking, and detections as labels",
     ]
     assert len({label_of(name) for name in METHODS}) == len(METHODS)
 
@@ -62,6 +69,7 @@ def test_a_student_is_called_by_what_trained_it():
         ("", "unknown method ''"),
         ("pkd+pkd", "names a part twice"),
         ("none+pkd", "none is the student alone"),
+        ("none+pseudo", "none is the student alone"),
         ("inherit", "names no method: none[+]inherit"),
     ],
 )

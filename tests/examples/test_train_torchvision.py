@@ -93,10 +93,15 @@ def test_each_data_set_has_its_defaults_and_options_win(tmp_path):
         (["--logger", "wandb"], "invalid choice: 'wandb'"),
         (["--student", "yolo"], "invalid choice: 'yolo'"),
         (["--teacher-cache-dtype", "bfloat16"], "--teacher-cache-dtype needs --teacher-cache"),
-        (["--teacher-labels", "0.5"], "--teacher-labels needs --unlabelled-images"),
+        (["--method", "pseudo+pkd"], "--method pseudo+pkd needs --unlabelled-images"),
         (
-            ["--teacher-labels", "0.5", "--unlabelled-images", "more", "--method", "none"],
-            "--teacher-labels 0.5: --method none distils nothing",
+            ["--teacher-labels", "0.5", "--unlabelled-images", "more", "--method", "none", "pkd"],
+            "--teacher-labels 0.5 is for the method pseudo, alone or beside others (pseudo+crosskd), got "
+            "--method none pkd",
+        ),
+        (
+            ["--teacher-short-side", "64", "--method", "none"],
+            "--teacher-short-side 64: --method none learns nothing from a teacher",
         ),
         (
             ["--student", "fasterrcnn_resnet18"],
@@ -259,6 +264,41 @@ def test_the_main_job_writes_everything(tmp_path, capsys):
     assert {"kd_cls", "kd_reg", "kd_pkd"} <= metrics["histories"][together][0]["losses"].keys()
 
 
+def sure_teacher(*arguments: Any, bias: float) -> RetinaNet:
+    """`tiny_detector`, whose teacher is so sure of everything."""
+    detector = tiny_detector(*arguments)
+    if arguments[-1] is not None:  # its weights
+        torch.nn.init.constant_(detector.head.classification_head.cls_logits.bias, bias)
+    return detector
+
+
+def test_the_teachers_detections_may_be_labels(tmp_path, monkeypatch, capsys):
+    """Alone or beside a method; the student alone doesn't see the images that they are of."""
+    monkeypatch.setattr(train_torchvision, "new_detector", partial(sure_teacher, bias=0.5))
+    monkeypatch.setattr(train_torchvision, "write_report", lambda *_: None)
+    arguments = [*coco_arguments(tmp_path / "coco"), "--teacher-weights", "teacher.pt", "--epochs", "1"]
+    arguments += ["--unlabelled-images", str(tmp_path / "coco" / "images")]
+    arguments += ["--method", "none", "pseudo", "pseudo+pkd"]
+    metrics = main([*arguments, "--output", str(tmp_path / "best")])
+    own = {"classification", "bbox_regression"}
+    both = own | {f"unlabelled_{name}" for name in own}
+    losses = {name: history[0]["losses"] for name, history in metrics["histories"].items() if history}
+    assert {name: found.keys() for name, found in losses.items()} == {
+        "none": own,
+        "pseudo": both,
+        "pseudo+pkd": both | {"kd_pkd", "unlabelled_kd_pkd"},
+    }
+    score = float(re.search(r"best from a score of (0\.\d+) on", capsys.readouterr().out)[1])
+    assert 0.5 < score < 0.75
+    metrics = main([*arguments, "--output", str(tmp_path / "given"), "--teacher-labels", "1"])
+    none_sure = metrics["histories"]["pseudo"][0]["losses"]  # nothing is as sure, so nothing is labelled
+    assert none_sure["unlabelled_bbox_regression"] == 0 < losses["pseudo"]["unlabelled_bbox_regression"]
+    assert "best from a score" not in capsys.readouterr().out
+    monkeypatch.setattr(train_torchvision, "new_detector", partial(sure_teacher, bias=-9.0))
+    with pytest.raises(ValueError, match="the teacher detects nothing"):
+        main([*arguments, "--output", str(tmp_path / "nothing")])
+
+
 @pytest.mark.slow
 def test_a_published_teacher_learns_the_classes_of_a_folder_with_everything_in_it(
     tmp_path, monkeypatch, capsys
@@ -305,8 +345,10 @@ def test_a_published_detectors_file_loads_as_it_was(tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in published.state_dict().items())
     plain = build_detector("retinanet_resnet18", 3, width=32)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
-    loaded = new_detector("retinanet_resnet18", options, 3, tmp_path / "plain.pt")
-    assert loaded.backbone.body.conv1.weight.requires_grad
+    for further in ([], ["--pretrained-backbone"]):  # which is for those that have no file
+        options = parse(["--width", "32", "--head-norm", "none", "--anchor-scale", "1", *further])
+        loaded = new_detector("retinanet_resnet18", options, 3, tmp_path / "plain.pt")
+        assert loaded.backbone.body.conv1.weight.requires_grad
 
 
 def test_running_again_says_how_to_go_on(tmp_path):
@@ -463,7 +505,7 @@ def test_the_teacher_sees_the_images_at_its_own_size(family, side, tmp_path, mon
 @pytest.mark.parametrize(
     ("further", "facts"),
     [
-        (["--method", "none", "none+inherit"], ["--method none none+inherit distils nothing"]),
+        (["--method", "none", "none+inherit"], ["--method none none+inherit learns nothing"]),
         (["--unlabelled-images", "{folder}/coco/images"], ["--unlabelled-images can't go with it"]),
         (["--short-side", "48", "64"], ["--short-side 48 64"]),
         (["--data", "shapes"], ["--data shapes"]),
@@ -724,4 +766,5 @@ def test_each_method_has_a_folder_of_the_teachers_outputs(tmp_path):
     cache = cache_for("crosskd", options)
     assert (cache.folder, cache.dtype) == (tmp_path / "crosskd", torch.bfloat16)
     assert cache_for("none", options) is None
+    assert cache_for("pseudo", options) is None
     assert cache_for("crosskd", parse([])) is None

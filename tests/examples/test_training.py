@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from processes import Processes
 from run_folder import save_atomically
 from torch import nn
 from train_torchvision import parse
-from training import Trainer, learning_rate_factor, make_optimizer
+from training import Trainer, detected, learning_rate_factor, make_optimizer
 
 from crosskd import CrossKD, Distiller
 from tests.examples.coco_files import write_coco
@@ -143,13 +144,13 @@ def test_what_the_teacher_detects_are_labels_of_unlabelled_images(tmp_path):
     data = CocoFolder(images, annotations, unlabelled=images)
     data.draws_unlabelled = True
     distiller = Distiller(teacher, student, CrossKD())
-    arguments = ["--clip", "0", "--unlabelled-images", str(images), "--teacher-labels", "0.6"]
-    trainer = make_trainer(data, tmp_path / "run", distiller, 1, *arguments)
+    trainer = make_trainer(data, tmp_path / "run", distiller, 1, "--clip", "0")
+    trainer.label = partial(detected, teacher.eval(), score=0.6)
     given, targets = collate([data[index] for index in range(2)])
     unlabelled = [target["unlabelled_image"] for target in targets]
     losses = trainer._backward(given, [dict(target) for target in targets], 1, True)
     with torch.no_grad():
-        found = teacher.eval()(unlabelled)
+        found = teacher(unlabelled)
     labels = []
     for of_image in found:
         boxes = of_image["boxes"]
