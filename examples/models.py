@@ -67,8 +67,8 @@ def build_detector(
         fixed_norm: fixed batch statistics and a frozen first stage, as with these weights; for others.
         width: channels of the pyramid's levels and of the head's towers, a multiple of 32; Faster R-CNN's box
             head is four times as wide.
-        head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has;
-            the other families always have it.
+        head_norm: ``"group"`` for group norm in RetinaNet's towers, as torchvision's v2 has; those of FCOS,
+            GFL and ATSS always have it.
         anchor_scale: multiplies the anchors' sizes (FCOS: the size ranges); small images have small objects.
         regions: how many of an image's regions train Faster R-CNN's box head.
         short_side: images are resized to this; several for scale jitter, the last for evaluation.

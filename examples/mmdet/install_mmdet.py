@@ -63,9 +63,7 @@ def build_name() -> str:
     try:
         import torch
     except ImportError:
-        raise SystemExit(
-            "PyTorch is missing, which mmcv is built against: pip install crosskd first"
-        ) from None
+        raise SystemExit("PyTorch is missing, which mmcv is built against: install crosskd first") from None
     kind = f"cuda{torch.version.cuda}" if torch.cuda.is_available() else "cpu"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return f"{MMCV.replace('==', '-')}-torch-{torch.__version__}-{kind}-{python}"

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"ultralytics' adapter needs ultralytics 8.4.190 or newer, which can't be imported ({error}): "
-        "pip install 'crosskd[ultralytics]'. Read docs/yolo.md on its licence, the AGPL-3.0, first"
+        "pip install 'ultralytics>=8.4.190'. Read docs/yolo.md on its licence, the AGPL-3.0, first"
     ) from error
 
 __all__ = ["DetectHead", "UltralyticsDetect"]

@@ -399,6 +399,16 @@ def test_each_head_has_its_weights_and_position(v2):
     assert [m.head for m in methods] == ["rpn", "box"]
 
 
+def test_two_methods_of_one_head_have_their_names_in_front():
+    methods = [CrossKD(head="rpn"), CrossKD(head="box"), PredictionMimicking(head="box")]
+    with pytest.warns(UserWarning, match="mimicking_box .* crosskd_box"):
+        losses = Distiller(*pair(), methods)(*two_stage_batch())
+    assert {name for name in losses if "kd" in name} == {
+        *("kd_rpn_cls", "kd_rpn_reg", "crosskd_kd_box_cls", "crosskd_kd_box_reg"),
+        *("mimicking_kd_box_cls", "mimicking_kd_box_reg"),
+    }
+
+
 @pytest.mark.parametrize(("head", "position"), [("rpn", (0, 0)), ("box", (1, 1))])
 def test_by_default_the_last_block_is_left_to_the_teacher(head, position):
     assert Distiller(*pair(), CrossKD(head=head)).methods[f"crosskd_{head}"].position == position

@@ -30,5 +30,5 @@ def test_the_imports_say_what_to_install(module, found, message):
         sys.modules.update(found)
         with pytest.raises(ImportError) as raised:
             importlib.import_module(module)
-    for fact in (message, "pip install 'crosskd[ultralytics]'", "AGPL-3.0"):
+    for fact in (message, "pip install 'ultralytics>=8.4.190'", "AGPL-3.0"):
         assert fact in str(raised.value)
