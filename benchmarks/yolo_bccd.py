@@ -8,7 +8,7 @@ and given again::
 
 ``--root`` holds ``images`` and ``annotations/{train,val,test}.json``. Everything is trained from scratch on
 the training split and reported, after the last epoch, on the test split; ``--split val`` reports on the
-validation split instead, which is for choosing settings. Needs ``pip install crosskd[ultralytics]``, see
+validation split instead, which is for choosing settings. Needs ``pip install '.[ultralytics]'``, see
 docs/yolo.md.
 """
 
