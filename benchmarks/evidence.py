@@ -187,7 +187,8 @@ PAIRS: dict[str, Pair] = {
     # 27 boards with labels are learned sooner than 900.
     "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
-    "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False)),
+    # Two cores climb no further in half an hour.
+    "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False), 1.0, (1200, 2400, 4800)),
     # 120 images with labels are learned soon.
     "persons_few": _persons(
         of_nanodet("mobilenet_v2", pretrained=True), 0.1, (150, 300, 600, 1200, 2400, 4800)
@@ -237,6 +238,9 @@ PAIRS: dict[str, Pair] = {
         MOBILE,
         ZOOMED_STRIDE16,
         (*MAIN, "crosskd+mimic", PSEUDO),
+    ),
+    "cells_few_stride16_labelled": _cells_few(
+        "The same, of images with labels alone", MOBILE, ZOOMED_STRIDE16, CONTROL, unlabelled=False
     ),
     "cells_few_lite2": _cells_few(
         "A larger teacher, an EfficientNet-Lite2, without the level that its student lacks",
