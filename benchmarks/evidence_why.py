@@ -1,12 +1,12 @@
-"""Why does one method help and another not? Gradients beside the student's own, and a teacher's scores.
+"""Why does one method help and another not? Gradients, a teacher's scores, and who answers for an object.
 
 Of a pair of `evidence.py` with a finished student, before its first step::
 
     python benchmarks/evidence_why.py --root data --output runs/evidence --pair cells_few
 
 The gradient of each method's loss at the student's feature maps, over that of the student's own losses on
-the images with labels; and, of the teacher's detections on the validation split, how many are right at each
-score. Nothing is trained.
+the images with labels; of the teacher's detections on the validation split, how many are right at each
+score; and how many anchors label assignment gives an object of each class. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -59,18 +59,53 @@ def ratios(run: Run, images: dict[str, Images], options: Namespace) -> tuple[lis
 
 def gradient_rows(runs: Sequence[Run], options: Namespace) -> list[list[str]]:
     """A row of each method: the medians of `ratios`."""
-    run = runs[0]
+    images = training_images(runs[0], options)
+    rows = []
+    for run in runs:
+        medians = [statistics.median(values) if values else 0.0 for values in ratios(run, images, options)]
+        rows.append([title(run.method), *map(text_of, medians)])
+        print(rows[-1], flush=True)
+    return rows
+
+
+def training_images(run: Run, options: Namespace) -> dict[str, Images]:
+    """The training images, and those that the teacher sees where they are others."""
     assert run.teacher is not None
     images = {"train": load_images(options.root, run.data, "train", options.cache)}
     if run.teacher.sees == "pair":
         images["teacher"] = load_images(
             options.root, run.data, "train", options.cache, seen_folder(run.teacher)
         )
+    return images
+
+
+def assignment_rows(run: Run, options: Namespace) -> list[list[str]]:
+    """Of each class the objects in some batches, their median size, and the anchors that one is given."""
+    images = training_images(run, options)
+    training = start(run, options)
+    names = coco_folder(options.root, run.data, "train").names
+    sizes: list[list[float]] = [[] for _ in names]
+    positive = [[0, 0] for _ in names]
+    for step in range(options.batches):
+        training.step = step
+        given, objects = next(iter(batches_of(training, images)))
+        assert objects is not None
+        for label, of_label in enumerate(sizes):
+            alone = [
+                {key: value[target["labels"] == label] for key, value in target.items()} for target in objects
+            ]
+            boxes = torch.cat([target["boxes"] for target in alone])
+            if not len(boxes):
+                continue
+            of_label.extend((boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt().tolist())
+            (compared,) = training.trained.trace(given, alone).steps.values()
+            for side, found in enumerate((compared.assignment, compared.teacher_assignment())):
+                positive[label][side] += int(found.positive.sum())
     rows = []
-    for run in runs:
-        medians = [statistics.median(values) if values else 0.0 for values in ratios(run, images, options)]
-        rows.append([title(run.method), *map(text_of, medians)])
-        print(rows[-1], flush=True)
+    for name, of_label, counts in zip(names, sizes, positive, strict=True):
+        if of_label:
+            each = [f"{count / len(of_label):.1f}" for count in counts]
+            rows.append([name, str(len(of_label)), f"{statistics.median(of_label):.0f}", *each])
     return rows
 
 
@@ -94,7 +129,7 @@ def calibration_rows(teacher: Run, options: Namespace) -> list[list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures both and writes the tables."""
+    """Measures all and writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,8 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
     steps = int(str(read_budgets(given.results / "budgets.json")[given.pair]["steps"]))
     teacher, alone = teacher_run(pair, steps), alone_run(pair, steps, 0)
     runs = [replace(alone, method=method, teacher=teacher) for method in given.methods]
+    all_labels = replace(runs[0], method="crosskd", labelled=1.0)
     parts = [
-        f"# Gradients and scores, of {given.pair}",
+        f"# Gradients, scores and label assignment, of {given.pair}",
         "The gradient of a method's losses at the student's maps, over that of the student's own losses on "
         "the images with labels, before the finished student's first step; medians of "
         f"{options.batches} batches, seed 0. CPU, {processor()}.",
@@ -122,6 +158,13 @@ def main(arguments: list[str] | None = None) -> None:
         "right, at an IoU of 0.5.",
         table(
             ["score", "detections", "mean score", "share that is right"], calibration_rows(teacher, options)
+        ),
+        f"Label assignment in {options.batches} batches of training images, as if all had labels: root of an "
+        "object's area in the student's pixels, median; and the anchors that hold an object, by the "
+        "student's assignment and by the teacher's, for each object.",
+        table(
+            ["class", "objects", "size", "student's anchors", "teacher's anchors"],
+            assignment_rows(all_labels, options),
         ),
     ]
     text = "\n\n".join(parts) + "\n"

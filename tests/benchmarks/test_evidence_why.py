@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from crosskd import PKD
 from tests.benchmarks.test_benchmarks import load, tables
@@ -55,10 +56,31 @@ def test_right_detections_are_counted_by_their_scores(root, tmp_path, monkeypatc
     assert rows == [["0.2 to 0.3", "1", "0.25", "0.00"], ["0.6 to 0.7", "2", "0.63", "0.50"]]
 
 
-def test_both_tables_are_written(root, tmp_path, pair):  # noqa: F811
+def test_the_anchors_of_each_class_are_counted(root, tmp_path, monkeypatch, pair):  # noqa: F811
+    """As the student's assignment has them for one object alone."""
+    options = options_of(root, tmp_path, batches=1)
+    a_run = replace(evidence.alone_run(pair, 6, 0), method="mimic", teacher=evidence.teacher_run(pair, 6))
+    one = {"boxes": torch.tensor([[8.0, 8.0, 24.0, 40.0]]), "labels": torch.tensor([1])}
+    image = [torch.rand(3, 64, 64)]
+
+    def a_batch(training, images):
+        training.view["teacher"] = image
+        yield image, [one]
+
+    monkeypatch.setattr(why, "batches_of", a_batch)
+    ((name, objects, size, ours, theirs),) = why.assignment_rows(a_run, options)
+    training = run.start(a_run, options)
+    training.view["teacher"] = image
+    (compared,) = training.trained.trace(image, [one]).steps.values()
+    assert (name, objects, size) == (data.coco_folder(root, evidence.TOY, "train").names[1], "1", "23")
+    assert ours == theirs == f"{compared.assignment.positive.sum():.1f}"
+
+
+def test_all_tables_are_written(root, tmp_path, pair):  # noqa: F811
     places = ["--root", str(root), "--output", str(tmp_path), "--results", str(tmp_path)]
     why.main([*places, "--pair", "toy", "--methods", "pkd", "crosskd", "--batches", "1"])
-    (first, second), _ = tables(tmp_path / "toy_why.md")
+    (first, second), _, assigned = tables(tmp_path / "toy_why.md")
     assert (first["method"], second["method"]) == ("PKD", "CrossKD")
     assert float(first["images with labels"]) > 0
     assert float(second["the others"]) > 0
+    assert all(float(row["student's anchors"]) > 0 for row in assigned)
