@@ -239,9 +239,8 @@ class Distiller(nn.Module):
             if left_out[0] < finest:
                 # Measured: it cost a class of small objects up to 14 of its 15 AP (docs/benchmarks.md).
                 _logger.warning(
-                    f"{message}. Small objects that the teacher finds there are background to its other "
-                    "levels, which teach the student so: better take a teacher whose finest level is of "
-                    "stride %g",
+                    f"{message}. Small objects that the teacher finds there are background to the levels "
+                    "that teach the student: better take a teacher whose finest level is of stride %g",
                     left_out,
                     finest,
                 )
