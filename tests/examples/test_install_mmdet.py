@@ -68,7 +68,7 @@ def test_a_wheels_folder_names_what_it_fits(script, monkeypatch):
 
 def test_without_pytorch_the_script_says_what_to_install(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(SystemExit, match="pip install crosskd first"):
+    with pytest.raises(SystemExit, match="install crosskd first"):
         script.build_name()
 
 
