@@ -188,7 +188,7 @@ PAIRS: dict[str, Pair] = {
     "boards_few": _boards(MOBILE, ALL, 0.03, (150, 300, 600, 1200, 2400)),
     "persons": _persons(of_nanodet("mobilenet_v2", pretrained=True)),
     # Two cores climb no further in half an hour.
-    "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False), 1.0, (1200, 2400, 4800)),
+    "persons_scratch": _persons(of_nanodet("mobilenet_v2_half", pretrained=False), ladder=(1200, 2400, 4800)),
     # 120 images with labels are learned soon.
     "persons_few": _persons(
         of_nanodet("mobilenet_v2", pretrained=True), 0.1, (150, 300, 600, 1200, 2400, 4800)
